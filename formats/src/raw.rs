@@ -1,0 +1,89 @@
+//! A raw image: the identity layer. Holes of a sparse file are reported as `Zero`.
+//!
+//! Never probed: any bytes are a valid raw image, so `raw` is only what somebody named.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+use crate::{BlockRef, Content, Error, FileSlot, Layer, Result, Storage};
+
+/// Gives out identities for [`Layer::file_id`].
+pub fn next_file_id() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// A file taken byte for byte.
+#[derive(Debug)]
+pub struct RawLayer {
+    storage: Arc<dyn Storage>,
+    size: u64,
+    id: u64,
+}
+
+impl RawLayer {
+    /// Takes the storage's present length as the disk's size.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the length cannot be read.
+    pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
+        let size = storage.len().map_err(|e| Error::io(storage.label(), "stat", 0, e))?;
+        Ok(Self { storage, size, id: next_file_id() })
+    }
+}
+
+impl Layer for RawLayer {
+    fn label(&self) -> &str {
+        self.storage.label()
+    }
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn grain(&self) -> u64 {
+        4096
+    }
+
+    fn lookup(&self, offset: u64, len_max: u64) -> Result<(Content, u64)> {
+        let left = self.size.checked_sub(offset).filter(|left| *left > 0);
+        let left =
+            left.ok_or_else(|| Error::OutOfRange { path: self.label().into(), offset, len: len_max, size: self.size })?;
+        let (stored, len) =
+            self.storage.allocated(offset, len_max.min(left)).map_err(|e| Error::io(self.label(), "map", offset, e))?;
+        Ok((if stored { Content::Plain { file: 0, offset } } else { Content::Zero }, len))
+    }
+
+    fn file(&self, slot: FileSlot) -> Result<&Arc<dyn Storage>> {
+        if slot == 0 {
+            Ok(&self.storage)
+        } else {
+            Err(Error::corrupt(self.label(), 0, format!("raw image has no file {slot}")))
+        }
+    }
+
+    fn file_id(&self, _slot: FileSlot) -> u64 {
+        self.id
+    }
+
+    fn fingerprint(&self) -> Result<[u8; 32]> {
+        let mut hash = blake3::Hasher::new();
+        hash.update(b"raw").update(&self.size.to_le_bytes());
+        let mut page = [0u8; 4096];
+        let samples = 64;
+        for i in 0..samples {
+            let offset = self.size / samples * i;
+            let len = usize::try_from(self.size - offset).unwrap_or(usize::MAX).min(page.len());
+            let part = page.get_mut(..len).unwrap_or_default();
+            self.storage.read_at(offset, part).map_err(|e| Error::io(self.label(), "read", offset, e))?;
+            hash.update(part);
+        }
+        Ok(*hash.finalize().as_bytes())
+    }
+
+    fn unpack(&self, block: &BlockRef, _need: usize, _out: &mut Vec<u8>) -> Result<()> {
+        Err(Error::corrupt(self.label(), block.offset, "a raw image has no packed blocks"))
+    }
+}

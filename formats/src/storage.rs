@@ -1,0 +1,50 @@
+//! Bytes at rest: positional, shared, never seeking.
+//!
+//! Invariants
+//! - Every method takes `&self`; any number of threads may call at once.
+//! - `read_at` fills the whole buffer or fails; a read past the end is `UnexpectedEof`.
+//! - Nothing is durable before [`Storage::sync`] has returned `Ok`. A failed sync proves nothing
+//!   about earlier writes, and a later successful one does not either (Rebello et al., ATC 2020).
+//!
+//! Not here: names and folders. Whoever opens a storage knows where it came from and what
+//! [`Storage::label`] should say.
+
+mod file;
+mod memory;
+
+pub use file::{Access, FileStorage};
+pub use memory::MemoryStorage;
+
+use std::{fmt::Debug, io};
+
+/// One file, object or byte buffer.
+pub trait Storage: Debug + Send + Sync {
+    /// Name for messages: a path or a URI.
+    fn label(&self) -> &str;
+
+    /// Length in bytes.
+    fn len(&self) -> io::Result<u64>;
+
+    /// Fills `buf` from `offset`, or fails.
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+
+    /// Writes all of `buf` at `offset`, growing the storage where needed.
+    fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()>;
+
+    /// Whether bytes are stored at `offset`, and for how many bytes of `1..=len_max` that answer holds.
+    /// `false` is a hole that reads as zeros; a storage that cannot tell says `true` for all.
+    fn allocated(&self, offset: u64, len_max: u64) -> io::Result<(bool, u64)>;
+
+    /// Makes `offset..offset + len` read as zeros and gives its space back where that is possible.
+    /// The length of the storage does not change; a range past the end is cut.
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Cuts or extends (with zeros, sparse) to `len` bytes.
+    fn set_len(&self, len: u64) -> io::Result<()>;
+
+    /// Asks for write-back of a range to begin. A hint: no durability, errors only if the call itself is refused.
+    fn start_writeback(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Makes everything written so far durable (data and length).
+    fn sync(&self) -> io::Result<()>;
+}

@@ -1,0 +1,20 @@
+//! Tests by promise, one module each, in one binary.
+
+mod skeleton {
+    use std::sync::Arc;
+
+    use aquifer_formats::{raw::RawLayer, storage::MemoryStorage};
+    use aquifer_vdisk::{BlockCache, Chain, Disk};
+
+    #[test]
+    fn a_raw_image_reads_back() {
+        let bytes: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
+        let layer = RawLayer::open(Arc::new(MemoryStorage::new("m", bytes.clone()))).expect("open");
+        let chain = Chain::new(vec![Arc::new(layer)], Arc::new(BlockCache::new(1 << 20))).expect("chain");
+        let disk = Disk::read_only("d", Arc::new(chain));
+        let mut out = vec![0; 5000];
+        disk.read(7_777, &mut out).expect("read");
+        assert_eq!(out, bytes[7_777..12_777]);
+        assert!(disk.read(99_000, &mut out).is_err(), "past the end");
+    }
+}

@@ -1,0 +1,1 @@
+//! What the tests by promise share: the oracle, faults, crash images, fixtures, peers.

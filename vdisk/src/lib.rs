@@ -1,0 +1,27 @@
+//! One virtual disk from many layers.
+//!
+//! - [`Chain`]: restore points stacked into one read-only disk; a read costs the same at any depth.
+//! - [`BlockCache`]: decoded blocks under one byte budget, one decode however many wait.
+//! - [`Overlay`]: the durable writable top of a recovery.
+//! - [`Disk`]: what every door and every job reads and writes: a chain, and perhaps an overlay.
+//! - [`Hydrator`]: fills the overlay from the chain while the machine works.
+//!
+//! Invariants
+//! - At every instant each block a guest sees is its newest write, else the hydrated copy, else the
+//!   restore point's block read through the chain.
+//! - An acknowledged flush survives anything short of losing the overlay's own disk.
+//! - A read gives the right bytes or an error; never zeros for missing ones.
+//!
+//! Not here: sockets, mounts, processes (`aquifer-mount`); decoding of formats (`aquifer-formats`).
+
+pub mod cache;
+pub mod chain;
+pub mod disk;
+pub mod error;
+pub mod extent;
+
+pub use cache::BlockCache;
+pub use chain::Chain;
+pub use disk::{Disk, Zeroing};
+pub use error::{Error, Result};
+pub use extent::{Extent, ExtentKind};
