@@ -1,5 +1,7 @@
 //! Tests by promise, one module each, in one binary.
 
+mod tidy;
+
 mod skeleton {
     use std::sync::Arc;
 
