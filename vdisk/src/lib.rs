@@ -16,12 +16,14 @@
 
 pub mod cache;
 pub mod chain;
+pub mod delta;
 pub mod disk;
 pub mod error;
 pub mod extent;
 
 pub use cache::BlockCache;
 pub use chain::Chain;
+pub use delta::Delta;
 pub use disk::{Disk, Zeroing};
 pub use error::{Error, Result};
 pub use extent::{Extent, ExtentKind};
