@@ -94,6 +94,12 @@ pub trait Layer: Debug + Send + Sync {
     /// though it may have to read metadata.
     fn lookup(&self, offset: u64, len_max: u64) -> Result<(Content, u64)>;
 
+    /// Tells `each` every run of `offset..offset + len` that is not `Absent`, in order, as
+    /// `(offset, len, content)`: the answers of `lookup`, in bulk. Merged maps and deltas are built
+    /// by it, so tables read on the way need not be kept. The range is cut at the end of the disk.
+    /// After an error, what was told before it still holds.
+    fn scan(&self, offset: u64, len: u64, each: &mut dyn FnMut(u64, u64, Content)) -> Result<()>;
+
     /// The file behind a slot, for `Plain` content. Panics never: an unknown slot is an error.
     fn file(&self, slot: FileSlot) -> Result<&Arc<dyn Storage>>;
 
@@ -109,4 +115,27 @@ pub trait Layer: Debug + Send + Sync {
     /// delivered (`need <= raw_len`); a codec that cannot stop early delivers all. The stored bytes are checked
     /// whole, however little is decoded.
     fn unpack(&self, block: &BlockRef, need: usize, out: &mut Vec<u8>) -> Result<()>;
+}
+
+/// [`Layer::scan`] by way of [`Layer::lookup`], for layers that have no quicker way.
+///
+/// # Errors
+/// The first one that a lookup reports.
+pub fn scan_by_lookup<L: Layer + ?Sized>(
+    layer: &L,
+    offset: u64,
+    len: u64,
+    each: &mut dyn FnMut(u64, u64, Content),
+) -> Result<()> {
+    let end = offset.saturating_add(len).min(layer.size());
+    let mut at = offset;
+    while at < end {
+        let (content, n) = layer.lookup(at, end - at)?;
+        if content != Content::Absent {
+            each(at, n, content);
+        }
+        // A lookup that answers for nothing would never end.
+        at = at.saturating_add(n.max(1));
+    }
+    Ok(())
 }

@@ -16,7 +16,7 @@ pub mod raw;
 pub mod storage;
 
 pub use error::{Error, Result};
-pub use layer::{BlockRef, Codec, Content, FileSlot, Layer};
+pub use layer::{BlockRef, Codec, Content, FileSlot, Layer, scan_by_lookup};
 pub use storage::Storage;
 
 /// Smallest unit any map in this workspace speaks of, in bytes.

@@ -7,7 +7,7 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-use crate::{BlockRef, Content, Error, FileSlot, Layer, Result, Storage};
+use crate::{BlockRef, Content, Error, FileSlot, Layer, Result, Storage, scan_by_lookup};
 
 /// Gives out identities for [`Layer::file_id`].
 pub fn next_file_id() -> u64 {
@@ -54,6 +54,10 @@ impl Layer for RawLayer {
         let (stored, len) =
             self.storage.allocated(offset, len_max.min(left)).map_err(|e| Error::io(self.label(), "map", offset, e))?;
         Ok((if stored { Content::Plain { file: 0, offset } } else { Content::Zero }, len))
+    }
+
+    fn scan(&self, offset: u64, len: u64, each: &mut dyn FnMut(u64, u64, Content)) -> Result<()> {
+        scan_by_lookup(self, offset, len, each)
     }
 
     fn file(&self, slot: FileSlot) -> Result<&Arc<dyn Storage>> {

@@ -28,6 +28,10 @@ pub trait Storage: Debug + Send + Sync {
     /// Fills `buf` from `offset`, or fails.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
 
+    /// As [`Storage::read_at`], but only where nothing has to be waited for (bytes in memory, or in
+    /// the page cache): `Ok(false)` leaves `buf` in any state. A storage that cannot tell says `false`.
+    fn read_now(&self, offset: u64, buf: &mut [u8]) -> io::Result<bool>;
+
     /// Writes all of `buf` at `offset`, growing the storage where needed.
     fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()>;
 

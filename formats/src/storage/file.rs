@@ -9,7 +9,10 @@ use std::{
     path::Path,
 };
 
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::{
+    fs::{FallocateFlags, fallocate},
+    io::ReadWriteFlags,
+};
 
 use super::Storage;
 use crate::{Error, Result};
@@ -81,6 +84,16 @@ impl Storage for FileStorage {
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(buf, offset)
+    }
+
+    fn read_now(&self, offset: u64, buf: &mut [u8]) -> io::Result<bool> {
+        let wanted = buf.len();
+        let mut parts = [io::IoSliceMut::new(buf)];
+        match rustix::io::preadv2(&self.file, &mut parts, offset, ReadWriteFlags::NOWAIT) {
+            Ok(got) => Ok(got == wanted),
+            // Not in the page cache, or a file system that cannot say so: somebody who may wait asks again.
+            Err(_) => Ok(false),
+        }
     }
 
     fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
