@@ -1,0 +1,47 @@
+# Each of `make demo` and `make test` works as the first command after a clone, on a plain Debian 12 machine
+# with root (or sudo) and cargo: the first step installs what is missing.
+SHELL := /bin/bash
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+CARGO ?= cargo
+BIN := target/release/aquifer
+
+.PHONY: help setup build test test-long bench lint deny man demo clean
+
+help:            ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup:           ## install the packages that building, testing and the demo need
+	@scripts/setup.sh
+
+build: setup     ## the release binary, target/release/aquifer
+	$(CARGO) build --release --locked -p aquifer
+
+test: setup      ## everything that must hold, in minutes
+	$(CARGO) build --locked -p aquifer
+	$(CARGO) test --workspace --locked --quiet
+
+test-long: setup ## the same with many more cases, whole guests and the licence gate
+	$(CARGO) build --release --locked -p aquifer
+	AQUIFER_TEST_SCALE=$${AQUIFER_TEST_SCALE:-20} AQUIFER_TEST_LONG=1 $(CARGO) test --workspace --locked --release --quiet
+	$(MAKE) deny
+
+bench: build     ## figures against the peers, in one run
+	$(CARGO) bench --locked -p aquifer-benches
+
+lint:            ## format and clippy, as the gate runs them
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked --quiet -- -D warnings
+
+deny:            ## licences, bans and advisories
+	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
+	$(CARGO) deny check
+
+man: build       ## man pages into target/man
+	$(BIN) man --out target/man
+
+demo: build      ## a real guest: backed up, deleted, recovered, pivoted live, compared file by file
+	scripts/demo.py --aquifer $(BIN) $(DEMO_FLAGS)
+
+clean:           ## everything this folder built
+	$(CARGO) clean
+	rm -rf demo-work
