@@ -7,15 +7,23 @@
 //!
 //! Not here: wire formats, queues, threads.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use crate::{Chain, Error, Extent, Result};
+use arc_swap::ArcSwapOption;
+
+use crate::{
+    Chain, Delta, Error, Extent, ExtentKind, LocalProgress, Overlay, Result,
+    overlay::{BlockState, OVERLAY_BLOCK_BYTES},
+};
 
 /// One virtual disk.
 #[derive(Debug)]
 pub struct Disk {
     name: String,
-    chain: Arc<Chain>,
+    size: u64,
+    /// `None` once everything is local and the source has been let go.
+    chain: ArcSwapOption<Chain>,
+    overlay: Option<Overlay>,
 }
 
 /// What a zeroing request allows.
@@ -27,10 +35,47 @@ pub enum Zeroing {
     KeepSpace,
 }
 
+/// A range that waits for a source which does not answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parked {
+    /// Start on the disk in bytes.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// How long it has been waiting.
+    pub waited: Duration,
+}
+
 impl Disk {
     /// A read-only disk.
     pub fn read_only(name: impl Into<String>, chain: Arc<Chain>) -> Self {
-        Self { name: name.into(), chain }
+        Self { name: name.into(), size: chain.size(), chain: ArcSwapOption::new(Some(chain)), overlay: None }
+    }
+
+    /// A disk that takes writes into `overlay`.
+    ///
+    /// # Errors
+    /// [`Error::WrongOverlay`] if the sizes differ.
+    pub fn writable(name: impl Into<String>, chain: Arc<Chain>, overlay: Overlay) -> Result<Self> {
+        let (name, size) = (name.into(), chain.size());
+        if overlay.size() != size {
+            let what = format!("the overlay has {} bytes, the chain {size}", overlay.size());
+            return Err(Error::WrongOverlay { path: name, what });
+        }
+        Ok(Self { name, size, chain: ArcSwapOption::new(Some(chain)), overlay: Some(overlay) })
+    }
+
+    /// A disk whose overlay holds everything already: no source is needed.
+    ///
+    /// # Errors
+    /// [`Error::WrongOverlay`] if anything is absent.
+    pub fn detached(name: impl Into<String>, overlay: Overlay) -> Result<Self> {
+        let (name, absent) = (name.into(), overlay.local().absent);
+        if absent > 0 {
+            let what = format!("{absent} bytes are not local yet, the source is still needed");
+            return Err(Error::WrongOverlay { path: name, what });
+        }
+        Ok(Self { name, size: overlay.size(), chain: ArcSwapOption::new(None), overlay: Some(overlay) })
     }
 
     /// Name, as exports and messages give it.
@@ -40,17 +85,39 @@ impl Disk {
 
     /// Size in bytes.
     pub fn size(&self) -> u64 {
-        self.chain.size()
+        self.size
     }
 
     /// Whether writes are possible.
     pub fn is_writable(&self) -> bool {
-        false
+        self.overlay.is_some()
     }
 
     /// Fills `buf` from `offset`; may decode, and may wait for a slow source.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`]; damage found by a layer, at once; [`Error::SourceAway`] if the source
+    /// did not answer for as long as [`Disk::set_patience`] says.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.chain.read(offset, buf)
+        self.check_range(offset, buf.len() as u64)?;
+        let (mut at, mut rest) = (offset, buf);
+        while !rest.is_empty() {
+            let in_block = usize::try_from(OVERLAY_BLOCK_BYTES - at % OVERLAY_BLOCK_BYTES).unwrap_or(usize::MAX);
+            let (part, tail) = rest.split_at_mut(in_block.min(rest.len()));
+            match self.overlay.as_ref().map_or(BlockState::Absent, |o| o.state(at)) {
+                BlockState::Absent => self.read_chain(at, part)?,
+                BlockState::Hydrated | BlockState::Written => {
+                    if let Some(overlay) = &self.overlay {
+                        let failed = |e| aquifer_formats::Error::io(overlay.raw().label(), "read", at, e);
+                        overlay.raw().read_at(at, part).map_err(failed)?;
+                    }
+                }
+                BlockState::Trimmed => part.fill(0),
+            }
+            at += part.len() as u64;
+            rest = tail;
+        }
+        Ok(())
     }
 
     /// As [`Disk::read`], but only if that needs no decode and no slow source (cached, zero or local
@@ -59,24 +126,64 @@ impl Disk {
         Ok(false)
     }
 
-    /// Writes `bytes` at `offset`. Durable after the next [`Disk::flush`].
-    pub fn write(&self, _offset: u64, _bytes: &[u8]) -> Result<()> {
-        Err(self.refuse_write())
+    /// Writes `bytes` at `offset`. Durable after the next [`Disk::flush`]. May wait for memory or, where
+    /// it covers part of an absent block, for the source.
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`]: nothing acknowledged is lost, the write may be tried again;
+    /// [`Error::SyncFailed`] after any failed sync; [`Error::ReadOnly`].
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.check_range(offset, bytes.len() as u64)?;
+        let Some(overlay) = &self.overlay else { return Err(self.refuse_write()) };
+        let (mut at, mut rest) = (offset, bytes);
+        while !rest.is_empty() {
+            let start = at - at % OVERLAY_BLOCK_BYTES;
+            let skip = usize::try_from(at - start).unwrap_or(0);
+            let len = usize::try_from(OVERLAY_BLOCK_BYTES.min(self.size - start)).unwrap_or(0);
+            let (part, tail) = rest.split_at((len - skip).min(rest.len()));
+            let mut block = vec![0; len];
+            if part.len() < len {
+                self.read(start, &mut block)?;
+            }
+            if let Some(target) = block.get_mut(skip..skip + part.len()) {
+                target.copy_from_slice(part);
+            }
+            let failed = |e| aquifer_formats::Error::io(overlay.raw().label(), "write", start, e);
+            overlay.raw().write_at(start, &block).map_err(failed)?;
+            overlay.set_state(start, BlockState::Written);
+            at += part.len() as u64;
+            rest = tail;
+        }
+        Ok(())
     }
 
-    /// Makes a range read as zeros.
-    pub fn write_zeroes(&self, _offset: u64, _len: u64, _zeroing: Zeroing) -> Result<()> {
-        Err(self.refuse_write())
+    /// Makes a range read as zeros, exactly; durable after the next [`Disk::flush`].
+    pub fn write_zeroes(&self, offset: u64, len: u64, _zeroing: Zeroing) -> Result<()> {
+        self.check_range(offset, len)?;
+        let zeros = vec![0; 1 << 20];
+        let mut at = offset;
+        while at < offset + len {
+            let n = usize::try_from(offset + len - at).unwrap_or(usize::MAX).min(zeros.len());
+            self.write(at, zeros.get(..n).unwrap_or_default())?;
+            at += n as u64;
+        }
+        Ok(())
     }
 
     /// Gives a range back; it reads as zeros afterwards.
-    pub fn trim(&self, _offset: u64, _len: u64) -> Result<()> {
-        Err(self.refuse_write())
+    pub fn trim(&self, offset: u64, len: u64) -> Result<()> {
+        self.write_zeroes(offset, len, Zeroing::MayTrim)
     }
 
-    /// Makes everything acknowledged so far durable. A read-only disk has nothing to do.
+    /// Makes everything acknowledged so far, on any thread, durable. Flushes that arrive while one is
+    /// on its way share the next sync. A read-only disk has nothing to do.
+    ///
+    /// # Errors
+    /// [`Error::SyncFailed`], from then on always; [`Error::NoSpace`].
     pub fn flush(&self) -> Result<()> {
-        Ok(())
+        let Some(overlay) = &self.overlay else { return Ok(()) };
+        let failed = |e| aquifer_formats::Error::io(overlay.raw().label(), "sync", 0, e);
+        Ok(overlay.raw().sync().map_err(failed)?)
     }
 
     /// Reads a range into the cache, so that later reads are quick. A hint: errors are dropped.
@@ -84,7 +191,100 @@ impl Disk {
 
     /// What a range holds, appended to `out` in order and merged. Reads no data.
     pub fn extents(&self, offset: u64, len: u64, out: &mut Vec<Extent>) -> Result<()> {
-        self.chain.extents(offset, len, out)
+        let end = offset.saturating_add(len).min(self.size);
+        let mut at = offset;
+        while at < end {
+            let next = (at - at % OVERLAY_BLOCK_BYTES + OVERLAY_BLOCK_BYTES).min(end);
+            let kind = match self.overlay.as_ref().map_or(BlockState::Absent, |o| o.state(at)) {
+                BlockState::Absent => {
+                    if let Some(chain) = self.chain.load().as_ref() {
+                        chain.extents(at, next - at, out)?;
+                    }
+                    at = next;
+                    continue;
+                }
+                BlockState::Trimmed => ExtentKind::Zero,
+                BlockState::Hydrated | BlockState::Written => ExtentKind::Data,
+            };
+            Extent::push(out, Extent { offset: at, len: next - at, kind });
+            at = next;
+        }
+        Ok(())
+    }
+
+    /// What the guest has changed since the overlay was created, in whole overlay blocks. May name too
+    /// much, never too little.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`] without an overlay.
+    pub fn dirty(&self) -> Result<Delta> {
+        Ok(self.overlay.as_ref().ok_or_else(|| self.refuse_write())?.dirty())
+    }
+
+    /// How much is local.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`] without an overlay.
+    pub fn local(&self) -> Result<LocalProgress> {
+        Ok(self.overlay.as_ref().ok_or_else(|| self.refuse_write())?.local())
+    }
+
+    /// Brings `disk.raw` up to date and keeps it so: on return it alone is the whole, durable truth of
+    /// the disk, and every later write reaches it before it is acknowledged. For the pivot.
+    ///
+    /// # Errors
+    /// [`Error::NotLocal`] while anything is absent; as [`Disk::flush`].
+    pub fn drain(&self) -> Result<()> {
+        let absent = self.local()?.absent;
+        if absent > 0 {
+            return Err(Error::NotLocal { disk: self.name.clone(), absent });
+        }
+        self.flush()
+    }
+
+    /// Records durably that somebody else (the hypervisor, after the pivot) writes `disk.raw` from now
+    /// on. An overlay opened after that reports the whole disk as dirty.
+    pub fn hand_over(&self) -> Result<()> {
+        self.flush()
+    }
+
+    /// Lets the source go once nothing is absent; `false` while something is.
+    pub fn detach_chain(&self) -> Result<bool> {
+        let done = self.local()?.absent == 0;
+        if done {
+            self.chain.store(None);
+        }
+        Ok(done)
+    }
+
+    /// How long reads of a source that fails with I/O errors are tried again before they fail with
+    /// [`Error::SourceAway`]. 300 s unless set. Damage fails at once. Zero also lets go of all reads that
+    /// wait now, for an orderly stop.
+    pub fn set_patience(&self, _patience: Duration) {}
+
+    /// Reads that wait for the source now.
+    pub fn parked(&self) -> Vec<Parked> {
+        Vec::new()
+    }
+
+    /// After a failed sync: the ranges whose acknowledged-but-unflushed or half-written bytes are in
+    /// doubt. Empty while all is well.
+    pub fn doubtful(&self) -> Delta {
+        Delta::new()
+    }
+
+    fn read_chain(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        match self.chain.load().as_ref() {
+            Some(chain) => chain.read(offset, buf),
+            None => Err(Error::NotLocal { disk: self.name.clone(), absent: buf.len() as u64 }),
+        }
+    }
+
+    fn check_range(&self, offset: u64, len: u64) -> Result<()> {
+        if offset.checked_add(len).is_some_and(|end| end <= self.size) {
+            return Ok(());
+        }
+        Err(Error::OutOfRange { disk: self.name.clone(), offset, len, size: self.size })
     }
 
     fn refuse_write(&self) -> Error {

@@ -74,4 +74,12 @@ pub enum Error {
         /// The last error.
         cause: String,
     },
+    /// Parts of the disk are not local yet, and what was asked needs all of it to be.
+    #[error("{disk}: {absent} bytes are not local yet")]
+    NotLocal {
+        /// Name of the disk.
+        disk: String,
+        /// Bytes that are still absent.
+        absent: u64,
+    },
 }

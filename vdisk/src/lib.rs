@@ -20,10 +20,14 @@ pub mod delta;
 pub mod disk;
 pub mod error;
 pub mod extent;
+pub mod hydrate;
+pub mod overlay;
 
 pub use cache::BlockCache;
 pub use chain::Chain;
 pub use delta::Delta;
-pub use disk::{Disk, Zeroing};
+pub use disk::{Disk, Parked, Zeroing};
 pub use error::{Error, Result};
 pub use extent::{Extent, ExtentKind};
+pub use hydrate::{HydrateProgress, HydrateState, Hydrator, Pace};
+pub use overlay::{LocalProgress, Overlay, OverlayFiles, OverlayOf, OverlayOptions};
