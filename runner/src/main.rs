@@ -1,3 +1,5 @@
 //! The one binary: `aquifer`.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    aquifer_runner::main(std::env::args_os())
+}

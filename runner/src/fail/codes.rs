@@ -1,0 +1,154 @@
+//! Every `E_` and `W_` code: its name, its exit code, whether trying again may help, and what
+//! `aquifer explain` says about it.
+//!
+//! Invariants
+//! - A code exists only here; a code without an explanation cannot be written down.
+//! - Exit codes: 2 failed, 3 refused by state, 4 usage, 10 no repository, 11 busy or leased, 12 key or
+//!   access, 13 timeout or unreachable, 14 damage found, 130 and 143 interrupted.
+
+macro_rules! codes {
+    ($($variant:ident $name:literal $exit:literal $again:ident $text:literal)*) => {
+        /// Why something failed, or what a warning is about.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Code {
+            $(#[doc = $text] $variant,)*
+        }
+
+        impl Code {
+            /// Every code, in the order of the table.
+            pub const ALL: &'static [Code] = &[$(Code::$variant,)*];
+
+            /// The name people and scripts see: `E_...` for errors, `W_...` for warnings.
+            pub fn name(self) -> &'static str {
+                match self { $(Code::$variant => $name,)* }
+            }
+
+            /// The exit code a failure with this code gives; 1 for warnings.
+            pub fn exit(self) -> u8 {
+                match self { $(Code::$variant => $exit,)* }
+            }
+
+            /// Whether the same command may succeed later with nothing changed by hand.
+            pub fn retryable(self) -> bool {
+                match self { $(Code::$variant => codes!(@$again),)* }
+            }
+
+            /// What it means and what to do, in plain words.
+            pub fn text(self) -> &'static str {
+                match self { $(Code::$variant => $text,)* }
+            }
+        }
+    };
+    (@later) => { true };
+    (@never) => { false };
+}
+
+codes! {
+    Usage "E_USAGE" 4 never
+        "The command line does not say anything that can be done: an unknown option, a missing value, two options that exclude each other. Nothing was changed. `aquifer VERB --help` shows what the verb takes."
+    Source "E_SOURCE" 4 never
+        "The word given as SOURCE cannot be read as one. A SOURCE is a path (a word with `/`, or an existing file), `raw:PATH`, an NBD URI (`nbd://`, `nbds://`, `nbd+unix://`), or MACHINE[@POINT][:DISK] where POINT is `latest`, `latest~2`, an RFC 3339 time with a zone, or the first characters of a point id. Times without a zone are refused because they would mean another point on another machine."
+    Unit "E_UNIT" 4 never
+        "A size, rate or duration lacks its unit. Rates in particular are read as KiB/s by one tool and MiB/s by the next, so a bare number is refused: write `200MiB/s`, `200MB/s` or `1Gbit/s`; durations as `30s`, `10m`, `2h`."
+    Config "E_CONFIG" 4 never
+        "The site file cannot be used: it is not TOML, has an unknown key, or names something that is not there. The message says the line and column and the nearest known name. `aquifer config check` reads the file and changes nothing."
+    Confirm "E_CONFIRM" 4 never
+        "The command destroys something and nobody confirmed it: there is no terminal to ask on and `--yes` was not given. Nothing was changed. Run it with `-n` to see what would be lost, then with `--yes`."
+    Ambiguous "E_AMBIGUOUS" 4 never
+        "A name or id prefix fits more than one thing. The candidates are listed; give more characters, or `--disk NAME` where the question is which disk."
+    NotFound "E_NOT_FOUND" 2 never
+        "A file, machine, restore point, disk, session or export of that name does not exist. The message lists what does exist there, where that is known."
+    Exists "E_EXISTS" 3 never
+        "The target exists already and is never overwritten. Choose another name, or remove it yourself."
+    State "E_STATE" 3 never
+        "The operation is not possible in the present state. The message says which state it has, which one is needed and which operations are possible now."
+    Refused "E_REFUSED" 3 never
+        "A rule forbids it: a path that leads out of the image's own folder, a format that would have to be guessed from bytes a guest could have written, a listener on the network without TLS, a file inside a recovery session used as a source. The message names the option that allows it, where there is one."
+    ForeignOwner "E_FOREIGN_OWNER" 3 never
+        "The repository or chain is stamped by another owner. Two owners writing one chain would break it. Reading is always possible."
+    PointIncomplete "E_POINT_INCOMPLETE" 3 never
+        "The restore point was never committed: its writer is still at work or was interrupted. It is invisible to readers. Run the same backup again; it resumes."
+    Failed "E_FAILED" 2 never
+        "The command did not reach its end. The message and the lines before it say where it stopped."
+    Io "E_IO" 2 never
+        "The operating system failed a call. The message has the file, the offset and the system's own error name."
+    Capacity "E_CAPACITY" 2 later
+        "A file system or a quota is full. Nothing that was acknowledged is lost; free space and run the command again."
+    Unsupported "E_UNSUPPORTED" 2 never
+        "The file is valid but uses a feature this build does not read or write, or the combination of options is not supported. The feature is named."
+    OutOfRange "E_RANGE" 2 never
+        "A range lies outside the disk or file. Nothing was read or written; ask for a range within the size that the message names."
+    ReadOnly "E_READ_ONLY" 2 never
+        "A write to something that is served or opened read-only. `mount --writable` gives a scratch overlay; the source itself is never written."
+    Tool "E_TOOL" 2 never
+        "A program that is needed is missing, too old, or ended with an error. `aquifer doctor` checks all of them and prints the commands that install them."
+    Guest "E_GUEST" 2 never
+        "The guest or its hypervisor process ended or did not reach the expected state. Its log is named in the message."
+    Child "E_CHILD" 2 never
+        "The command given with `--run` could not be started. (When it starts and fails, its own exit code is passed on.)"
+    Bug "E_BUG" 2 never
+        "A fault in aquifer itself. Whatever was acknowledged is safe; please report the message together with the command."
+    NoRepository "E_NO_REPOSITORY" 10 never
+        "No repository was named, or there is none at that place. Name one with `-r DIR`, the variable AQUIFER_REPO or `repository` in the site file; make one with `aquifer -r DIR init`."
+    RepoOffline "E_REPO_OFFLINE" 13 later
+        "The repository's storage does not answer."
+    Busy "E_BUSY" 11 later
+        "Another operation holds what is needed; the holder is named. Try again when it is done. A dead holder's lease runs out by itself: nothing has to be unlocked by hand."
+    PointInUse "E_POINT_IN_USE" 11 later
+        "The restore point is being read: mounted, recovered from, copied or verified. `aquifer leases` names the reader. Retention never deletes a point that is read."
+    FileLocked "E_FILE_LOCKED" 11 later
+        "A file is locked by another process. QEMU, for one, locks the images of running machines; back them up over NBD or when the machine is off."
+    Key "E_KEY" 12 never
+        "A key is needed and is missing or wrong. Nothing was read in part."
+    Access "E_ACCESS" 12 never
+        "The operating system denies access (EACCES or EPERM), or the peer refused the certificate. The message names the file or peer and what was tried."
+    Timeout "E_TIMEOUT" 13 later
+        "What was waited for did not come within the time allowed."
+    Net "E_NET" 13 later
+        "A peer cannot be reached or broke the connection."
+    BlockCorrupt "E_BLOCK_CORRUPT" 14 never
+        "Stored bytes do not match their checksum. Only the ranges named are affected; everything else reads correctly. The tool never returns other bytes instead. `aquifer verify SOURCE` lists all damage; another copy of the point, or the next backup, has the data."
+    Corrupt "E_CORRUPT" 14 never
+        "A structure of the file contradicts its format. The file and offset are named."
+    Truncated "E_TRUNCATED" 14 never
+        "The file ends before something it declares; it was cut short, perhaps by an interrupted copy."
+    ChainBroken "E_CHAIN_BROKEN" 14 never
+        "A file that the restore point needs is missing or is not the one it was made on. Points that do not need it are not affected. Put the file back under its name, or use another point."
+    Interrupted "E_INTERRUPTED" 130 later
+        "SIGINT (Ctrl-C) asked for an orderly stop. What was acknowledged is safe; backup, verify and recovery go on from where they stopped when run again."
+    Terminated "E_TERMINATED" 143 later
+        "SIGTERM asked for an orderly stop. What was acknowledged is safe; backup, verify and recovery go on from where they stopped when run again."
+    WarnFallback "W_COMPARED" 1 never
+        "An increment was wanted from a changed-block bitmap, but the bitmap is missing, was invalidated by a crash or does not belong to the newest point. The whole disk was read and compared instead: the point is right, it only cost more reading. The next increment can use the bitmap again if it is made new."
+    WarnFull "W_FULL" 1 never
+        "An increment was wanted but a full point had to be made; the message says why and what it cost."
+    WarnLease "W_LEASE_EXPIRED" 1 never
+        "A lease whose holder has stopped renewing it was set aside. Its holder is named; if it is alive after all, its next write is refused."
+    WarnBitmapKept "W_BITMAP_KEPT" 1 never
+        "The source's bitmap still counts changes from an earlier point; aquifer does not write to sources, so it cannot clear it. Clear or renew it on the machine after a successful backup, else later increments read more than they need (never less)."
+    WarnInTheClear "W_IN_THE_CLEAR" 1 never
+        "Data is served over TCP without encryption because that was asked for explicitly."
+    WarnSkipped "W_SKIPPED" 1 never
+        "Something that was asked for was left out; the message says what and why."
+    WarnCheck "W_CHECK" 1 never
+        "`aquifer doctor` found something that limits what this machine can do; the command that repairs it is printed."
+    WarnInterrupted "W_RESUMED" 1 never
+        "An earlier run was interrupted; this one went on from what it had stored."
+    WarnHost "W_HOST" 1 never
+        "The host could not do everything that was asked for; the message says what was done instead."
+}
+
+impl Code {
+    /// The code of that name, in any case, with or without its `E_` or `W_`.
+    pub fn find(name: &str) -> Option<Code> {
+        let name = name.trim().to_ascii_uppercase();
+        let bare = |n: &str| n.trim_start_matches("E_").trim_start_matches("W_").to_owned();
+        let exact = Self::ALL.iter().find(|c| c.name() == name);
+        exact.or_else(|| Self::ALL.iter().find(|c| bare(c.name()) == bare(&name))).copied()
+    }
+
+    /// Whether it is a warning.
+    pub fn is_warning(self) -> bool {
+        self.name().starts_with("W_")
+    }
+}

@@ -1,0 +1,111 @@
+//! The one table from errors of the libraries and of the operating system to codes.
+
+use std::io;
+
+use aquifer_formats as formats;
+use aquifer_vdisk as vdisk;
+
+use super::{At, Code, Fail, errno_name};
+
+/// The code an error of the operating system stands for.
+fn code_of(error: &io::Error) -> Code {
+    use io::ErrorKind as Kind;
+    match error.kind() {
+        Kind::NotFound | Kind::NotADirectory => Code::NotFound,
+        Kind::PermissionDenied => Code::Access,
+        Kind::AlreadyExists | Kind::DirectoryNotEmpty => Code::Exists,
+        Kind::StorageFull | Kind::QuotaExceeded => Code::Capacity,
+        Kind::ResourceBusy | Kind::ExecutableFileBusy | Kind::AddrInUse => Code::Busy,
+        Kind::TimedOut => Code::Timeout,
+        Kind::ConnectionRefused
+        | Kind::ConnectionReset
+        | Kind::ConnectionAborted
+        | Kind::NotConnected
+        | Kind::HostUnreachable
+        | Kind::NetworkUnreachable
+        | Kind::NetworkDown => Code::Net,
+        Kind::UnexpectedEof => Code::Truncated,
+        Kind::Unsupported => Code::Unsupported,
+        Kind::StaleNetworkFileHandle => Code::RepoOffline,
+        _ => Code::Io,
+    }
+}
+
+pub(super) fn from_io(path: &str, action: &str, offset: Option<u64>, error: &io::Error) -> Fail {
+    let code = code_of(error);
+    let what = match code {
+        Code::NotFound => format!("{path} does not exist"),
+        Code::Access => format!("cannot {action} {path}: access denied"),
+        Code::Exists => format!("{path} exists already"),
+        Code::Capacity => format!("no space left to {action} {path}"),
+        Code::Busy => format!("cannot {action} {path}: it is in use"),
+        Code::Truncated => format!("{path} ends too early"),
+        _ => format!("cannot {action} {path}"),
+    };
+    let fail = Fail::new(code, what).at(path).cause(errno_name(error));
+    match offset {
+        Some(offset) if offset > 0 || action == "read" || action == "write" => fail.offset(offset),
+        _ => fail,
+    }
+}
+
+impl From<formats::Error> for Fail {
+    fn from(error: formats::Error) -> Self {
+        use formats::Error as E;
+        match error {
+            E::Io { path, action, offset, source } => from_io(&path, action, Some(offset), &source),
+            E::Corrupt { path, offset, what } => {
+                Fail::new(Code::Corrupt, format!("{path} is damaged")).at(path).offset(offset).cause(what)
+            }
+            E::BadBlock { path, offset, len, what } => {
+                Fail::new(Code::BlockCorrupt, format!("a stored block of {len} bytes in {path} is damaged"))
+                    .at(path)
+                    .offset(offset)
+                    .cause(what)
+            }
+            E::Truncated { path, len, need, what } => {
+                Fail::new(Code::Truncated, format!("{path} ends at {len} bytes, but {what} needs {need}"))
+                    .at(path)
+                    .offset(len)
+            }
+            E::ChainBroken { path, what } => {
+                Fail::new(Code::ChainBroken, format!("the chain is broken: {what}")).at(path)
+            }
+            E::Unsupported { path, what } => Fail::new(Code::Unsupported, format!("not supported: {what}")).at(path),
+            E::Refused { path, what } => Fail::new(Code::Refused, format!("refused: {what}")).at(path),
+            E::Key { path, what } => Fail::new(Code::Key, format!("a key is needed: {what}")).at(path),
+            E::OutOfRange { path, offset, len, size } => {
+                Fail::new(Code::OutOfRange, format!("range {offset}+{len} lies outside {size} bytes"))
+                    .at(path)
+                    .offset(offset)
+            }
+        }
+    }
+}
+
+impl From<vdisk::Error> for Fail {
+    fn from(error: vdisk::Error) -> Self {
+        use vdisk::Error as E;
+        match error {
+            E::Format(error) => error.into(),
+            E::ReadOnly { disk } => Fail::new(Code::ReadOnly, format!("{disk} is read-only")).at(disk),
+            E::OutOfRange { disk, offset, len, size } => {
+                Fail::new(Code::OutOfRange, format!("range {offset}+{len} lies outside {size} bytes"))
+                    .at(disk)
+                    .offset(offset)
+            }
+            E::NoSpace { path, what } => Fail::new(Code::Capacity, format!("no space left for {what}")).at(path),
+            E::SyncFailed { path, cause } => {
+                Fail::new(Code::Io, "an earlier sync failed; flushes are refused until the session is restarted")
+                    .at(path)
+                    .cause(cause)
+            }
+            E::WrongOverlay { path, what } => Fail::new(Code::State, what).at(path),
+            E::Busy { path, holder } => Fail::new(Code::Busy, format!("in use by process {holder}")).at(path),
+            E::SourceAway { offset, seconds, cause, .. } => Fail {
+                at: Some(At { path: "source".into(), offset: Some(offset), cause: Some(cause) }),
+                ..Fail::new(Code::Timeout, format!("the source did not answer for {seconds} s"))
+            },
+        }
+    }
+}

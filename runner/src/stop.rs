@@ -1,0 +1,95 @@
+//! Orderly stop: SIGINT and SIGTERM ask, a second SIGINT within 5 s insists, SIGUSR1 asks for a line
+//! of progress.
+//!
+//! Invariants
+//! - Work polls [`Stop::check`] between blocks and ends with what it has stored.
+//! - Signals are taken from the first call of [`Stop::listen`] on; before it the defaults hold.
+//!
+//! Not here: what stopping means for a verb.
+
+use std::{
+    io,
+    sync::atomic::{AtomicBool, AtomicI32, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use parking_lot::{Condvar, Mutex};
+use signal_hook::{
+    consts::{SIGINT, SIGTERM, SIGUSR1},
+    iterator::Signals,
+};
+
+use crate::fail::{Code, Fail, Result};
+
+static SIGNAL: AtomicI32 = AtomicI32::new(0);
+static STATUS: AtomicBool = AtomicBool::new(false);
+static CHANGED: (Mutex<()>, Condvar) = (Mutex::new(()), Condvar::new());
+const INSIST_WITHIN: Duration = Duration::from_secs(5);
+
+/// The process's wish to stop.
+#[derive(Clone, Copy, Debug)]
+pub struct Stop(());
+
+impl Stop {
+    /// Takes over SIGINT, SIGTERM and SIGUSR1 of the process; once is enough.
+    pub fn listen() -> io::Result<Self> {
+        static LISTENING: Mutex<bool> = Mutex::new(false);
+        let mut listening = LISTENING.lock();
+        if !*listening {
+            let mut signals = Signals::new([SIGINT, SIGTERM, SIGUSR1])?;
+            thread::Builder::new().name("signals".into()).spawn(move || serve(&mut signals))?;
+            *listening = true;
+        }
+        Ok(Self(()))
+    }
+
+    /// Whether somebody asked to stop.
+    pub fn is_asked(self) -> bool {
+        SIGNAL.load(Ordering::SeqCst) != 0
+    }
+
+    /// Fails with the interruption, if somebody asked to stop.
+    pub fn check(self) -> Result<()> {
+        match SIGNAL.load(Ordering::SeqCst) {
+            0 => Ok(()),
+            SIGTERM => Err(Fail::new(Code::Terminated, "stopped by SIGTERM")),
+            _ => Err(Fail::new(Code::Interrupted, "stopped by SIGINT")),
+        }
+    }
+
+    /// Waits until somebody asks to stop, at most `limit`; true if so.
+    pub fn wait(self, limit: Duration) -> bool {
+        let until = Instant::now() + limit;
+        let mut guard = CHANGED.0.lock();
+        while !self.is_asked() {
+            if CHANGED.1.wait_until(&mut guard, until).timed_out() {
+                break;
+            }
+        }
+        self.is_asked()
+    }
+}
+
+/// Whether SIGUSR1 came since the last call.
+pub(crate) fn take_status_request() -> bool {
+    STATUS.swap(false, Ordering::SeqCst)
+}
+
+fn serve(signals: &mut Signals) {
+    let mut asked_at: Option<Instant> = None;
+    for signal in signals.forever() {
+        if signal == SIGUSR1 {
+            STATUS.store(true, Ordering::SeqCst);
+            continue;
+        }
+        let insists = signal == SIGINT && asked_at.is_some_and(|at| at.elapsed() < INSIST_WITHIN);
+        if insists {
+            std::process::exit(i32::from(Code::Interrupted.exit()));
+        }
+        asked_at = Some(Instant::now());
+        SIGNAL.store(signal, Ordering::SeqCst);
+        let _guard = CHANGED.0.lock();
+        CHANGED.1.notify_all();
+    }
+}
