@@ -73,7 +73,6 @@ pub struct Confirm {
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
-#[expect(clippy::large_enum_variant, reason = "one value per process")]
 pub enum Verb {
     /// Say what a source holds: format, disks, sizes, points, machine
     Info(verb::info::Args),

@@ -102,6 +102,9 @@ impl From<vdisk::Error> for Fail {
             }
             E::WrongOverlay { path, what } => Fail::new(Code::State, what).at(path),
             E::Busy { path, holder } => Fail::new(Code::Busy, format!("in use by process {holder}")).at(path),
+            E::NotLocal { disk, absent } => {
+                Fail::new(Code::State, format!("{absent} bytes of {disk} are not local yet")).at(disk)
+            }
             E::SourceAway { offset, seconds, cause, .. } => Fail {
                 at: Some(At { path: "source".into(), offset: Some(offset), cause: Some(cause) }),
                 ..Fail::new(Code::Timeout, format!("the source did not answer for {seconds} s"))
