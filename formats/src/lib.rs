@@ -10,13 +10,18 @@
 //! Not here: chains, caches, overlays (`aquifer-vdisk`); sockets and mounts (`aquifer-mount`);
 //! anything that prints, reads the environment or exits.
 
+pub mod codec;
 pub mod error;
+pub mod gate;
 pub mod layer;
+pub mod probe;
 pub mod raw;
 pub mod storage;
 
 pub use error::{Error, Result};
+pub use gate::{Gate, Passage};
 pub use layer::{BlockRef, Codec, Content, FileSlot, Layer, scan_by_lookup};
+pub use probe::Format;
 pub use storage::Storage;
 
 /// Smallest unit any map in this workspace speaks of, in bytes.

@@ -18,6 +18,10 @@ pub use memory::MemoryStorage;
 use std::{fmt::Debug, io};
 
 /// One file, object or byte buffer.
+#[expect(
+    clippy::len_without_is_empty,
+    reason = "a length here is a system call that can fail; nobody asks for emptiness"
+)]
 pub trait Storage: Debug + Send + Sync {
     /// Name for messages: a path or a URI.
     fn label(&self) -> &str;

@@ -142,7 +142,7 @@ impl Storage for FileStorage {
 }
 
 fn write_zeros(file: &File, mut offset: u64, end: u64) -> io::Result<()> {
-    const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+    static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
     while offset < end {
         let len = usize::try_from(end - offset).unwrap_or(usize::MAX).min(ZEROS.len());
         file.write_all_at(ZEROS.get(..len).unwrap_or(&ZEROS), offset)?;

@@ -1,0 +1,137 @@
+//! Which format a file has, told by its first bytes.
+//!
+//! Invariants
+//! - [`Format::Raw`] is never an answer: any bytes are a valid raw image, so `raw` is only what
+//!   somebody named. An unknown file stays unknown.
+//! - Only the head of the file is looked at. A trailer (a fixed VHD's footer) lies where a guest can
+//!   write and proves nothing.
+//! - Nothing else is opened.
+//!
+//! Not here: whether probing is allowed. A disk that a guest could write must never be probed
+//! (its owner could forge a header); callers take the format from their own record instead.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result, Storage};
+
+/// A disk image or backup file format, by the name people type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// Byte for byte; never probed.
+    Raw,
+    /// QEMU copy-on-write, versions 2 and 3.
+    Qcow2,
+    /// The native layer.
+    Aql,
+    /// VMware disk, sparse extent or descriptor.
+    Vmdk,
+    /// Hyper-V disk, second generation.
+    Vhdx,
+    /// Virtual PC and Hyper-V disk, first generation (`vpc` to QEMU).
+    Vhd,
+    /// VirtualBox disk.
+    Vdi,
+    /// Proxmox VE backup archive.
+    Vma,
+    /// Proxmox Backup Server fixed index.
+    Fidx,
+}
+
+/// Longest head any magic below needs, in bytes.
+const HEAD_BYTES: usize = 512;
+
+/// First eight bytes of a native layer: a high bit, the name, a line ending that text transfers
+/// would damage, an end-of-file mark.
+pub const AQL_MAGIC: [u8; 8] = *b"\x89AQL\r\n\x1a\n";
+
+/// A magic number: format, offset in the head, bytes.
+static MAGICS: [(Format, usize, &[u8]); 12] = [
+    (Format::Aql, 0, &AQL_MAGIC),
+    (Format::Qcow2, 0, b"QFI\xfb\0\0\0\x02"),
+    (Format::Qcow2, 0, b"QFI\xfb\0\0\0\x03"),
+    (Format::Vmdk, 0, b"KDMV"),
+    (Format::Vmdk, 0, b"COWD"),
+    (Format::Vmdk, 0, b"# Disk DescriptorFile"),
+    (Format::Vmdk, 0, b"\xbe\xba\xfe\xca\0\0\0\0"),
+    (Format::Vhdx, 0, b"vhdxfile"),
+    (Format::Vhd, 0, b"conectix"),
+    (Format::Vdi, 64, b"\x7f\x10\xda\xbe"),
+    (Format::Vma, 0, b"VMA\0"),
+    (Format::Fidx, 0, b"\x2f\x7f\x41\xed\x91\xfd\x0f\xcd"),
+];
+
+impl Format {
+    /// Every format, in the order messages list them.
+    pub const ALL: [Format; 9] = [
+        Format::Raw,
+        Format::Qcow2,
+        Format::Aql,
+        Format::Vmdk,
+        Format::Vhdx,
+        Format::Vhd,
+        Format::Vdi,
+        Format::Vma,
+        Format::Fidx,
+    ];
+
+    /// The name people type.
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+            Format::Aql => "aql",
+            Format::Vmdk => "vmdk",
+            Format::Vhdx => "vhdx",
+            Format::Vhd => "vhd",
+            Format::Vdi => "vdi",
+            Format::Vma => "vma",
+            Format::Fidx => "fidx",
+        }
+    }
+
+    /// The format whose magic number starts `head`, if any. Never [`Format::Raw`].
+    pub fn of_head(head: &[u8]) -> Option<Format> {
+        let starts = |at: usize, magic: &[u8]| head.get(at..).is_some_and(|tail| tail.starts_with(magic));
+        MAGICS.iter().find(|(_, at, magic)| starts(*at, magic)).map(|(format, _, _)| *format)
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A word that names no format.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown disk format {0:?}")]
+pub struct UnknownFormat(pub String);
+
+impl FromStr for Format {
+    type Err = UnknownFormat;
+
+    fn from_str(word: &str) -> Result<Self, UnknownFormat> {
+        let known = if word == "vpc" { "vhd" } else { word };
+        Format::ALL.into_iter().find(|f| f.name() == known).ok_or_else(|| UnknownFormat(word.into()))
+    }
+}
+
+/// Looks at the head of `storage`. `None` means no format this crate knows by name, which may well
+/// be a raw image, but nobody may conclude that from here.
+///
+/// # Errors
+/// [`Error::Io`] if the head cannot be read.
+pub fn probe(storage: &dyn Storage) -> Result<Option<Format>> {
+    let failed = |e| Error::io(storage.label(), "read", 0, e);
+    let mut head = [0u8; HEAD_BYTES];
+    let len = usize::try_from(storage.len().map_err(failed)?).unwrap_or(HEAD_BYTES);
+    let head = head.get_mut(..len.min(HEAD_BYTES)).unwrap_or_default();
+    storage.read_at(0, head).map_err(failed)?;
+    Ok(Format::of_head(head))
+}
+
+#[cfg(test)]
+mod tests;
