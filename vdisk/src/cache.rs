@@ -1,19 +1,274 @@
 //! Decoded blocks under one byte budget, shared by all exports of a process.
+//!
+//! A block is kept as its decoded *prefix*: the first read decodes as far as it has to, a later read
+//! past that decodes the rest. Blocks stored raw are kept like all others: a hit then needs no
+//! second checksum over the whole block, and nothing is served that was not checked since it was read.
+//!
+//! Invariants
+//! - One decode however many wait: while a block is decoded, others that want it wait for that one.
+//! - Errors are not kept. Each waiter tries for itself, so each gets the error of its own attempt.
+//! - An entry answers only for the very reference it was decoded by (place, length, checksum, index):
+//!   a wrong pointer to a good block is still found out by its layer.
+//! - At most the budget is kept. A block too large for that is decoded, handed out and not kept.
+//! - A buffer is fresh for each entry: bytes of one block never show through in another.
+//!
+//! Not here: reading, decoding and checking (`Layer::unpack`); which reads are worth an entry (`Chain`).
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+};
+
+use aquifer_formats::{BlockRef, Error, Layer, Result};
+use quick_cache::{
+    DefaultHashBuilder, OptionsBuilder, Weighter,
+    sync::{Cache, DefaultLifecycle, EntryAction, EntryResult, GuardResult, PlaceholderGuard},
+};
+
+/// Reads are rounded up to this before anything is decoded: native frames are flushed there, so
+/// decoding stops at no cost, and neighbouring pages come along.
+const PREFIX_BYTES: usize = 16 * 1024;
+/// Larger than any block of a supported format; what claims more is not decoded.
+const BLOCK_BYTES_MAX: u32 = 64 * 1024 * 1024;
+/// Smallest share of the budget a shard may have: eight of the largest native blocks.
+const SHARD_BYTES_MIN: u64 = 32 * 1024 * 1024;
+const SHARDS_MAX: u64 = 64;
+/// What an entry takes beside its bytes: key, reference, list and table places.
+const ENTRY_BYTES: u64 = 160;
+
+/// Where a block is stored: the file's process-wide identity and the byte offset in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct BlockKey {
+    file_id: u64,
+    offset: u64,
+}
+
+impl BlockKey {
+    fn of(layer: &dyn Layer, block: &BlockRef) -> Self {
+        Self { file_id: layer.file_id(block.file), offset: block.offset }
+    }
+}
+
+/// A decoded prefix and the reference it was decoded by.
+#[derive(Debug)]
+pub(crate) struct Decoded {
+    block: BlockRef,
+    bytes: Vec<u8>,
+}
+
+impl Decoded {
+    /// The decoded bytes from the start of the block.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+#[derive(Clone)]
+struct Weigh;
+
+impl Weighter<BlockKey, Arc<Decoded>> for Weigh {
+    fn weight(&self, _key: &BlockKey, value: &Arc<Decoded>) -> u64 {
+        value.bytes.capacity() as u64 + ENTRY_BYTES
+    }
+}
+
+type Blocks = Cache<BlockKey, Arc<Decoded>, Weigh>;
+type Guard<'a> =
+    PlaceholderGuard<'a, BlockKey, Arc<Decoded>, Weigh, DefaultHashBuilder, DefaultLifecycle<BlockKey, Arc<Decoded>>>;
 
 /// Cache of decoded blocks.
-#[derive(Debug)]
 pub struct BlockCache {
+    blocks: Blocks,
     bytes_max: u64,
+    hits: AtomicU64,
+    waits: AtomicU64,
+    decodes: AtomicU64,
+    decoded_bytes: AtomicU64,
+}
+
+/// What a cache has done so far, and what it holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheStats {
+    /// Reads answered from a kept block.
+    pub hits: u64,
+    /// Reads that waited for another thread's decode of the same block, or came just behind it.
+    pub waits: u64,
+    /// Blocks decoded (whole or in part), kept or not.
+    pub decodes: u64,
+    /// Bytes decoded.
+    pub decoded_bytes: u64,
+    /// Blocks held.
+    pub blocks: u64,
+    /// Bytes held, with what the entries themselves take.
+    pub resident_bytes: u64,
 }
 
 impl BlockCache {
-    /// A cache that keeps at most `bytes_max` bytes of decoded blocks.
+    /// A cache that keeps at most `bytes_max` bytes of decoded blocks. With 0 nothing is kept.
     pub fn new(bytes_max: u64) -> Self {
-        Self { bytes_max }
+        let shards = (bytes_max / SHARD_BYTES_MIN).clamp(1, SHARDS_MAX);
+        // Rounded down to a power of two: the cache would round up, and shares would shrink below a block.
+        let shards = usize::try_from(1u64 << shards.ilog2()).unwrap_or(1);
+        let items = usize::try_from(bytes_max / PREFIX_BYTES as u64).unwrap_or(usize::MAX).max(32 * shards);
+        let options =
+            OptionsBuilder::new().shards(shards).estimated_items_capacity(items).weight_capacity(bytes_max).build();
+        let blocks = match options {
+            Ok(options) => {
+                Cache::with_options(options, Weigh, DefaultHashBuilder::default(), DefaultLifecycle::default())
+            }
+            Err(_) => Cache::with_weighter(items, bytes_max, Weigh),
+        };
+        Self {
+            blocks,
+            bytes_max,
+            hits: AtomicU64::new(0),
+            waits: AtomicU64::new(0),
+            decodes: AtomicU64::new(0),
+            decoded_bytes: AtomicU64::new(0),
+        }
     }
 
     /// The budget in bytes.
     pub fn bytes_max(&self) -> u64 {
         self.bytes_max
+    }
+
+    /// Counters since the start, and what is held now.
+    pub fn stats(&self) -> CacheStats {
+        CacheStats {
+            hits: self.hits.load(Relaxed),
+            waits: self.waits.load(Relaxed),
+            decodes: self.decodes.load(Relaxed),
+            decoded_bytes: self.decoded_bytes.load(Relaxed),
+            blocks: self.blocks.len() as u64,
+            resident_bytes: self.blocks.weight(),
+        }
+    }
+
+    /// At least the first `need` bytes of a block of `layer`, if they are kept. Never waits for a decode.
+    pub(crate) fn peek(&self, layer: &dyn Layer, block: &BlockRef, need: usize) -> Option<Arc<Decoded>> {
+        let kept = self.blocks.get(&BlockKey::of(layer, block))?;
+        if kept.block != *block || kept.bytes.len() < need {
+            return None;
+        }
+        self.hits.fetch_add(1, Relaxed);
+        Some(kept)
+    }
+
+    /// At least the first `need` bytes of a block of `layer`, decoded if they are not kept.
+    ///
+    /// # Errors
+    /// Those of [`Layer::unpack`]; [`Error::BadBlock`] if it delivers less than asked for, or if the
+    /// block claims to be larger than any can be.
+    pub(crate) fn get(&self, layer: &dyn Layer, block: &BlockRef, need: usize) -> Result<Arc<Decoded>> {
+        if let Some(kept) = self.peek(layer, block, need) {
+            return Ok(kept);
+        }
+        let want = prefix(block, need);
+        let kept = match self.blocks.get_value_or_guard(&BlockKey::of(layer, block), None) {
+            GuardResult::Guard(guard) => return self.decode_and_keep(guard, layer, block, want),
+            GuardResult::Value(kept) => kept,
+            GuardResult::Timeout => return self.decode(layer, block, want),
+        };
+        if kept.block != *block {
+            return self.decode(layer, block, want);
+        }
+        if kept.bytes.len() >= need {
+            self.waits.fetch_add(1, Relaxed);
+            return Ok(kept);
+        }
+        drop(kept);
+        self.extend(layer, block, need)
+    }
+
+    /// The second touch, past the kept prefix: decodes all, once.
+    fn extend(&self, layer: &dyn Layer, block: &BlockRef, need: usize) -> Result<Arc<Decoded>> {
+        let entry = self.blocks.entry(&BlockKey::of(layer, block), None, |_, kept: &mut Arc<Decoded>| {
+            if kept.block == *block && kept.bytes.len() < need {
+                EntryAction::ReplaceWithGuard
+            } else {
+                EntryAction::Retain(kept.clone())
+            }
+        });
+        let whole = raw_len(block).max(need);
+        match entry {
+            EntryResult::Retained(kept) if kept.block == *block => {
+                self.waits.fetch_add(1, Relaxed);
+                Ok(kept)
+            }
+            EntryResult::Vacant(guard) | EntryResult::Replaced(guard, _) => {
+                self.decode_and_keep(guard, layer, block, whole)
+            }
+            EntryResult::Retained(_) | EntryResult::Removed(..) | EntryResult::Timeout => {
+                self.decode(layer, block, whole)
+            }
+        }
+    }
+
+    /// On an error the guard is dropped, and the next waiter becomes the one that tries.
+    fn decode_and_keep(
+        &self,
+        guard: Guard<'_>,
+        layer: &dyn Layer,
+        block: &BlockRef,
+        want: usize,
+    ) -> Result<Arc<Decoded>> {
+        let decoded = self.decode(layer, block, want)?;
+        // Refused where somebody removed the place meanwhile; the block is good all the same.
+        let _ = guard.insert(decoded.clone());
+        Ok(decoded)
+    }
+
+    fn decode(&self, layer: &dyn Layer, block: &BlockRef, want: usize) -> Result<Arc<Decoded>> {
+        let mut bytes = Vec::new();
+        self.decode_to(layer, block, want, &mut bytes)?;
+        // The budget counts capacity; a decoder that grew the buffer by doubling must not cost twice.
+        if bytes.capacity() > bytes.len() + bytes.len() / 8 {
+            bytes.shrink_to_fit();
+        }
+        Ok(Arc::new(Decoded { block: *block, bytes }))
+    }
+
+    /// Decodes at least `want` bytes into `out` and keeps nothing.
+    ///
+    /// # Errors
+    /// As [`BlockCache::get`].
+    pub(crate) fn decode_to(&self, layer: &dyn Layer, block: &BlockRef, want: usize, out: &mut Vec<u8>) -> Result<()> {
+        let bad = |what: String| Error::BadBlock {
+            path: layer.file(block.file).map_or(layer.label(), |f| f.label()).into(),
+            offset: block.offset,
+            len: block.stored_len.into(),
+            what,
+        };
+        if block.raw_len > BLOCK_BYTES_MAX || want > raw_len(block) {
+            return Err(bad(format!("{want} bytes are wanted of {} decoded bytes", block.raw_len)));
+        }
+        out.clear();
+        out.reserve_exact(want);
+        layer.unpack(block, want, out)?;
+        if out.len() < want {
+            return Err(bad(format!("decodes to {} bytes, {want} are wanted", out.len())));
+        }
+        self.decodes.fetch_add(1, Relaxed);
+        self.decoded_bytes.fetch_add(out.len() as u64, Relaxed);
+        Ok(())
+    }
+}
+
+/// How far a first touch decodes.
+fn prefix(block: &BlockRef, need: usize) -> usize {
+    need.checked_next_multiple_of(PREFIX_BYTES).unwrap_or(need).min(raw_len(block)).max(need)
+}
+
+fn raw_len(block: &BlockRef) -> usize {
+    usize::try_from(block.raw_len).unwrap_or(usize::MAX)
+}
+
+impl fmt::Debug for BlockCache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BlockCache").field("bytes_max", &self.bytes_max).field("stats", &self.stats()).finish()
     }
 }

@@ -1,27 +1,47 @@
 //! Restore points stacked into one read-only disk, newest layer first.
 //!
+//! Layers are merged into one map ([`crate::map`]), so that a read asks one layer, not all. A point
+//! of the native format brings a map of its own, as quick at any depth; its chain is that one layer.
+//!
 //! Invariants
 //! - A chain is immutable; a change builds a new one.
 //! - A layer shorter than the chain reads as zero past its end and stops the walk there.
+//! - A read gives the right bytes or an error, and the error comes from just the range that has it.
+//! - Large reads leave the cache as it is: their blocks are decoded straight for the caller.
 //!
-//! Not here: writing, retries, how layers were found.
+//! Not here: writing, retries, how layers were found, threads.
 
-use std::sync::Arc;
+use std::{cell::RefCell, sync::Arc};
 
-use aquifer_formats::{CHAIN_LAYERS_MAX, Content, Layer};
+use aquifer_formats::{BlockRef, CHAIN_LAYERS_MAX, Content, Error as FormatError, Layer};
 
-use crate::{BlockCache, Error, Extent, ExtentKind, Result};
+use crate::{
+    BlockCache, Error, Extent, ExtentKind, Result,
+    map::{Found, WindowMap},
+};
+
+/// Reads of this size and more are sequential work (a copy, hydration, a backup) that will not come
+/// back for the same blocks: whole blocks in them get no cache entry.
+pub const BULK_READ_BYTES: usize = 256 * 1024;
+
+thread_local! {
+    /// Where a bulk read decodes to. It stays in the processor's cache, which a fresh buffer for each
+    /// block would not. Only what a decode has just put there is ever copied out.
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// One read-only disk made of layers.
 #[derive(Debug)]
 pub struct Chain {
     layers: Vec<Arc<dyn Layer>>,
+    /// `None` where the only layer maps as quickly itself.
+    map: Option<WindowMap>,
     cache: Arc<BlockCache>,
     size: u64,
 }
 
 impl Chain {
-    /// Stacks `layers`, newest first. The size is the newest layer's.
+    /// Stacks `layers`, newest first. The size is the newest layer's. Reads nothing.
     ///
     /// # Errors
     /// No layer, or more than [`CHAIN_LAYERS_MAX`].
@@ -30,10 +50,18 @@ impl Chain {
             Some(top) if layers.len() <= CHAIN_LAYERS_MAX => top.size(),
             _ => {
                 let what = format!("a chain of {} layers (1 to {CHAIN_LAYERS_MAX} are possible)", layers.len());
-                return Err(aquifer_formats::Error::unsupported("chain", what).into());
+                return Err(FormatError::unsupported("chain", what).into());
             }
         };
-        Ok(Self { layers, cache, size })
+        let map = Some(WindowMap::new(&layers));
+        Ok(Self { layers, map, cache, size })
+    }
+
+    /// A chain of one layer that answers lookups as quickly as a merged map would, from memory or
+    /// nearly so: a native point.
+    pub fn of_point(layer: Arc<dyn Layer>, cache: Arc<BlockCache>) -> Self {
+        let size = layer.size();
+        Self { layers: vec![layer], map: None, cache, size }
     }
 
     /// Size of the disk in bytes.
@@ -51,17 +79,59 @@ impl Chain {
         &self.cache
     }
 
-    /// Which layer answers at `offset`, with what, for how many bytes of `1..=len_max`.
-    /// `Absent` means no layer says anything: a hole.
+    /// Bytes the merged map takes so far. It grows with what has been touched.
+    pub fn map_bytes(&self) -> u64 {
+        self.map.as_ref().map_or(0, WindowMap::resident_bytes)
+    }
+
+    /// Digest over all layers, in order: equal for the same files in the same state. A session refuses
+    /// to go on over a chain with another one.
+    ///
+    /// # Errors
+    /// A layer that cannot be read.
+    pub fn fingerprint(&self) -> Result<[u8; 32]> {
+        let mut hash = blake3::Hasher::new();
+        hash.update(b"aquifer chain 1").update(&(self.layers.len() as u64).to_le_bytes());
+        for layer in &self.layers {
+            hash.update(&layer.size().to_le_bytes()).update(&layer.fingerprint()?);
+        }
+        Ok(*hash.finalize().as_bytes())
+    }
+
+    /// Which layer answers at `offset`, with what, for how many bytes of `1..=len_max`. `Absent` means
+    /// no layer says anything: a hole. For `Absent` and `Zero` the index is the number of layers.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] at or past the end; a layer whose tables cannot be read there.
     pub fn resolve(&self, offset: u64, len_max: u64) -> Result<(usize, Content, u64)> {
-        let mut len = len_max.min(self.size.saturating_sub(offset));
-        for (index, layer) in self.layers.iter().enumerate() {
-            if offset >= layer.size() {
-                return Ok((index, Content::Zero, len));
+        let len = self.size.checked_sub(offset).map_or(0, |left| left.min(len_max));
+        if len == 0 {
+            return Err(self.out_of_range(offset, len_max));
+        }
+        let nobody = self.layers.len();
+        let Some(map) = &self.map else { return self.walk(0, offset, len) };
+        match map.lookup(&self.layers, offset, len) {
+            (Found::Hole, n) => Ok((nobody, Content::Absent, n)),
+            (Found::Zero, n) => Ok((nobody, Content::Zero, n)),
+            (Found::At(index, content), n) => Ok((index, content, n)),
+            (Found::Ask(index), n) => self.walk(index, offset, n),
+        }
+    }
+
+    /// Asks the layers one by one, from `first` down.
+    fn walk(&self, first: usize, offset: u64, len_max: u64) -> Result<(usize, Content, u64)> {
+        let mut len = len_max;
+        for (index, layer) in self.layers.iter().enumerate().skip(first) {
+            let Some(left) = layer.size().checked_sub(offset).filter(|left| *left > 0) else {
+                return Ok((self.layers.len(), Content::Zero, len));
+            };
+            let (content, n) = layer.lookup(offset, len.min(left))?;
+            len = len.min(left).min(n);
+            if len == 0 {
+                return Err(FormatError::corrupt(layer.label(), offset, "the map answers for no bytes").into());
             }
-            let (content, n) = layer.lookup(offset, len.min(layer.size() - offset))?;
-            len = len.min(n);
             if content != Content::Absent {
+                let index = if content == Content::Zero { self.layers.len() } else { index };
                 return Ok((index, content, len));
             }
         }
@@ -73,44 +143,133 @@ impl Chain {
     /// # Errors
     /// [`Error::OutOfRange`]; whatever the layer that holds the range reports.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        let size = self.size;
-        let len = buf.len() as u64;
-        if offset.checked_add(len).is_none_or(|end| end > size) {
-            return Err(Error::OutOfRange { disk: "chain".into(), offset, len, size });
-        }
+        self.check_range(offset, buf.len() as u64)?;
+        let bulk = buf.len() >= BULK_READ_BYTES;
         let (mut at, mut rest) = (offset, buf);
         while !rest.is_empty() {
             let (index, content, n) = self.resolve(at, rest.len() as u64)?;
             let (part, tail) = rest.split_at_mut(usize::try_from(n).unwrap_or(usize::MAX).min(rest.len()));
-            self.read_content(index, content, part)?;
+            self.read_content(index, content, bulk, part)?;
             at += part.len() as u64;
             rest = tail;
         }
         Ok(())
     }
 
-    fn read_content(&self, index: usize, content: Content, part: &mut [u8]) -> Result<()> {
-        let layer = self.layers.get(index);
-        match (content, layer) {
-            (Content::Plain { file, offset }, Some(layer)) => {
-                let storage = layer.file(file)?;
-                let failed = |e| aquifer_formats::Error::io(storage.label(), "read", offset, e);
-                storage.read_at(offset, part).map_err(failed)?;
+    fn read_content(&self, index: usize, content: Content, bulk: bool, part: &mut [u8]) -> Result<()> {
+        match content {
+            Content::Absent | Content::Zero => part.fill(0),
+            Content::Plain { file, offset } => {
+                let storage = self.layer(index)?.file(file)?;
+                storage.read_at(offset, part).map_err(|e| FormatError::io(storage.label(), "read", offset, e))?;
             }
-            (Content::Packed { block, skip }, Some(layer)) => {
-                let mut out = Vec::new();
-                let skip = usize::try_from(skip).unwrap_or(usize::MAX);
-                let end = skip.saturating_add(part.len());
-                layer.unpack(&block, end, &mut out)?;
-                let short = || aquifer_formats::Error::corrupt(layer.label(), block.offset, "block decodes short");
-                part.copy_from_slice(out.get(skip..end).ok_or_else(short)?);
+            Content::Packed { block, skip } => {
+                let layer = self.layer(index)?;
+                let (start, end) = place(layer, &block, skip, part.len())?;
+                if bulk && start == 0 && part.len() as u64 == u64::from(block.raw_len) {
+                    self.read_whole(layer, &block, part)?;
+                } else {
+                    let decoded = self.cache.get(layer, &block, end)?;
+                    part.copy_from_slice(slice(layer, &block, decoded.bytes(), start, end)?);
+                }
             }
-            _ => part.fill(0),
         }
         Ok(())
     }
 
+    fn layer(&self, index: usize) -> Result<&dyn Layer> {
+        let missing = || FormatError::corrupt("chain", 0, format!("layer {index} of {}", self.layers.len()));
+        Ok(&**self.layers.get(index).ok_or_else(missing)?)
+    }
+
+    /// A whole block that gets no entry of its own.
+    fn read_whole(&self, layer: &dyn Layer, block: &BlockRef, part: &mut [u8]) -> Result<()> {
+        let end = part.len();
+        if let Some(decoded) = self.cache.peek(layer, block, end) {
+            part.copy_from_slice(slice(layer, block, decoded.bytes(), 0, end)?);
+            return Ok(());
+        }
+        let mut scratch = SCRATCH.take();
+        let decoded = self.cache.decode_to(layer, block, end, &mut scratch);
+        let copied = decoded.and_then(|()| {
+            part.copy_from_slice(slice(layer, block, &scratch, 0, end)?);
+            Ok(())
+        });
+        SCRATCH.set(scratch);
+        Ok(copied?)
+    }
+
+    /// As [`Chain::read`], if that needs no decode and no wait: kept blocks, zeros, and bytes of files
+    /// that are in memory. `Ok(false)` leaves `buf` in any state; the read that may wait reports
+    /// whatever is wrong.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`].
+    pub fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
+        self.check_range(offset, buf.len() as u64)?;
+        let (mut at, mut rest) = (offset, buf);
+        while !rest.is_empty() {
+            let len = rest.len() as u64;
+            let answer = match &self.map {
+                Some(map) => map.lookup_filled(at, len),
+                None => self.walk(0, at, len).ok().map(|(index, content, n)| (Found::At(index, content), n)),
+            };
+            let Some((found, n)) = answer else { return Ok(false) };
+            let (part, tail) = rest.split_at_mut(usize::try_from(n).unwrap_or(usize::MAX).min(rest.len()));
+            let done = match found {
+                Found::Hole | Found::Zero => self.content_now(0, Content::Zero, part),
+                Found::At(index, content) => self.content_now(index, content, part),
+                Found::Ask(_) => false,
+            };
+            if !done {
+                return Ok(false);
+            }
+            at += n;
+            rest = tail;
+        }
+        Ok(true)
+    }
+
+    fn content_now(&self, index: usize, content: Content, part: &mut [u8]) -> bool {
+        match content {
+            Content::Absent | Content::Zero => {
+                part.fill(0);
+                true
+            }
+            Content::Plain { file, offset } => {
+                let Ok(storage) = self.layer(index).and_then(|l| Ok(l.file(file)?)) else { return false };
+                storage.read_now(offset, part).unwrap_or(false)
+            }
+            Content::Packed { block, skip } => {
+                let Ok(layer) = self.layer(index) else { return false };
+                let Ok((start, end)) = place(layer, &block, skip, part.len()) else { return false };
+                let decoded = self.cache.peek(layer, &block, end);
+                let kept = decoded.as_ref().and_then(|d| d.bytes().get(start..end));
+                kept.map(|bytes| part.copy_from_slice(bytes)).is_some()
+            }
+        }
+    }
+
+    /// Decodes the blocks of a range into the cache, so that later reads are quick. A hint: what is
+    /// wrong is left for the read to report, and half the budget is the most one call brings in.
+    pub fn prefetch(&self, offset: u64, len: u64) {
+        let end = offset.saturating_add(len).min(self.size);
+        let (mut at, mut left) = (offset, self.cache.bytes_max() / 2);
+        while at < end {
+            let Ok((index, content, n)) = self.resolve(at, end - at) else { return };
+            if let (Content::Packed { block, .. }, Ok(layer)) = (content, self.layer(index)) {
+                let Some(rest) = left.checked_sub(block.raw_len.into()) else { return };
+                left = rest;
+                let _ = self.cache.get(layer, &block, usize::try_from(block.raw_len).unwrap_or(usize::MAX));
+            }
+            at += n;
+        }
+    }
+
     /// What `offset..offset + len` holds, appended to `out` in order, merged. Reads no data.
+    ///
+    /// # Errors
+    /// A layer whose tables cannot be read there.
     pub fn extents(&self, offset: u64, len: u64, out: &mut Vec<Extent>) -> Result<()> {
         let end = offset.saturating_add(len).min(self.size);
         let mut at = offset;
@@ -126,4 +285,35 @@ impl Chain {
         }
         Ok(())
     }
+
+    fn check_range(&self, offset: u64, len: u64) -> Result<()> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.size => Ok(()),
+            _ => Err(self.out_of_range(offset, len)),
+        }
+    }
+
+    fn out_of_range(&self, offset: u64, len: u64) -> Error {
+        let disk = self.layers.first().map_or("chain", |l| l.label()).into();
+        Error::OutOfRange { disk, offset, len, size: self.size }
+    }
+}
+
+/// Where a part lies inside its decoded block; an answer that reaches past the block is the layer's damage.
+fn place(layer: &dyn Layer, block: &BlockRef, skip: u32, len: usize) -> Result<(usize, usize), FormatError> {
+    let start = usize::try_from(skip).unwrap_or(usize::MAX);
+    let end = start.checked_add(len).filter(|end| *end as u64 <= u64::from(block.raw_len));
+    let what = || format!("{len} bytes from {skip} are mapped to a block of {}", block.raw_len);
+    end.map(|end| (start, end)).ok_or_else(|| FormatError::corrupt(layer.label(), block.offset, what()))
+}
+
+fn slice<'a>(
+    layer: &dyn Layer,
+    block: &BlockRef,
+    bytes: &'a [u8],
+    start: usize,
+    end: usize,
+) -> Result<&'a [u8], FormatError> {
+    let short = || FormatError::corrupt(layer.label(), block.offset, "a block decodes short");
+    bytes.get(start..end).ok_or_else(short)
 }

@@ -21,9 +21,10 @@ pub mod disk;
 pub mod error;
 pub mod extent;
 pub mod hydrate;
+mod map;
 pub mod overlay;
 
-pub use cache::BlockCache;
+pub use cache::{BlockCache, CacheStats};
 pub use chain::Chain;
 pub use delta::Delta;
 pub use disk::{Disk, Parked, Zeroing};
