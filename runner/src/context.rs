@@ -9,13 +9,16 @@
 use std::{
     env,
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 use crate::{
     cli::Globals,
     fail::{Code, Fail, Result},
     output::{Form, Output},
+    site::Site,
     stop::Stop,
+    units,
 };
 
 /// What a verb is given.
@@ -25,14 +28,18 @@ pub struct Context {
     pub globals: Globals,
     /// Where to print.
     pub out: Output,
+    site: OnceLock<Site>,
 }
+
+/// Decoded blocks kept in memory where nothing else is said, bytes.
+const CACHE_BYTES: u64 = 256 << 20;
 
 impl Context {
     /// The context of one command line.
     pub fn new(globals: Globals, verb: &'static str) -> Self {
         let form = if globals.json { Form::Json } else { Form::Human };
         let out = Output::new(form, verb).quiet(globals.quiet);
-        Self { globals, out }
+        Self { globals, out, site: OnceLock::new() }
     }
 
     /// Takes over the signals, for verbs that work for long.
@@ -40,13 +47,44 @@ impl Context {
         Stop::listen().map_err(|e| Fail::io("signals", "take over", &e))
     }
 
-    /// The folder of the repository: `-r`, then AQUIFER_REPO.
+    /// The site file that applies, read once; an empty one where there is none.
+    ///
+    /// # Errors
+    /// [`Code::Config`]; [`Code::NotFound`] for a named file that is not there.
+    pub fn site(&self) -> Result<&Site> {
+        if let Some(site) = self.site.get() {
+            return Ok(site);
+        }
+        let site = self.config_path().map_or(Ok(Site::default()), |path| Site::read(&path))?;
+        Ok(self.site.get_or_init(|| site))
+    }
+
+    /// The folder of the repository: `-r` (a folder, or a name of the site file), then AQUIFER_REPO,
+    /// then the site file's own.
     ///
     /// # Errors
     /// [`Code::NoRepository`] where none was named.
     pub fn repo_dir(&self) -> Result<PathBuf> {
-        let named = self.globals.repo.clone().or_else(|| path_variable("AQUIFER_REPO"));
-        named.ok_or_else(|| Fail::new(Code::NoRepository, "no repository was named").help("aquifer -r DIR init"))
+        let (dir, _) = self.repo_dir_and_origin()?;
+        dir.ok_or_else(|| Fail::new(Code::NoRepository, "no repository was named").help("aquifer -r DIR init"))
+    }
+
+    fn repo_dir_and_origin(&self) -> Result<(Option<PathBuf>, &'static str)> {
+        let flag = self.globals.repo.clone().map(|repo| (repo, "flag"));
+        let named = flag.or_else(|| path_variable("AQUIFER_REPO").map(|repo| (repo, "environment")));
+        let site = self.site()?;
+        Ok(match named {
+            Some((repo, origin)) => {
+                let entry = repo.to_str().and_then(|name| site.repositories.get(name));
+                (Some(entry.map_or(repo, |e| e.url.clone())), origin)
+            }
+            None => (site.default_repository().map(|r| r.url.clone()), "site file"),
+        })
+    }
+
+    /// Budget of decoded blocks in memory, bytes.
+    pub fn cache_bytes(&self) -> Result<u64> {
+        Ok(self.site()?.cache.unwrap_or(CACHE_BYTES))
     }
 
     /// The folder for state.
@@ -54,18 +92,53 @@ impl Context {
     /// # Errors
     /// [`Code::NotFound`] where neither a flag nor the environment names one.
     pub fn home(&self) -> Result<PathBuf> {
-        let named = self.globals.home.clone().or_else(|| path_variable("AQUIFER_HOME"));
-        let named = named.or_else(|| first_of(path_variable("STATE_DIRECTORY")));
-        if let Some(home) = named {
-            return Ok(home);
-        }
-        if rustix::process::geteuid().is_root() {
-            return Ok("/var/lib/aquifer".into());
-        }
-        let state = path_variable("XDG_STATE_HOME").or_else(|| path_variable("HOME").map(|h| h.join(".local/state")));
+        let (home, _) = self.home_and_origin()?;
         let missing =
             || Fail::new(Code::NotFound, "no folder for state: HOME is not set").help("export AQUIFER_HOME=DIR");
-        Ok(state.ok_or_else(missing)?.join("aquifer"))
+        home.ok_or_else(missing)
+    }
+
+    fn home_and_origin(&self) -> Result<(Option<PathBuf>, &'static str)> {
+        let flag = self.globals.home.clone().map(|home| (home, "flag"));
+        let named = flag.or_else(|| path_variable("AQUIFER_HOME").map(|home| (home, "environment")));
+        let named = match named {
+            Some(found) => Some(found),
+            None => self.site()?.home.clone().map(|home| (home, "site file")),
+        };
+        let named = named.or_else(|| first_of(path_variable("STATE_DIRECTORY")).map(|home| (home, "systemd")));
+        if let Some((home, origin)) = named {
+            return Ok((Some(home), origin));
+        }
+        if rustix::process::geteuid().is_root() {
+            return Ok((Some("/var/lib/aquifer".into()), "default"));
+        }
+        let state = path_variable("XDG_STATE_HOME").or_else(|| path_variable("HOME").map(|h| h.join(".local/state")));
+        Ok((state.map(|dir| dir.join("aquifer")), "XDG"))
+    }
+
+    /// Every setting that applies: key, value, where it came from.
+    pub fn settings(&self) -> Result<Vec<(String, Option<String>, &'static str)>> {
+        let text = |path: PathBuf| path.display().to_string();
+        let (repo, repo_origin) = self.repo_dir_and_origin()?;
+        let (home, home_origin) = self.home_and_origin()?;
+        let cache = self.site()?.cache;
+        let cache_origin = if cache.is_some() { "site file" } else { "default" };
+        let config_origin = match (&self.globals.config, path_variable("AQUIFER_CONFIG")) {
+            (Some(_), _) => "flag",
+            (None, Some(_)) => "environment",
+            (None, None) => "default",
+        };
+        let mut settings = vec![
+            ("config".to_owned(), self.config_path().map(text), config_origin),
+            ("repository".to_owned(), repo.map(text), repo_origin),
+            ("home".to_owned(), home.map(text), home_origin),
+            ("runtime".to_owned(), Some(text(self.runtime_dir()?)), "default"),
+            ("cache".to_owned(), Some(units::bytes(cache.unwrap_or(CACHE_BYTES))), cache_origin),
+        ];
+        for (name, entry) in &self.site()?.repositories {
+            settings.push((format!("repository.{name}"), Some(text(entry.url.clone())), "site file"));
+        }
+        Ok(settings)
     }
 
     /// The folder for sockets: gone after a reboot, private to the user.

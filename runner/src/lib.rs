@@ -12,8 +12,10 @@ pub mod cli;
 pub mod context;
 pub mod fail;
 pub mod output;
+pub mod site;
 pub mod source;
 pub mod stop;
+pub mod strict;
 pub mod units;
 pub mod verb;
 

@@ -17,13 +17,13 @@ pub struct Args {
     pub verb: Option<String>,
     /// Write all pages into this folder instead
     #[arg(long, value_name = "DIR", conflicts_with = "verb")]
-    pub into: Option<PathBuf>,
+    pub out: Option<PathBuf>,
 }
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let mut command = cli::command();
     command.build();
-    if let Some(folder) = &args.into {
+    if let Some(folder) = &args.out {
         fs::create_dir_all(folder).map_err(|e| Fail::io(folder.display(), "create", &e))?;
         for (name, page) in pages(&command)? {
             let path = folder.join(format!("{name}.1"));

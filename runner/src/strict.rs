@@ -1,0 +1,239 @@
+//! TOML read strictly: every problem has a line and column, an unknown key names its nearest
+//! neighbour, and all problems of a file are found in one pass.
+//!
+//! Not here: which keys there are (`site`, `machine`).
+
+use std::ops::Range;
+
+use toml::de::{DeTable, DeValue};
+
+use crate::fail::{Code, Fail, Result};
+
+/// One thing that is wrong with a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// Line, from 1.
+    pub line: usize,
+    /// Column in characters, from 1.
+    pub column: usize,
+    /// What is wrong.
+    pub what: String,
+}
+
+/// A file being read, and what was found wrong with it so far.
+#[derive(Debug)]
+pub struct Reader<'a> {
+    path: &'a str,
+    text: &'a str,
+    problems: Vec<Problem>,
+}
+
+type Spanned<T> = toml::Spanned<T>;
+
+impl<'a> Reader<'a> {
+    /// Begins with the text of a file; `path` is for messages.
+    pub fn new(path: &'a str, text: &'a str) -> Self {
+        Self { path, text, problems: Vec::new() }
+    }
+
+    /// The top table. Syntax errors are noted; what could be read is returned.
+    pub fn parse(&mut self) -> Spanned<DeTable<'a>> {
+        let (table, errors) = DeTable::parse_recoverable(self.text);
+        for error in errors {
+            self.problem(error.span().unwrap_or(0..0), error.message().to_owned());
+        }
+        table
+    }
+
+    /// Notes a problem at a place of the text.
+    pub fn problem(&mut self, span: Range<usize>, what: impl Into<String>) {
+        let before = self.text.get(..span.start).unwrap_or(self.text);
+        let line = before.matches('\n').count() + 1;
+        let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+        self.problems.push(Problem { line, column, what: what.into() });
+    }
+
+    /// Refuses every key of `table` that is not in `known`.
+    pub fn only(&mut self, table: &DeTable<'_>, place: &str, known: &[&str]) {
+        for key in table.keys() {
+            let name: &str = key.get_ref();
+            if !known.contains(&name) {
+                let near = nearest(name, known).map_or(String::new(), |n| format!("; did you mean `{n}`?"));
+                self.problem(key.span(), format!("unknown key `{name}` in {place}{near}"));
+            }
+        }
+    }
+
+    /// A string value.
+    pub fn string(&mut self, table: &DeTable<'_>, key: &str) -> Option<String> {
+        let value = table.get(key)?;
+        let text = value.get_ref().as_str().map(str::to_owned);
+        if text.is_none() {
+            self.wrong_type(key, value, "a string");
+        }
+        text
+    }
+
+    /// A whole number in a range.
+    pub fn integer(&mut self, table: &DeTable<'_>, key: &str, range: std::ops::RangeInclusive<u64>) -> Option<u64> {
+        let value = table.get(key)?;
+        let number = value.get_ref().as_integer();
+        let number = number.and_then(|n| u64::from_str_radix(n.as_str(), n.radix()).ok());
+        let number = number.filter(|n| range.contains(n));
+        if number.is_none() {
+            self.wrong_type(key, value, &format!("a whole number from {} to {}", range.start(), range.end()));
+        }
+        number
+    }
+
+    /// A truth value.
+    pub fn truth(&mut self, table: &DeTable<'_>, key: &str) -> Option<bool> {
+        let value = table.get(key)?;
+        let truth = value.get_ref().as_bool();
+        if truth.is_none() {
+            self.wrong_type(key, value, "true or false");
+        }
+        truth
+    }
+
+    /// A string that `parse` understands.
+    pub fn parsed<T>(
+        &mut self,
+        table: &DeTable<'_>,
+        key: &str,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Option<T> {
+        let text = self.string(table, key)?;
+        match parse(&text) {
+            Ok(value) => Some(value),
+            Err(what) => {
+                let span = table.get(key).map_or(0..0, Spanned::span);
+                self.problem(span, format!("`{key}`: {what}"));
+                None
+            }
+        }
+    }
+
+    /// A table below this one.
+    pub fn table<'t>(&mut self, table: &'t DeTable<'a>, key: &str) -> Option<&'t DeTable<'a>> {
+        let value = table.get(key)?;
+        let below = value.get_ref().as_table();
+        if below.is_none() {
+            self.wrong_type(key, value, "a table");
+        }
+        below
+    }
+
+    /// The tables of an array of tables.
+    pub fn tables<'t>(&mut self, table: &'t DeTable<'a>, key: &str) -> Vec<&'t DeTable<'a>> {
+        let Some(value) = table.get(key) else { return Vec::new() };
+        let Some(array) = value.get_ref().as_array() else {
+            self.wrong_type(key, value, "an array of tables");
+            return Vec::new();
+        };
+        let mut tables = Vec::new();
+        for item in array.iter() {
+            match item.get_ref().as_table() {
+                Some(below) => tables.push(below),
+                None => self.wrong_type(key, item, "a table"),
+            }
+        }
+        tables
+    }
+
+    /// Where a key stands, for problems found later.
+    pub fn place_of(table: &DeTable<'_>, key: &str) -> Range<usize> {
+        table.get_key_value(key).map_or(0..0, |(key, _)| key.span())
+    }
+
+    fn wrong_type(&mut self, key: &str, value: &Spanned<DeValue<'_>>, want: &str) {
+        self.problem(value.span(), format!("`{key}` must be {want}, not {}", value.get_ref().type_str()));
+    }
+
+    /// Everything wrong so far, in order.
+    pub fn problems(mut self) -> Vec<Problem> {
+        self.problems.sort_by_key(|p| (p.line, p.column));
+        self.problems
+    }
+
+    /// The value, or a failure that lists every problem.
+    pub fn finish<T>(self, value: Option<T>) -> Result<T> {
+        let path = self.path.to_owned();
+        let problems = self.problems();
+        match (value, problems.first()) {
+            (Some(value), None) => Ok(value),
+            (_, first) => {
+                let lines: Vec<String> =
+                    problems.iter().map(|p| format!("{}:{}:{}: {}", path, p.line, p.column, p.what)).collect();
+                let place = first.map_or(path.clone(), |p| format!("{path}:{}:{}", p.line, p.column));
+                let what = if lines.is_empty() { format!("{path} is incomplete") } else { lines.join("\n") };
+                Err(Fail::new(Code::Config, what).at(place))
+            }
+        }
+    }
+}
+
+/// The known name closest to `name`, where one is close enough to be meant.
+pub fn nearest<'k>(name: &str, known: &[&'k str]) -> Option<&'k str> {
+    let best = known.iter().map(|k| (distance(name, k), *k)).min()?;
+    (best.0 <= 2.max(name.chars().count() / 3)).then_some(best.1)
+}
+
+/// Edits from one word to the other (insert, delete, replace).
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().take(64).collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.chars().take(64).enumerate() {
+        let mut diagonal = i;
+        let mut left = i + 1;
+        for (slot, cb) in row.iter_mut().skip(1).zip(&b) {
+            let up = *slot;
+            let cost = diagonal + usize::from(ca != *cb);
+            diagonal = up;
+            left = cost.min(up + 1).min(left + 1);
+            *slot = left;
+        }
+        if let Some(first) = row.first_mut() {
+            *first = i + 1;
+        }
+    }
+    row.last().copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn distances() {
+        assert_eq!(distance("kitten", "sitting"), 3);
+        assert_eq!(distance("", "abc"), 3);
+        assert_eq!(distance("abc", ""), 3);
+        assert_eq!(nearest("repositry", &["repository", "home"]), Some("repository"));
+        assert_eq!(nearest("zzz", &["repository", "home"]), None);
+    }
+
+    #[test]
+    fn all_problems_come_in_one_pass_with_their_place() {
+        let text = "versoin = 1\nhome = 3\n[repository.nas]\nurl = \"x\"\nulr = \"y\"\n";
+        let mut reader = Reader::new("site.toml", text);
+        let top = reader.parse();
+        let top = top.get_ref();
+        reader.only(top, "the site file", &["version", "home", "repository"]);
+        assert_eq!(reader.string(top, "home"), None);
+        let repositories = reader.table(top, "repository").expect("a table");
+        let nas = reader.table(repositories, "nas").expect("nas");
+        reader.only(nas, "repository.nas", &["url"]);
+        let fail = reader.finish::<()>(None).expect_err("problems");
+        let lines: Vec<&str> = fail.what.lines().collect();
+        assert_eq!(
+            lines,
+            [
+                "site.toml:1:1: unknown key `versoin` in the site file; did you mean `version`?",
+                "site.toml:2:8: `home` must be a string, not integer",
+                "site.toml:5:1: unknown key `ulr` in repository.nas; did you mean `url`?",
+            ]
+        );
+        assert_eq!(fail.exit(), 4);
+    }
+}
