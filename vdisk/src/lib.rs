@@ -22,6 +22,7 @@ pub mod error;
 pub mod extent;
 pub mod hydrate;
 mod map;
+pub mod open;
 pub mod overlay;
 
 pub use cache::{BlockCache, CacheStats};
@@ -31,4 +32,5 @@ pub use disk::{Disk, Parked, Zeroing};
 pub use error::{Error, Result};
 pub use extent::{Extent, ExtentKind};
 pub use hydrate::{HydrateProgress, HydrateState, Hydrator, Pace};
+pub use open::{ChainSpec, Connect, open_chain};
 pub use overlay::{LocalProgress, Overlay, OverlayFiles, OverlayOf, OverlayOptions};
