@@ -6,3 +6,6 @@
 //! - Sockets are 0600 in 0700 folders; TCP off loopback needs TLS.
 //!
 //! Not here: what a backup is, which point to recover, hypervisors (`aquifer`).
+
+pub mod confine;
+pub mod session;

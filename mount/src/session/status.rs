@@ -1,0 +1,174 @@
+//! What a session says about itself. Bytes are integers, times UTC; what is not known is absent.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::State;
+use crate::confine::Confinement;
+
+/// Schema of [`Status`] in JSON output.
+pub const STATUS_SCHEMA: &str = "aquifer.session/1";
+
+/// A session, as of now.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// [`STATUS_SCHEMA`].
+    pub schema: String,
+    /// Identity.
+    pub id: Uuid,
+    /// Machine name.
+    pub name: String,
+    /// Session folder.
+    pub dir: String,
+    /// Where it stands, as recorded.
+    pub state: State,
+    /// Why, where that is not plain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// When the session was made.
+    pub created: Timestamp,
+    /// The process that serves it.
+    pub door: Door,
+    /// Disks, in the machine's order.
+    pub disks: Vec<DiskStatus>,
+    /// Limit of background reading in bytes per second.
+    pub rate: Option<u64>,
+    /// When everything is to be local.
+    pub ready_by: Option<Timestamp>,
+    /// What ought to be known: an old session, confinement that is not complete, a mount left out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+}
+
+/// The serving process.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "status", rename_all = "snake_case")]
+pub enum Door {
+    /// It answered.
+    Running {
+        /// Its process.
+        pid: u32,
+        /// The process that restarts it, if there is one.
+        supervisor: Option<u32>,
+        /// Since when.
+        since: Timestamp,
+        /// Decoded-block cache.
+        cache: CacheStatus,
+        /// What the process may still do.
+        confinement: Confinement,
+    },
+    /// No process serves the session; figures come from the session's files.
+    NotRunning,
+}
+
+/// Counters of the decoded-block cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CacheStatus {
+    /// Budget in bytes.
+    pub bytes_max: u64,
+    /// Held now, in bytes.
+    pub bytes: u64,
+    /// Reads answered from it.
+    pub hits: u64,
+    /// Reads that had to decode.
+    pub misses: u64,
+}
+
+/// One disk of a session.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DiskStatus {
+    /// Name.
+    pub name: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// NBD URI.
+    pub uri: String,
+    /// The disk as a file, where FUSE serves it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+    /// Bytes the restore point really holds: what hydration has to bring over.
+    pub used: Option<u64>,
+    /// Bytes by where they are; absent on a read-only disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<OverlayStatus>,
+    /// Background copying; absent where there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hydration: Option<HydrationStatus>,
+    /// Bytes fetched from the source since the door started.
+    pub fetched: Option<u64>,
+    /// Reads that wait for a source that is away.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parked: Vec<Parked>,
+}
+
+/// Where a disk's bytes are. The four add up to the disk's size.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OverlayStatus {
+    /// Still only in the chain.
+    pub absent: u64,
+    /// Copied from the chain, or known to be zero there.
+    pub hydrated: u64,
+    /// Written by the guest.
+    pub written: u64,
+    /// Given back by the guest.
+    pub trimmed: u64,
+}
+
+impl OverlayStatus {
+    /// Bytes that no longer need the source.
+    pub fn local(&self) -> u64 {
+        self.hydrated.saturating_add(self.written).saturating_add(self.trimmed)
+    }
+}
+
+/// Background copying.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HydrationStatus {
+    /// What it is doing.
+    pub phase: Phase,
+    /// Bytes of the restore point's data already local.
+    pub done: u64,
+    /// Bytes of the restore point's data in all.
+    pub total: u64,
+    /// Bytes per second over the last minute.
+    pub rate: u64,
+    /// Seconds to the end at that rate; absent under ten seconds of measurement.
+    pub eta_s: Option<u64>,
+}
+
+/// What hydration is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Copying.
+    Running,
+    /// Somebody paused it.
+    Paused,
+    /// The source is away.
+    Waiting,
+    /// All is local.
+    Done,
+    /// It gave up; the reason is in the events.
+    Failed,
+}
+
+/// A read that waits for its source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parked {
+    /// Start on the disk in bytes.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// How long it has waited, seconds.
+    pub waited_s: u64,
+    /// The source's last error.
+    pub cause: String,
+}
+
+impl Status {
+    /// Whether every disk is local: the source and the door are no longer needed.
+    pub fn is_local(&self) -> bool {
+        self.disks.iter().all(|d| d.overlay.is_some_and(|o| o.absent == 0))
+    }
+}
