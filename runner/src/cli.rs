@@ -6,9 +6,13 @@
 //!
 //! Not here: what verbs do, what defaults come from the environment (`context`).
 
+mod reference;
+
 use std::{ffi::OsString, path::PathBuf};
 
 use clap::{Args, Command, CommandFactory, Parser, Subcommand};
+
+pub use reference::reference;
 
 use crate::verb;
 

@@ -26,7 +26,7 @@ pub struct Args {
     /// Also follow backing files that lie in this folder
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
-    /// -n
+    /// Whether only to look.
     #[command(flatten)]
     pub dry: DryRun,
 }

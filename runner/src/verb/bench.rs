@@ -12,7 +12,7 @@ pub struct Args {
     /// Path or NBD URI
     #[arg(value_name = "TARGET")]
     pub target: String,
-    /// -n
+    /// Whether only to look.
     #[command(flatten)]
     pub dry: DryRun,
 }

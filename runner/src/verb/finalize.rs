@@ -18,10 +18,10 @@ pub struct Args {
     /// Stop the machine and delete everything it wrote
     #[arg(long)]
     pub discard: bool,
-    /// --yes
+    /// Whether to ask.
     #[command(flatten)]
     pub confirm: Confirm,
-    /// -n
+    /// Whether only to look.
     #[command(flatten)]
     pub dry: DryRun,
 }

@@ -12,10 +12,10 @@ pub struct Args {
     /// The points, as MACHINE@POINT; may be several
     #[arg(value_name = "MACHINE@POINT", required = true)]
     pub points: Vec<String>,
-    /// --yes
+    /// Whether to ask.
     #[command(flatten)]
     pub confirm: Confirm,
-    /// -n
+    /// Whether only to look.
     #[command(flatten)]
     pub dry: DryRun,
 }

@@ -5,7 +5,7 @@ use crate::{cli::DryRun, context::Context, fail::Result};
 /// Options of `init`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// -n
+    /// Whether only to look.
     #[command(flatten)]
     pub dry: DryRun,
 }

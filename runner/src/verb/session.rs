@@ -25,7 +25,7 @@ pub enum Change {
         /// When the machine shall be independent, like 02:00 or an RFC 3339 time
         #[arg(long, value_name = "TIME", conflicts_with = "rate")]
         ready_by: Option<String>,
-        /// -n
+        /// Whether only to look.
         #[command(flatten)]
         dry: DryRun,
     },
@@ -33,7 +33,7 @@ pub enum Change {
     Pause {
         /// The session
         session: String,
-        /// -n
+        /// Whether only to look.
         #[command(flatten)]
         dry: DryRun,
     },
@@ -41,7 +41,7 @@ pub enum Change {
     Resume {
         /// The session
         session: String,
-        /// -n
+        /// Whether only to look.
         #[command(flatten)]
         dry: DryRun,
     },

@@ -1,0 +1,5 @@
+//! The command line as its users meet it: a contract, told by running the binary.
+
+mod contract;
+mod docs;
+mod harness;
