@@ -11,6 +11,7 @@
 pub mod cli;
 pub mod context;
 pub mod fail;
+pub mod host;
 pub mod output;
 pub mod site;
 pub mod source;
