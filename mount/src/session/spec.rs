@@ -9,6 +9,7 @@
 
 use std::path::{Path, PathBuf};
 
+use aquifer_vdisk::ChainSpec;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -65,7 +66,7 @@ pub struct DiskSpec {
     /// Name: the export's name, the FUSE file's name and the folder's name.
     pub name: String,
     /// The restore point's chain.
-    pub chain: serde_json::Value,
+    pub chain: ChainSpec,
     /// Size in bytes.
     pub size: u64,
     /// Fingerprint of the chain, 64 hexadecimal digits. Another chain is refused.

@@ -2,13 +2,15 @@
 
 use std::os::unix::fs::PermissionsExt;
 
+use aquifer_vdisk::ChainSpec;
+
 use super::*;
 use crate::session::{DiskSpec, Options};
 
 fn spec(dir: &Path) -> Spec {
     let disk = DiskSpec {
         name: "vda".into(),
-        chain: serde_json::json!({ "layers": [] }),
+        chain: ChainSpec::Nbd { uri: "nbd://backup/vda".into() },
         size: 1 << 20,
         fingerprint: "ab".repeat(32),
     };

@@ -1,13 +1,18 @@
 //! Names and ids find their session, or say why not.
 
+use aquifer_vdisk::ChainSpec;
 use jiff::Timestamp;
 
 use super::*;
 use crate::session::{DiskSpec, Options, State};
 
 fn session(root: &Path, registry: &Registry, name: &str, place: &str) -> Spec {
-    let disk =
-        DiskSpec { name: "vda".into(), chain: serde_json::Value::Null, size: 4096, fingerprint: "ab".repeat(32) };
+    let disk = DiskSpec {
+        name: "vda".into(),
+        chain: ChainSpec::Nbd { uri: "nbd://backup/vda".into() },
+        size: 4096,
+        fingerprint: "ab".repeat(32),
+    };
     let dir = root.join(place);
     let spec = Spec::new(name, &dir, Path::new("/run/aquifer"), vec![disk], Options::default(), Timestamp::now());
     let spec = spec.expect("spec");

@@ -3,7 +3,8 @@
 use super::*;
 
 fn disk(name: &str) -> DiskSpec {
-    DiskSpec { name: name.into(), chain: serde_json::Value::Null, size: 4096, fingerprint: "0f".repeat(32) }
+    let chain = ChainSpec::Nbd { uri: "nbd://backup/vda".into() };
+    DiskSpec { name: name.into(), chain, size: 4096, fingerprint: "0f".repeat(32) }
 }
 
 fn new(name: &str, dir: &str, disks: Vec<DiskSpec>) -> Result<Spec> {
