@@ -1,5 +1,6 @@
 //! Tests by promise, one module each, in one binary.
 
+mod chain;
 mod tidy;
 
 mod skeleton {

@@ -1,1 +1,6 @@
 //! What the tests by promise share: the oracle, faults, crash images, fixtures, peers.
+
+#![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "tests fail by panicking")]
+
+pub mod oracle;
+pub mod synthetic;

@@ -7,14 +7,17 @@
 //! - Whatever is deserialised is brought into that form, or refused where a range leaves `u64`.
 //! - A delta may say too much about a disk and never too little: rounding is outwards.
 //!
-//! Not here: how a delta is found (`Chain`, `Overlay`), and the bytes themselves.
+//! Not here: the bytes themselves, and what a guest has changed (`Overlay`).
 
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+mod between;
 #[cfg(test)]
 mod tests;
+
+pub use between::delta_between;
 
 /// Sorted, disjoint, merged ranges of bytes. As JSON a list of `[offset, len]` pairs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]

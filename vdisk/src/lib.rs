@@ -27,7 +27,7 @@ pub mod overlay;
 
 pub use cache::{BlockCache, CacheStats};
 pub use chain::Chain;
-pub use delta::Delta;
+pub use delta::{Delta, delta_between};
 pub use disk::{Disk, Parked, Zeroing};
 pub use error::{Error, Result};
 pub use extent::{Extent, ExtentKind};

@@ -1,0 +1,53 @@
+//! What differs between two points, from the layers' tables alone.
+//!
+//! Two chains that stand on the same lower layers can differ only where a layer above says
+//! something, or where a shorter layer above cuts off what is below. Nothing else is looked at.
+//!
+//! Not here: comparing bytes. Data that was rewritten with the same bytes is reported.
+
+use std::{ops::Range, sync::Arc};
+
+use aquifer_formats::Layer;
+
+use super::Delta;
+use crate::{Chain, Result};
+
+/// Where `new` may differ from `old`, cut at the end of `new`: an `old` that is cut or extended with
+/// zeros to the size of `new` and takes these ranges from it becomes `new`. Reads no data. Chains
+/// that share no layer give everything that either of them holds.
+///
+/// # Errors
+/// A layer whose tables cannot be read.
+pub fn delta_between(old: &Chain, new: &Chain) -> Result<Delta> {
+    let same = |(a, b): &(&Arc<dyn Layer>, &Arc<dyn Layer>)| same_layer(a, b);
+    let common = old.layers().iter().rev().zip(new.layers().iter().rev()).take_while(same).count();
+    let mut delta = Delta::new();
+    for chain in [old, new] {
+        let mut visible = new.size();
+        for layer in chain.layers().iter().take(chain.layers().len() - common) {
+            visible = visible.min(layer.size());
+            delta = delta.union(&said(&**layer, 0..visible)?);
+        }
+        // Past the end of a layer above the common ones, those do not show any more.
+        if common > 0 {
+            delta.insert(visible..new.size());
+        }
+    }
+    Ok(delta)
+}
+
+/// Whether two layers are the same table over the same file. Two internal snapshots of one file are not.
+fn same_layer(a: &Arc<dyn Layer>, b: &Arc<dyn Layer>) -> bool {
+    let same_file = || a.file_id(0) == b.file_id(0) && a.size() == b.size();
+    let same_table = || matches!((a.fingerprint(), b.fingerprint()), (Ok(a), Ok(b)) if a == b);
+    Arc::ptr_eq(a, b) || (same_file() && same_table())
+}
+
+/// Where in `range` a layer says anything.
+fn said(layer: &dyn Layer, range: Range<u64>) -> Result<Delta> {
+    let mut delta = Delta::new();
+    layer.scan(range.start, range.end - range.start, &mut |offset, len, _| {
+        delta.insert(offset..offset.saturating_add(len));
+    })?;
+    Ok(delta)
+}
