@@ -210,7 +210,7 @@ impl Synthetic {
 
 /// The byte a layer has at a place: never zero, and different from layer to layer.
 fn byte(salt: u64, at: u64) -> u8 {
-    let mixed = (salt.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ at / 7).wrapping_mul(0xD6E8_FEB8_6659_FD93);
+    let mixed = (salt.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (at / 7)).wrapping_mul(0xD6E8_FEB8_6659_FD93);
     u8::try_from(mixed >> 56).expect("eight bits") | 1
 }
 

@@ -1,3 +1,5 @@
+//! Sets of ranges against sets of bytes.
+
 use std::collections::BTreeSet;
 
 use proptest::prelude::*;
