@@ -15,6 +15,7 @@ pub mod error;
 pub mod gate;
 pub mod layer;
 pub mod probe;
+pub mod qcow2;
 pub mod raw;
 pub mod storage;
 
