@@ -9,8 +9,10 @@
 use std::{
     env,
     path::{Path, PathBuf},
-    sync::OnceLock,
+    sync::{Arc, OnceLock},
 };
+
+use aquifer_vdisk::BlockCache;
 
 use crate::{
     cli::Globals,
@@ -29,6 +31,7 @@ pub struct Context {
     /// Where to print.
     pub out: Output,
     site: OnceLock<Site>,
+    cache: OnceLock<Arc<BlockCache>>,
 }
 
 /// Decoded blocks kept in memory where nothing else is said, bytes.
@@ -39,7 +42,7 @@ impl Context {
     pub fn new(globals: Globals, verb: &'static str) -> Self {
         let form = if globals.json { Form::Json } else { Form::Human };
         let out = Output::new(form, verb).quiet(globals.quiet);
-        Self { globals, out, site: OnceLock::new() }
+        Self { globals, out, site: OnceLock::new(), cache: OnceLock::new() }
     }
 
     /// Takes over the signals, for verbs that work for long.
@@ -80,6 +83,12 @@ impl Context {
             }
             None => (site.default_repository().map(|r| r.url.clone()), "site file"),
         })
+    }
+
+    /// The cache of decoded blocks, one for the process.
+    pub fn cache(&self) -> Result<Arc<BlockCache>> {
+        let bytes = self.cache_bytes()?;
+        Ok(self.cache.get_or_init(|| Arc::new(BlockCache::new(bytes))).clone())
     }
 
     /// Budget of decoded blocks in memory, bytes.

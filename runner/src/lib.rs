@@ -10,6 +10,7 @@
 
 pub mod cli;
 pub mod context;
+pub mod copy;
 pub mod fail;
 pub mod host;
 pub mod output;

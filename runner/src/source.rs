@@ -12,9 +12,15 @@
 //! - A time without a zone, and a misspelt `latest`, are refused, never taken as part of a name.
 //! - Parsing looks at the file system only to see whether a file of that name exists.
 
+mod connect;
+mod repository;
+mod select;
+
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
+
+pub use select::{SelectedDisk, Selection, SourceOptions, select};
 
 use crate::fail::{Code, Fail, Result};
 

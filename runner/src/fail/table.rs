@@ -72,7 +72,7 @@ impl From<formats::Error> for Fail {
                 Fail::new(Code::ChainBroken, format!("the chain is broken: {what}")).at(path)
             }
             E::Unsupported { path, what } => Fail::new(Code::Unsupported, format!("not supported: {what}")).at(path),
-            E::Refused { path, what } => Fail::new(Code::Refused, format!("refused: {what}")).at(path),
+            E::Refused { path, what } => Fail::new(Code::Refused, what).at(path),
             E::Key { path, what } => Fail::new(Code::Key, format!("a key is needed: {what}")).at(path),
             E::OutOfRange { path, offset, len, size } => {
                 Fail::new(Code::OutOfRange, format!("range {offset}+{len} lies outside {size} bytes"))

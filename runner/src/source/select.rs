@@ -1,0 +1,206 @@
+//! From a SOURCE word to disks that can be opened.
+//!
+//! Invariants
+//! - Nothing is opened that the word, or an option beside it, does not name; what images name is
+//!   the gate's business.
+//! - A selection names at least one disk, and every name once.
+//!
+//! Not here: overlays, doors, what a machine needs beside its disks.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use aquifer_formats::probe::Format;
+use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Disk, open_chain};
+
+use super::Source;
+use crate::{
+    context::Context,
+    fail::{At, Code, Fail, Result},
+};
+
+/// Options of every verb that reads a SOURCE.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct SourceOptions {
+    /// Only this disk; may be given several times
+    #[arg(long, value_name = "NAME")]
+    pub disk: Vec<String>,
+    /// Read this internal snapshot of the image instead of its present state
+    #[arg(long, value_name = "NAME")]
+    pub snapshot: Option<String>,
+    /// Also follow backing files that lie in this folder; may be given several times
+    #[arg(long, value_name = "DIR")]
+    pub allow_backing: Vec<PathBuf>,
+}
+
+/// What a SOURCE word stands for.
+#[derive(Clone, Debug)]
+pub struct Selection {
+    /// The word, as messages name it.
+    pub word: String,
+    /// Its disks, in the machine's order.
+    pub disks: Vec<SelectedDisk>,
+}
+
+/// One disk of a selection.
+#[derive(Clone, Debug)]
+pub struct SelectedDisk {
+    /// Name of the disk, of its export and of its file.
+    pub name: String,
+    /// What it is opened from.
+    pub spec: ChainSpec,
+}
+
+/// Longest name of a disk, bytes.
+const NAME_MAX: usize = 64;
+
+/// Finds what `word` stands for.
+///
+/// # Errors
+/// [`Code::Source`] for a word that means nothing, [`Code::NotFound`] for one that leads nowhere.
+pub fn select(context: &Context, word: &str, options: &SourceOptions) -> Result<Selection> {
+    let disks = match Source::parse(word)? {
+        Source::Path(path) => vec![image(&path, None, options)?],
+        Source::Raw(path) => vec![image(&path, Some(Format::Raw), options)?],
+        Source::Nbd(uri) => vec![nbd(uri)?],
+        Source::Point { machine, point, disk } => super::repository::disks(context, &machine, &point, disk.as_deref())?,
+    };
+    let disks = keep(disks, &options.disk, word)?;
+    Ok(Selection { word: word.to_owned(), disks })
+}
+
+fn image(path: &Path, format: Option<Format>, options: &SourceOptions) -> Result<SelectedDisk> {
+    let label = path.display().to_string();
+    let metadata = std::fs::metadata(path).map_err(|e| Fail::io(&label, "open", &e))?;
+    if metadata.is_dir() {
+        return Err(folder(path));
+    }
+    let path = std::path::absolute(path).map_err(|e| Fail::io(&label, "open", &e))?;
+    let allow_backing = options.allow_backing.clone();
+    let name = name_from(path.file_stem().and_then(|s| s.to_str()).unwrap_or_default());
+    let native = format.is_none() && path.extension().is_some_and(|e| e == "aql");
+    let spec = match native {
+        true => ChainSpec::Native { path },
+        false => ChainSpec::Image { path, format, allow_backing, snapshot: options.snapshot.clone() },
+    };
+    Ok(SelectedDisk { name, spec })
+}
+
+/// Why a folder is no source, with the command that is.
+fn folder(path: &Path) -> Fail {
+    let fail = Fail::new(Code::Source, format!("{} is a folder", path.display())).at(path.display());
+    if path.join("aquifer.json").is_file() {
+        return fail.help(format!("aquifer -r {} points", path.display()));
+    }
+    fail.help(format!("aquifer info {}/FILE", path.display()))
+}
+
+fn nbd(uri: String) -> Result<SelectedDisk> {
+    let (_, rest) = uri.split_once("://").unwrap_or(("", &uri));
+    let path = rest.split(['?', '#']).next().unwrap_or_default();
+    let export = path.split_once('/').map(|(_, export)| export).unwrap_or_default();
+    Ok(SelectedDisk { name: name_from(export), spec: ChainSpec::Nbd { uri } })
+}
+
+/// A disk name made of a file or export name: letters, digits, `.`, `_`, `-`.
+fn name_from(text: &str) -> String {
+    let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '_' };
+    let name: String = text.chars().take(NAME_MAX).map(plain).collect();
+    let name = name.trim_start_matches('.').to_owned();
+    if name.is_empty() { "disk".into() } else { name }
+}
+
+/// Keeps the disks that were asked for, in the order they were asked for.
+fn keep(disks: Vec<SelectedDisk>, wanted: &[String], word: &str) -> Result<Vec<SelectedDisk>> {
+    if wanted.is_empty() {
+        return Ok(disks);
+    }
+    let mut kept: Vec<SelectedDisk> = Vec::new();
+    for name in wanted {
+        if kept.iter().any(|disk| disk.name == *name) {
+            continue;
+        }
+        let found = disks.iter().find(|disk| disk.name == *name).ok_or_else(|| no_disk(&disks, name, word))?;
+        kept.push(found.clone());
+    }
+    Ok(kept)
+}
+
+fn no_disk(disks: &[SelectedDisk], name: &str, word: &str) -> Fail {
+    let names: Vec<&str> = disks.iter().map(|disk| disk.name.as_str()).collect();
+    Fail::new(Code::NotFound, format!("{word} has no disk `{name}`; it has {}", names.join(", ")))
+        .help(format!("aquifer info {word}"))
+}
+
+impl Selection {
+    /// The only disk.
+    ///
+    /// # Errors
+    /// [`Code::Ambiguous`] where there are several.
+    pub fn single(&self) -> Result<&SelectedDisk> {
+        match self.disks.as_slice() {
+            [disk] => Ok(disk),
+            several => {
+                let names: Vec<&str> = several.iter().map(|disk| disk.name.as_str()).collect();
+                let first = names.first().copied().unwrap_or("NAME");
+                let what = format!("{} has several disks: {}", self.word, names.join(", "));
+                Err(Fail::new(Code::Ambiguous, what).help(format!("add --disk {first}")))
+            }
+        }
+    }
+}
+
+impl SelectedDisk {
+    /// Opens the chain.
+    ///
+    /// # Errors
+    /// Files that are missing, refused, damaged or of an unknown format.
+    pub fn open_chain(&self, cache: &Arc<BlockCache>) -> Result<Arc<Chain>> {
+        let connect = |uri: &str| super::connect::layer(uri);
+        let chain = open_chain(&self.spec, cache.clone(), &connect).map_err(|error| self.advise(error.into()))?;
+        Ok(Arc::new(chain))
+    }
+
+    /// Opens it as a read-only disk.
+    pub fn open(&self, cache: &Arc<BlockCache>) -> Result<Arc<Disk>> {
+        Ok(Arc::new(Disk::read_only(&self.name, self.open_chain(cache)?)))
+    }
+
+    /// Adds the command that gets around a refusal.
+    fn advise(&self, fail: Fail) -> Fail {
+        let ChainSpec::Image { path, format: None, .. } = &self.spec else { return fail };
+        let refused_at = fail.at.as_ref().map(|at: &At| at.path.clone()).unwrap_or_default();
+        match fail.code {
+            Code::Refused if fail.what.contains("raw is only") => {
+                fail.help(format!("aquifer info raw:{}    # if it is a raw image", path.display()))
+            }
+            Code::Refused if !refused_at.is_empty() => fail.help("add --allow-backing DIR, if you trust the image"),
+            _ => fail,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_made_plain() {
+        assert_eq!(name_from("db01"), "db01");
+        assert_eq!(name_from("a b/c:ü"), "a_b_c__");
+        assert_eq!(name_from(""), "disk");
+        assert_eq!(name_from("..hidden"), "hidden");
+        assert_eq!(name_from(&"x".repeat(200)).len(), NAME_MAX);
+    }
+
+    #[test]
+    fn an_export_names_its_disk() {
+        let name = |uri: &str| nbd(uri.to_owned()).expect("nbd").name;
+        assert_eq!(name("nbd://host:10809/vda"), "vda");
+        assert_eq!(name("nbd+unix:///vdb?socket=/run/x"), "vdb");
+        assert_eq!(name("nbd+unix:///?socket=/run/x"), "disk");
+        assert_eq!(name("nbd://host"), "disk");
+    }
+}
