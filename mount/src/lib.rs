@@ -8,4 +8,6 @@
 //! Not here: what a backup is, which point to recover, hypervisors (`aquifer`).
 
 pub mod confine;
+pub mod errno;
+pub mod nbd;
 pub mod session;
