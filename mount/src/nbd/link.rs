@@ -36,24 +36,22 @@ impl Socket {
     /// Takes over a connected stream socket and sets it up for the protocol.
     pub(super) fn new(fd: OwnedFd) -> Self {
         // Each of these is a matter of speed or of noticing a dead peer, so a refusal is no failure.
-        drop(
-            sockopt::set_socket_send_buffer_size_force(&fd, SEND_BUFFER)
-                .or_else(|_| sockopt::set_socket_send_buffer_size(&fd, SEND_BUFFER)),
-        );
-        drop(sockopt::set_tcp_nodelay(&fd, true));
-        drop(sockopt::set_socket_keepalive(&fd, true));
-        drop(sockopt::set_tcp_keepidle(&fd, Duration::from_secs(30)));
+        let _ = sockopt::set_socket_send_buffer_size_force(&fd, SEND_BUFFER)
+            .or_else(|_| sockopt::set_socket_send_buffer_size(&fd, SEND_BUFFER));
+        let _ = sockopt::set_tcp_nodelay(&fd, true);
+        let _ = sockopt::set_socket_keepalive(&fd, true);
+        let _ = sockopt::set_tcp_keepidle(&fd, Duration::from_secs(30));
         Self { fd }
     }
 
     /// No more requests will be received; what is being answered still goes out.
     pub(super) fn stop_receiving(&self) {
-        drop(shutdown(&self.fd, Shutdown::Read));
+        let _ = shutdown(&self.fd, Shutdown::Read);
     }
 
     /// Ends both directions and wakes whoever waits on the socket.
     pub(super) fn close(&self) {
-        drop(shutdown(&self.fd, Shutdown::Both));
+        let _ = shutdown(&self.fd, Shutdown::Both);
     }
 
     /// Waits until `flags` hold; `false` after `timeout`.

@@ -163,7 +163,7 @@ impl Listener {
 
     /// Stops accepting, and removes the socket file if it is still ours.
     pub(super) fn stop(self) {
-        drop(rustix::io::write(&*self.wake, &1u64.to_ne_bytes()));
+        let _ = rustix::io::write(&*self.wake, &[1; 8]);
         drop(self.thread.join());
         if let Some(file) = self.file
             && fs::symlink_metadata(&file.path).is_ok_and(|m| (m.dev(), m.ino()) == file.inode)

@@ -90,19 +90,19 @@ impl Outlet {
         if self.has_failed() {
             return;
         }
-        if let Some(mut wire) = self.wire.try_lock() {
-            if self.backlog.lock().messages.is_empty() {
-                match wire.sender.offer_from(buf, len) {
-                    Ok(true) => {}
-                    Ok(false) => {
-                        wire.permits.extend(permit);
-                        self.stall();
-                    }
-                    Err(e) => self.note(&Err(e)),
+        if let Some(mut wire) = self.wire.try_lock()
+            && self.backlog.lock().messages.is_empty()
+        {
+            match wire.sender.offer_from(buf, len) {
+                Ok(true) => {}
+                Ok(false) => {
+                    wire.permits.extend(permit);
+                    self.stall();
                 }
-                drop(wire);
-                return self.drain();
+                Err(e) => self.note(&Err(e)),
             }
+            drop(wire);
+            return self.drain();
         }
         let mut message = std::mem::take(buf);
         message.truncate(len);
