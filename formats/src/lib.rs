@@ -10,6 +10,7 @@
 //! Not here: chains, caches, overlays (`aquifer-vdisk`); sockets and mounts (`aquifer-mount`);
 //! anything that prints, reads the environment or exits.
 
+pub mod aql;
 pub mod codec;
 pub mod error;
 pub mod gate;

@@ -1,0 +1,392 @@
+//! The end of a file being written: the only place that appends to it.
+//!
+//! Invariants
+//! - Items are applied in the order in which they were given to the writer.
+//! - A waymark is appended only after everything before it has been synced, so whoever finds a whole
+//!   waymark may trust all it refers to.
+//! - After the first failed write or sync nothing more is written.
+
+use std::{ops::Range, sync::Arc};
+
+use zerocopy::{
+    IntoBytes,
+    little_endian::{U32, U64},
+};
+
+use super::{
+    block::{Compression, Encoder},
+    dedupe::{DedupeTable, Known},
+    entry::{Entry, Place, Stored},
+    frame::{FrameInfo, FrameKind},
+    key::ContentId,
+    layout::{
+        FRAME_HEADER_BYTES, LEAF_ENTRIES, PAGE_BYTES, WAYMARK_LEAVES_MAX, WAYMARK_MAGIC, WaymarkHeader, WaymarkLeaf,
+    },
+    leafmap::LeafMap,
+    salvage::Found,
+    seal::{Identity, SealInfo, Sealed, Stats},
+};
+use crate::{Codec, Error, Result, Storage};
+
+/// Leaves held in memory before they are written: 16 MiB.
+const LEAVES_IN_MEMORY: usize = 2048;
+
+/// Where the next frame goes.
+#[derive(Debug)]
+pub(crate) struct Tail {
+    storage: Arc<dyn Storage>,
+    offset: u64,
+    sequence: u64,
+}
+
+impl Tail {
+    pub(crate) fn new(storage: Arc<dyn Storage>, offset: u64, sequence: u64) -> Self {
+        Self { storage, offset, sequence }
+    }
+
+    pub(crate) fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
+    pub(crate) fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    pub(crate) fn next_sequence(&mut self) -> u64 {
+        self.sequence += 1;
+        self.sequence
+    }
+
+    /// Appends bytes and asks for their write-back.
+    pub(crate) fn append(&mut self, bytes: &[u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let offset = self.offset;
+        self.storage.write_at(offset, bytes).map_err(|e| Error::io(self.storage.label(), "write", offset, e))?;
+        // A hint: a storage that refuses it still syncs at the end.
+        let _ = self.storage.start_writeback(self.offset, bytes.len() as u64);
+        self.offset += bytes.len() as u64;
+        Ok(())
+    }
+
+    pub(crate) fn sync(&self) -> Result<()> {
+        self.storage.sync().map_err(|e| Error::io(self.storage.label(), "sync", self.offset, e))
+    }
+}
+
+/// What a worker found out about one block.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    Zero,
+    /// Equal to the parent's block at the same place.
+    AsParent(ContentId),
+    /// Stored already.
+    Known(Known),
+    /// A frame in the chunk's bytes, header still empty.
+    Frame {
+        bytes: Range<usize>,
+        codec: Codec,
+        id: ContentId,
+        payload_crc: u32,
+    },
+}
+
+/// One item of the writer's order.
+#[derive(Debug)]
+pub(crate) enum Item {
+    /// Blocks from `first` on, and their frames.
+    Blocks { first: u64, outcomes: Vec<Outcome>, frames: Vec<u8> },
+    /// A run of zero blocks.
+    Zero(Range<u64>),
+    /// A run of blocks that are as in the parent.
+    Keep(Range<u64>),
+}
+
+impl Item {
+    fn blocks(&self) -> Range<u64> {
+        match self {
+            Self::Blocks { first, outcomes, .. } => *first..*first + outcomes.len() as u64,
+            Self::Zero(range) | Self::Keep(range) => range.clone(),
+        }
+    }
+}
+
+/// State of a file being written.
+#[derive(Debug)]
+pub(crate) struct Appender {
+    pub(crate) identity: Identity,
+    pub(crate) tail: Tail,
+    pub(crate) map: LeafMap,
+    pub(crate) stats: Stats,
+    /// Every block below was given.
+    pub(crate) cursor: u64,
+    pub(crate) waymark: u64,
+    /// End of the last waymark.
+    waymark_end: u64,
+    waymark_every: u64,
+    parent_hint: String,
+}
+
+impl Appender {
+    pub(crate) fn new(identity: Identity, tail: Tail, map: LeafMap, waymark_every: u64, parent_hint: String) -> Self {
+        let waymark_end = tail.offset();
+        let stats = Stats::default();
+        Self { identity, tail, map, stats, cursor: 0, waymark: 0, waymark_end, waymark_every, parent_hint }
+    }
+
+    /// Takes over what a scan found in an interrupted file.
+    pub(crate) fn adopt(&mut self, found: &Found, dedupe: &mut DedupeTable) -> Result<()> {
+        for (leaf, at) in &found.leaves {
+            self.map.adopt(*leaf, *at, &self.tail)?;
+            self.map.own_blocks(*leaf, &self.tail, |known| dedupe.insert(known))?;
+        }
+        // The waymarks already name these; only what follows is new.
+        self.map.take_changed();
+        for (block, (at, id)) in &found.blocks {
+            self.map.put(*block, Entry::Data(*at), *id, Some(&self.tail))?;
+            dedupe.insert(Known { id: *id, at: *at, logical: *block });
+        }
+        if !found.leaves_in_waymarks {
+            self.map.mark_all_changed(found.leaves.keys().copied());
+        }
+        let own = self.map.own_live();
+        self.cursor = found.cursor;
+        self.waymark = found.waymark;
+        self.stats.blocks_given = found.blocks_given;
+        self.stats.blocks_written = own.blocks;
+        self.stats.bytes_raw = own.blocks * u64::from(self.identity.block_bytes());
+        self.stats.bytes_stored = own.bytes;
+        Ok(())
+    }
+
+    pub(crate) fn apply(&mut self, item: Item, dedupe: &parking_lot::RwLock<DedupeTable>) -> Result<Vec<u8>> {
+        let given = item.blocks();
+        let recycled = match item {
+            Item::Blocks { first, outcomes, frames } => self.apply_blocks(first, outcomes, frames, dedupe)?,
+            Item::Zero(range) => {
+                let blocks = range.end - range.start;
+                self.stats.blocks_given += blocks;
+                self.stats.blocks_zero += blocks;
+                // In steps, so that a sweep over a large disk keeps memory bounded.
+                let step = (LEAF_ENTRIES * LEAVES_IN_MEMORY) as u64;
+                let mut at = range.start;
+                while at < range.end {
+                    let end = at.saturating_add(step).min(range.end);
+                    self.map.zero(at, end, &self.tail)?;
+                    self.settle()?;
+                    at = end;
+                }
+                Vec::new()
+            }
+            Item::Keep(range) => {
+                self.stats.blocks_given += range.end - range.start;
+                self.stats.blocks_unchanged += range.end - range.start;
+                Vec::new()
+            }
+        };
+        if given.start <= self.cursor {
+            self.cursor = self.cursor.max(given.end);
+        }
+        self.settle()?;
+        Ok(recycled)
+    }
+
+    fn apply_blocks(
+        &mut self,
+        first: u64,
+        outcomes: Vec<Outcome>,
+        mut frames: Vec<u8>,
+        dedupe: &parking_lot::RwLock<DedupeTable>,
+    ) -> Result<Vec<u8>> {
+        let mut kept = 0;
+        let mut entries = Vec::with_capacity(outcomes.len());
+        for (block, outcome) in (first..).zip(outcomes) {
+            self.stats.blocks_given += 1;
+            let (entry, id) = match outcome {
+                Outcome::Zero => {
+                    self.stats.blocks_zero += 1;
+                    (Entry::Zero, [0; 16])
+                }
+                Outcome::AsParent(id) => match self.map.get(block, &self.tail)? {
+                    (_, now) if now == id => {
+                        self.stats.blocks_unchanged += 1;
+                        continue;
+                    }
+                    _ => match self.map.parent_entry(block)? {
+                        Some(entry) => {
+                            self.stats.blocks_unchanged += 1;
+                            (entry, id)
+                        }
+                        None => return Err(Error::corrupt("map", block, "the parent's block is gone")),
+                    },
+                },
+                Outcome::Known(known) => self.point_at(block, &known)?,
+                Outcome::Frame { bytes, codec, id, payload_crc } => {
+                    let known = dedupe.read().find(&id);
+                    match known {
+                        Some(known) => self.point_at(block, &known)?,
+                        None => {
+                            let at = self.place_frame(block, &mut frames, bytes, &mut kept, codec, id, payload_crc);
+                            dedupe.write().insert(Known { id, at, logical: block });
+                            (Entry::Data(at), id)
+                        }
+                    }
+                }
+            };
+            entries.push((block, entry, id));
+        }
+        frames.truncate(kept);
+        self.tail.append(&frames)?;
+        for (block, entry, id) in entries {
+            self.map.put(block, entry, id, Some(&self.tail))?;
+        }
+        frames.clear();
+        Ok(frames)
+    }
+
+    /// An entry for content that is stored already.
+    fn point_at(&mut self, block: u64, known: &Known) -> Result<(Entry, ContentId)> {
+        let at = Stored { shared: known.logical != block, ..known.at };
+        if self.map.get(block, &self.tail)?.1 == known.id {
+            self.stats.blocks_unchanged += 1;
+        } else {
+            self.stats.blocks_shared += 1;
+        }
+        Ok((Entry::Data(at), known.id))
+    }
+
+    /// Gives a frame its header and its place, closing the gap that shared blocks left before it.
+    #[expect(clippy::too_many_arguments, reason = "one call site; a struct would only rename the outcome")]
+    fn place_frame(
+        &mut self,
+        block: u64,
+        frames: &mut [u8],
+        bytes: Range<usize>,
+        kept: &mut usize,
+        codec: Codec,
+        id: ContentId,
+        payload_crc: u32,
+    ) -> Stored {
+        let stored = bytes.len() - FRAME_HEADER_BYTES;
+        let info = FrameInfo {
+            kind: FrameKind::Block,
+            codec,
+            logical: block,
+            raw_bytes: self.identity.block_bytes(),
+            stored_bytes: u32::try_from(stored).unwrap_or(u32::MAX),
+            sequence: self.tail.next_sequence(),
+            tag: self.identity.tag,
+            id,
+        };
+        let (header, check) = info.header(payload_crc);
+        let start = *kept;
+        *kept += bytes.len();
+        frames.copy_within(bytes, start);
+        if let Some(to) = frames.get_mut(start..start + FRAME_HEADER_BYTES) {
+            to.copy_from_slice(&header);
+        }
+        self.stats.blocks_written += 1;
+        self.stats.bytes_raw += u64::from(info.raw_bytes);
+        self.stats.bytes_stored += info.frame_bytes();
+        let place = Place { slot: self.identity.slot, offset: self.tail.offset() + start as u64 };
+        Stored { place, stored_bytes: info.stored_bytes, codec, shared: false, check }
+    }
+
+    /// Writes leaves and a waymark where enough has gathered.
+    fn settle(&mut self) -> Result<()> {
+        let grown = self.tail.offset().saturating_sub(self.waymark_end) >= self.waymark_every;
+        if grown || self.map.leaves_in_memory() >= LEAVES_IN_MEMORY { self.mark() } else { Ok(()) }
+    }
+
+    /// Flushes leaves, syncs, appends waymarks for what changed since the last.
+    pub(crate) fn mark(&mut self) -> Result<()> {
+        self.map.flush(&mut self.tail)?;
+        self.tail.sync()?;
+        let changed = self.map.take_changed();
+        let mut parts = changed.chunks(WAYMARK_LEAVES_MAX).peekable();
+        loop {
+            let part = parts.next().unwrap_or_default();
+            let last = parts.peek().is_none();
+            self.append_waymark(part, last)?;
+            if last {
+                return Ok(());
+            }
+        }
+    }
+
+    fn append_waymark(&mut self, leaves: &[(u64, super::layout::LeafRefBytes)], last: bool) -> Result<()> {
+        let header = WaymarkHeader {
+            magic: WAYMARK_MAGIC,
+            leaves: U32::new(u32::try_from(leaves.len()).unwrap_or(u32::MAX)),
+            previous: U64::new(self.waymark),
+            // Only the last part of a waymark may promise that all below the cursor is known.
+            cursor: U64::new(if last { self.cursor } else { 0 }),
+            blocks: U64::new(self.stats.blocks_given),
+            reserved: U64::ZERO,
+        };
+        let mut payload = header.as_bytes().to_vec();
+        for (leaf, at) in leaves {
+            payload.extend_from_slice(WaymarkLeaf { leaf: U64::new(*leaf), at: *at }.as_bytes());
+        }
+        let offset = self.tail.offset();
+        let frame = self.meta_frame(FrameKind::Waymark, 0, Codec::Raw, payload.len(), &payload);
+        self.tail.append(&frame)?;
+        self.waymark = offset;
+        self.waymark_end = self.tail.offset();
+        Ok(())
+    }
+
+    fn meta_frame(&mut self, kind: FrameKind, logical: u64, codec: Codec, raw: usize, payload: &[u8]) -> Vec<u8> {
+        let info = FrameInfo {
+            kind,
+            codec,
+            logical,
+            raw_bytes: u32::try_from(raw).unwrap_or(u32::MAX),
+            stored_bytes: u32::try_from(payload.len()).unwrap_or(u32::MAX),
+            sequence: self.tail.next_sequence(),
+            tag: self.identity.tag,
+            id: [0; 16],
+        };
+        let mut bytes = Vec::with_capacity(FRAME_HEADER_BYTES + payload.len());
+        info.append(payload, &mut bytes);
+        bytes
+    }
+
+    /// Leaves, root and its copy, sync, seals, sync.
+    pub(crate) fn seal(mut self) -> Result<Sealed> {
+        self.map.flush(&mut self.tail)?;
+        self.stats.data_blocks = self.map.data_blocks();
+        let raw = self.map.root(&self.parent_hint).encode();
+        let mut payload = Vec::new();
+        let root_codec = Encoder::new(Compression::Zstd(1)).encode(&raw, &mut payload);
+        let root_a = self.tail.offset();
+        let mut bytes = self.meta_frame(FrameKind::Root, 0, root_codec, raw.len(), &payload);
+        let root_b = root_a + bytes.len() as u64;
+        bytes.extend(self.meta_frame(FrameKind::Root, 1, root_codec, raw.len(), &payload));
+        let data_end = root_a + bytes.len() as u64;
+        let seals_at = data_end.next_multiple_of(PAGE_BYTES);
+        bytes.resize(bytes.len() + usize::try_from(seals_at - data_end).unwrap_or_default(), 0);
+        self.tail.append(&bytes)?;
+        self.tail.sync()?;
+        let info = SealInfo {
+            identity: self.identity.clone(),
+            hash: [0; 32],
+            file_bytes: seals_at + 2 * PAGE_BYTES,
+            data_end,
+            sequence: self.tail.sequence,
+            root_codec,
+            root_a,
+            root_b,
+            root_stored: u32::try_from(payload.len()).unwrap_or(u32::MAX),
+            root_raw: u32::try_from(raw.len()).unwrap_or(u32::MAX),
+            root_hash: *blake3::hash(&raw).as_bytes(),
+            waymark: self.waymark,
+            stats: self.stats,
+        };
+        let (pages, seal) = info.pages();
+        self.tail.append(&pages)?;
+        self.tail.sync()?;
+        Ok(Sealed { layer: self.identity.layer, seal, file_bytes: info.file_bytes, stats: self.stats })
+    }
+}
