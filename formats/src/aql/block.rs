@@ -1,11 +1,8 @@
-//! Encoding and decoding of one stored payload.
+//! Encoding of stored payloads, and decoding of metadata. Blocks are decoded by [`crate::codec`].
 //!
 //! Invariants
-//! - A decoded payload has exactly its declared length, or at least the part that was asked for; no
-//!   byte of `out` comes from anywhere but this payload.
-//! - Nothing is allocated beyond the declared length, which the caller has bounded.
-
-use std::cell::RefCell;
+//! - A compressed payload is at least one part in 64 smaller than what it holds; else it is stored raw.
+//! - Decoded metadata has exactly its declared length, which the caller has bounded.
 
 use zstd_safe::{
     CCtx, CParameter, DCtx, InBuffer, OutBuffer, ResetDirective, get_error_name, zstd_sys::ZSTD_EndDirective,
@@ -107,63 +104,20 @@ impl Encoder {
     }
 }
 
-thread_local! {
-    static DECODER: RefCell<DCtx<'static>> = RefCell::new(DCtx::create());
-}
-
-/// Decodes at least `need` of `raw_bytes` into `out`, which is cleared first. The text says what is wrong.
-pub(crate) fn decode(
-    codec: Codec,
-    stored: &[u8],
-    raw_bytes: usize,
-    need: usize,
-    out: &mut Vec<u8>,
-) -> Result<(), String> {
+/// Decodes metadata whole, of which the caller has bounded the size. The text says what is wrong.
+pub(crate) fn decode_meta(codec: Codec, stored: &[u8], raw_bytes: usize, out: &mut Vec<u8>) -> Result<(), String> {
     out.clear();
-    match codec {
-        Codec::Raw if stored.len() == raw_bytes => {
+    let got = match codec {
+        Codec::Raw => {
             out.extend_from_slice(stored);
-            Ok(())
-        }
-        Codec::Raw => Err(format!("decode: {} raw bytes stored for {raw_bytes}", stored.len())),
-        Codec::Lz4 => {
-            out.resize(raw_bytes, 0);
-            match lz4_flex::block::decompress_into(stored, out) {
-                Ok(len) if len == raw_bytes => Ok(()),
-                Ok(len) => Err(format!("decode: lz4 block holds {len} bytes instead of {raw_bytes}")),
-                Err(e) => Err(format!("decode: {e}")),
-            }
+            stored.len()
         }
         Codec::Zstd => {
-            let need = need.min(raw_bytes).next_multiple_of(FLUSH_BYTES).min(raw_bytes);
-            out.resize(need, 0);
-            DECODER.with_borrow_mut(|context| zstd_out_of(context, stored, raw_bytes, out))
+            out.resize(raw_bytes, 0);
+            let decoded = DCtx::create().decompress(out.as_mut_slice(), stored);
+            decoded.map_err(|code| format!("decode: {}", get_error_name(code)))?
         }
-        Codec::Deflate => Err("decode: deflate is not a codec of this format".into()),
-    }
-}
-
-fn zstd_out_of(context: &mut DCtx<'_>, stored: &[u8], raw_bytes: usize, out: &mut Vec<u8>) -> Result<(), String> {
-    let named = |code| format!("decode: {}", get_error_name(code));
-    let want = out.len();
-    if want == raw_bytes {
-        return match context.decompress(out.as_mut_slice(), stored) {
-            Ok(len) if len == want => Ok(()),
-            Ok(len) => Err(format!("decode: zstd frame holds {len} bytes instead of {want}")),
-            Err(code) => Err(named(code)),
-        };
-    }
-    context.reset(ResetDirective::SessionOnly).map_err(named)?;
-    let mut input = InBuffer::around(stored);
-    let mut output = OutBuffer::around(out.as_mut_slice());
-    loop {
-        let (before_in, before_out) = (input.pos(), output.pos());
-        let hint = context.decompress_stream(&mut output, &mut input).map_err(named)?;
-        if output.pos() == want {
-            return Ok(());
-        }
-        if hint == 0 || (input.pos(), output.pos()) == (before_in, before_out) {
-            return Err(format!("decode: zstd frame ends after {} bytes of {want}", output.pos()));
-        }
-    }
+        Codec::Lz4 | Codec::Deflate => return Err(format!("decode: metadata is never stored as {codec:?}")),
+    };
+    if got == raw_bytes { Ok(()) } else { Err(format!("decode: {got} bytes instead of {raw_bytes}")) }
 }

@@ -16,7 +16,7 @@ use super::{
     key::ContentId,
     layout::{FRAME_HEADER_BYTES, FRAME_IDENTITY_BYTES, FRAME_MAGIC, FrameHeader},
 };
-use crate::{Codec, Error, Result, Storage};
+use crate::{Codec, Error, Result, Storage, codec::with_stored};
 
 /// What a frame holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,35 +132,47 @@ pub(crate) struct Expected {
     pub(crate) check: u32,
 }
 
-/// Reads a frame whole into `scratch` and returns its payload, only if it is the frame the pointer means.
-pub(crate) fn read<'a>(
+/// Reads a frame whole and hands its payload to `work`, only if it is the frame the pointer means.
+pub(crate) fn read<R>(
     storage: &dyn Storage,
     offset: u64,
     expected: &Expected,
-    scratch: &'a mut Vec<u8>,
-) -> Result<(&'a [u8], FrameInfo)> {
+    work: impl FnOnce(&[u8], &FrameInfo) -> Result<R>,
+) -> Result<R> {
     let stored = usize::try_from(expected.stored_bytes).unwrap_or(usize::MAX);
-    scratch.resize(FRAME_HEADER_BYTES.saturating_add(stored), 0);
-    storage.read_at(offset, scratch).map_err(|e| read_error(storage, offset, scratch.len() as u64, e))?;
-    let (header, payload) = scratch.split_at(FRAME_HEADER_BYTES.min(scratch.len()));
-    let bad = |what: String| Error::BadBlock {
-        path: storage.label().into(),
-        offset,
-        len: FRAME_HEADER_BYTES as u64 + u64::from(expected.stored_bytes),
-        what,
-    };
-    let check = crc32c::crc32c_append(crc32c::crc32c(payload), identity(header));
-    if check != expected.check {
-        return Err(bad(format!("checksum is {check:08x}, the pointer says {:08x}", expected.check)));
+    let len = FRAME_HEADER_BYTES.saturating_add(stored);
+    let done = with_stored(storage, offset, len, |bytes| {
+        let (header, payload) = bytes.split_at(FRAME_HEADER_BYTES.min(bytes.len()));
+        let info = expected.confirm(header, payload).map_err(|what| Error::BadBlock {
+            path: storage.label().into(),
+            offset,
+            len: len as u64,
+            what,
+        })?;
+        work(payload, &info)
+    });
+    done.map_err(|e| match e {
+        Error::Io { source, action: "read", .. } => read_error(storage, offset, len as u64, source),
+        other => other,
+    })
+}
+
+impl Expected {
+    /// Whether these bytes are the frame that is meant.
+    fn confirm(&self, header: &[u8], payload: &[u8]) -> Result<FrameInfo, String> {
+        let check = crc32c::crc32c_append(crc32c::crc32c(payload), identity(header));
+        if check != self.check {
+            return Err(format!("checksum is {check:08x}, the pointer says {:08x}", self.check));
+        }
+        let (info, _) = parse_header(header)?;
+        let same = info.kind == self.kind
+            && info.codec == self.codec
+            && self.logical.is_none_or(|logical| logical == info.logical)
+            && info.raw_bytes == self.raw_bytes
+            && info.stored_bytes == self.stored_bytes
+            && info.tag == self.tag;
+        if same { Ok(info) } else { Err(format!("identity: the frame is {info:?}")) }
     }
-    let (info, _) = parse_header(header).map_err(bad)?;
-    let same = info.kind == expected.kind
-        && info.codec == expected.codec
-        && expected.logical.is_none_or(|l| l == info.logical)
-        && info.raw_bytes == expected.raw_bytes
-        && info.stored_bytes == expected.stored_bytes
-        && info.tag == expected.tag;
-    if same { Ok((payload, info)) } else { Err(bad(format!("identity: the frame is {info:?}"))) }
 }
 
 /// A short read is the file's fault, anything else the world's.

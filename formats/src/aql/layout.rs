@@ -11,8 +11,8 @@ use zerocopy::{
     little_endian::{U16, U32, U64},
 };
 
-/// First bytes of a file; the shape of PNG's catches transfers that change line ends or drop the eighth bit.
-pub const MAGIC: [u8; 8] = *b"\x89AQL\r\n\x1a\n";
+/// First bytes of a file.
+pub const MAGIC: [u8; 8] = crate::probe::AQL_MAGIC;
 /// First bytes of each copy of the seal.
 pub const SEAL_MAGIC: [u8; 8] = *b"AQLSEAL1";
 /// First bytes of each frame.

@@ -10,7 +10,6 @@
 //! Not here: a cache of decoded blocks. Leaves are kept, a bounded number of them.
 
 use std::{
-    cell::RefCell,
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
@@ -20,7 +19,7 @@ use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
 
 use super::{
-    block::decode,
+    block::decode_meta,
     entry::{Entry, IdPage, LeafRef, MapPage, Place, Stored},
     frame::{self, Expected, FrameKind},
     key::ContentId,
@@ -31,6 +30,8 @@ use super::{
 };
 use crate::{
     BlockRef, Codec, Content, Error, FileSlot, Layer, Result, Storage,
+    codec::{Tail, decode},
+    scan_by_lookup,
     storage::{Access, FileStorage},
 };
 
@@ -39,10 +40,6 @@ const LEAVES_KEPT: u64 = 1024;
 
 /// `BlockRef::logical` of a block that was written for another place of equal content.
 const LOGICAL_ANY: u64 = u64::MAX;
-
-thread_local! {
-    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
 
 /// A file this layer draws from, as told to people and to retention.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -434,15 +431,9 @@ impl Reader {
             tag,
             check: block.check,
         };
-        SCRATCH.with_borrow_mut(|scratch| {
-            let (payload, info) = frame::read(storage.as_ref(), block.offset, &expected, scratch)?;
-            let raw = usize::try_from(block.raw_len).unwrap_or(usize::MAX);
-            decode(block.codec, payload, raw, need, out).map_err(|what| Error::BadBlock {
-                path: storage.label().into(),
-                offset: block.offset,
-                len: info.frame_bytes(),
-                what,
-            })?;
+        let raw = usize::try_from(block.raw_len).unwrap_or(usize::MAX);
+        frame::read(storage.as_ref(), block.offset, &expected, |payload, info| {
+            decode(block.codec, payload, raw, need, Tail::Exact, out).map_err(|e| e.at(storage.label(), block))?;
             Ok(info.id)
         })
     }
@@ -474,8 +465,7 @@ pub(crate) fn read_leaf_page<T>(
     let bytes = LEAF_BYTES;
     let expected =
         Expected { kind, codec: Codec::Raw, logical: Some(leaf), raw_bytes: bytes, stored_bytes: bytes, tag, check };
-    SCRATCH.with_borrow_mut(|scratch| {
-        let (payload, _) = frame::read(storage, offset, &expected, scratch)?;
+    frame::read(storage, offset, &expected, |payload, _| {
         parse(payload).ok_or_else(|| Error::corrupt(storage.label(), offset, "leaf page of the wrong size"))
     })
 }
@@ -503,7 +493,7 @@ pub(crate) fn read_root_copy(storage: &dyn Storage, seal: &SealInfo, copy: u64) 
     let payload = scratch.get(super::layout::FRAME_HEADER_BYTES..).unwrap_or_default();
     let raw = usize::try_from(seal.root_raw).unwrap_or(usize::MAX);
     let mut out = Vec::new();
-    decode(seal.root_codec, payload, raw, raw, &mut out).map_err(odd)?;
+    decode_meta(seal.root_codec, payload, raw, &mut out).map_err(odd)?;
     if *blake3::hash(&out).as_bytes() != seal.root_hash {
         return Err(odd("does not match the hash in the seal".into()));
     }
@@ -555,6 +545,10 @@ impl Layer for Reader {
                 Err(Error::unsupported(&self.label, format!("block {block} lies in a foreign file")))
             }
         }
+    }
+
+    fn scan(&self, offset: u64, len: u64, each: &mut dyn FnMut(u64, u64, Content)) -> Result<()> {
+        scan_by_lookup(self, offset, len, each)
     }
 
     fn file(&self, slot: FileSlot) -> Result<&Arc<dyn Storage>> {

@@ -17,7 +17,7 @@ use zerocopy::FromBytes;
 
 use super::{
     append::Tail,
-    block::decode,
+    block::decode_meta,
     entry::{Entry, LeafPages, LeafRef, Place, Stored},
     frame::{FrameInfo, FrameKind, parse_header},
     key::ContentId,
@@ -337,7 +337,7 @@ impl Scan<'_> {
     fn fold_root(&self, found: &mut Found, info: &FrameInfo, payload: &[u8]) {
         let raw = usize::try_from(info.raw_bytes).unwrap_or_default();
         let mut out = Vec::new();
-        if decode(info.codec, payload, raw, raw, &mut out).is_err() {
+        if decode_meta(info.codec, payload, raw, &mut out).is_err() {
             return;
         }
         let Ok(root) = Root::decode(&out, self.identity) else { return };

@@ -7,7 +7,7 @@
 
 use uuid::Uuid;
 use zerocopy::{
-    FromBytes, FromZeros, IntoBytes,
+    FromZeros, IntoBytes,
     little_endian::{U16, U32, U64},
 };
 
@@ -346,9 +346,4 @@ pub(crate) fn read_seals(storage: &dyn Storage) -> Result<[Result<SealInfo>; 2]>
         SealInfo::parse(path, at, len, copy, page)
     };
     Ok([read(0), read(1)])
-}
-
-/// Whether the first bytes of a file are those of a native layer.
-pub fn is_native(first_bytes: &[u8]) -> bool {
-    <[u8; 8]>::read_from_prefix(first_bytes).is_ok_and(|(magic, _)| magic == MAGIC)
 }
