@@ -39,16 +39,19 @@ const SHARDS_MAX: u64 = 64;
 /// What an entry takes beside its bytes: key, reference, list and table places.
 const ENTRY_BYTES: u64 = 160;
 
-/// Where a block is stored: the file's process-wide identity and the byte offset in it.
+/// Where a block is stored: the file's process-wide identity and the byte offset in it. The index is
+/// part of it for the sake of blocks that are used twice: a format may refer to the second use
+/// differently, and each reference has to prove itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct BlockKey {
     file_id: u64,
     offset: u64,
+    logical: u64,
 }
 
 impl BlockKey {
     fn of(layer: &dyn Layer, block: &BlockRef) -> Self {
-        Self { file_id: layer.file_id(block.file), offset: block.offset }
+        Self { file_id: layer.file_id(block.file), offset: block.offset, logical: block.logical }
     }
 }
 

@@ -4,18 +4,28 @@
 //! - The first file is named by a person; every other one passes the [`Gate`], and its format is the
 //!   one its overlay records. Only the first file's format is ever probed, and never as `raw`.
 //! - Depth and cycles are bounded by the gate.
+//! - A file that several chains of this process stand on is one layer to all of them, as long as its
+//!   size and times on disk say that it is the same.
 //! - A chain opens completely or not at all: a missing file is an error before anything is served.
 //!
 //! Not here: the client side of NBD. It lives further up, so whoever opens a chain brings it.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    collections::HashMap,
+    fs::Metadata,
+    os::unix::fs::MetadataExt,
+    path::PathBuf,
+    sync::{Arc, LazyLock, Weak},
+};
 
 use aquifer_formats::{
     Error as FormatError, Layer,
     gate::{Gate, Passage},
     probe::{Format, probe},
+    qcow2::{Backing, Qcow2},
     raw::RawLayer,
 };
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use crate::{BlockCache, Chain, Result};
@@ -61,7 +71,7 @@ pub fn open_chain(spec: &ChainSpec, cache: Arc<BlockCache>, connect: Connect<'_>
         ChainSpec::Nbd { uri } => Chain::new(vec![connect(uri)?], cache),
         ChainSpec::Native { path } => {
             let first = Gate::default().enter(path)?;
-            Err(unread(&first, Format::Aql).into())
+            Err(unread(&first, "aql").into())
         }
         ChainSpec::Image { path, format, allow_backing, snapshot } => {
             let gate = Gate::new(allow_backing)?;
@@ -70,32 +80,118 @@ pub fn open_chain(spec: &ChainSpec, cache: Arc<BlockCache>, connect: Connect<'_>
                 Some(format) => *format,
                 None => probed(&first)?,
             };
-            if let Some(name) = snapshot
-                && format != Format::Qcow2
-            {
-                let what = format!("{format} has no internal snapshot {name:?}");
-                return Err(FormatError::unsupported(first.path().display().to_string(), what).into());
-            }
-            Chain::new(image_layers(&first, format)?, cache)
+            Chain::new(image_layers(&gate, first, format, snapshot.as_deref())?, cache)
         }
     }
 }
 
 fn probed(first: &Passage) -> Result<Format> {
     let unknown = || FormatError::Refused {
-        path: first.path().display().to_string(),
+        path: label(first),
         what: "its format is not known, and raw is only what somebody names".into(),
     };
     Ok(probe(&*first.storage())?.ok_or_else(unknown)?)
 }
 
-fn image_layers(first: &Passage, format: Format) -> Result<Vec<Arc<dyn Layer>>> {
-    match format {
-        Format::Raw => Ok(vec![Arc::new(RawLayer::open(first.storage())?)]),
-        other => Err(unread(first, other).into()),
+/// The image `first` and what it stands on, newest first. The snapshot is the first image's.
+fn image_layers(
+    gate: &Gate,
+    first: Passage,
+    mut format: Format,
+    mut snapshot: Option<&str>,
+) -> Result<Vec<Arc<dyn Layer>>> {
+    let mut layers: Vec<Arc<dyn Layer>> = Vec::new();
+    let mut at = first;
+    loop {
+        let name = snapshot.take();
+        match (format, name) {
+            (Format::Raw, None) => {
+                layers.push(shared(&at, format, None, || Ok(Arc::new(RawLayer::open(at.storage())?)))?);
+                return Ok(layers);
+            }
+            (Format::Qcow2, _) => {}
+            (other, Some(name)) => return Err(unread(&at, &format!("an internal snapshot {name:?} of {other}")).into()),
+            (other, None) => return Err(unread(&at, other.name()).into()),
+        }
+        let image = Qcow2::open(at.storage())?;
+        let open = || -> aquifer_formats::Result<Arc<dyn Layer>> {
+            Ok(Arc::new(match name {
+                Some(name) => image.snapshot(name)?,
+                None => image.active_through(gate, &at)?,
+            }))
+        };
+        // A data file passes the gate each time; such a layer is not shared with those who may not name it.
+        layers.push(if image.data_file().is_some() { open()? } else { shared(&at, format, name, open)? });
+        let Some(backing) = image.backing() else { return Ok(layers) };
+        let next = gate.follow(&at, &backing.name)?;
+        format = recorded(&at, backing)?;
+        at = next;
     }
 }
 
-fn unread(file: &Passage, format: Format) -> FormatError {
-    FormatError::unsupported(file.path().display().to_string(), format!("this build does not read {format}"))
+/// The format an image records for what it stands on.
+fn recorded(image: &Passage, backing: &Backing) -> Result<Format> {
+    let refused = |what: String| FormatError::Refused { path: label(image), what };
+    let shown = backing.name.to_string_lossy();
+    let Some(name) = &backing.format else {
+        let what = format!("it names {shown:?} without its format, and a format is never guessed for it");
+        return Err(refused(what).into());
+    };
+    match name.parse() {
+        Ok(format) => Ok(format),
+        Err(unknown) => Err(refused(format!("it names {shown:?}: {unknown}")).into()),
+    }
+}
+
+/// A file in one state, and what is seen in it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct LayerKey {
+    device: u64,
+    inode: u64,
+    size: u64,
+    changed: [i64; 4],
+    format: Format,
+    snapshot: Option<String>,
+}
+
+impl LayerKey {
+    /// `None` for what may change without telling: a block device.
+    fn of(file: &Passage, format: Format, snapshot: Option<&str>) -> Option<Self> {
+        let meta = file.file().file().metadata().ok().filter(Metadata::is_file)?;
+        let changed = [meta.mtime(), meta.mtime_nsec(), meta.ctime(), meta.ctime_nsec()];
+        let snapshot = snapshot.map(str::to_owned);
+        Some(Self { device: meta.dev(), inode: meta.ino(), size: meta.len(), changed, format, snapshot })
+    }
+}
+
+/// The layer of this very file that another chain of this process has open, or a new one. Sharing it
+/// shares decoded blocks and tables, and lets deltas see that two chains stand on the same layer.
+fn shared(
+    file: &Passage,
+    format: Format,
+    snapshot: Option<&str>,
+    open: impl FnOnce() -> aquifer_formats::Result<Arc<dyn Layer>>,
+) -> Result<Arc<dyn Layer>> {
+    static OPEN: LazyLock<Mutex<HashMap<LayerKey, Weak<dyn Layer>>>> = LazyLock::new(Mutex::default);
+    let Some(key) = LayerKey::of(file, format, snapshot) else { return Ok(open()?) };
+    if let Some(layer) = OPEN.lock().get(&key).and_then(Weak::upgrade) {
+        return Ok(layer);
+    }
+    // Opened without the lock: a slow file holds up nobody else. Of two at once the first is kept.
+    let layer = open()?;
+    let mut open_layers = OPEN.lock();
+    if let Some(first) = open_layers.get(&key).and_then(Weak::upgrade) {
+        return Ok(first);
+    }
+    open_layers.retain(|_, layer| layer.strong_count() > 0);
+    open_layers.insert(key, Arc::downgrade(&layer));
+    Ok(layer)
+}
+
+fn label(file: &Passage) -> String {
+    file.path().display().to_string()
+}
+
+fn unread(file: &Passage, what: &str) -> FormatError {
+    FormatError::unsupported(label(file), format!("this build does not read {what}"))
 }
