@@ -159,6 +159,13 @@ impl Output {
         *self.next.lock() = Some(command.into());
     }
 
+    /// The command to type next, at once: for verbs that go on serving.
+    pub fn next_now(&self, command: &str) {
+        if self.form == Form::Human {
+            self.say(format_args!("next: {command}"));
+        }
+    }
+
     /// Adds a field to the closing `done` line.
     pub fn closing(&self, key: &str, value: impl Into<Value>) {
         self.closing.lock().insert(key.to_owned(), value.into());
@@ -201,8 +208,8 @@ impl Output {
                 self.stderr(&format!("  {}: {}\n", warning.code.name(), warning.what));
             }
         }
-        if let (Form::Human, Some(next)) = (self.form, self.next.lock().take()) {
-            self.say(format_args!("next: {next}"));
+        if let Some(next) = self.next.lock().take() {
+            self.next_now(&next);
         }
         closing.insert("exit".into(), exit.into());
         closing.insert("warnings".into(), warnings.len().into());

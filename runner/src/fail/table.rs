@@ -3,6 +3,7 @@
 use std::io;
 
 use aquifer_formats as formats;
+use aquifer_mount::nbd;
 use aquifer_vdisk as vdisk;
 
 use super::{At, Code, Fail, errno_name};
@@ -109,6 +110,31 @@ impl From<vdisk::Error> for Fail {
                 at: Some(At { path: "source".into(), offset: Some(offset), cause: Some(cause) }),
                 ..Fail::new(Code::Timeout, format!("the source did not answer for {seconds} s"))
             },
+        }
+    }
+}
+
+impl From<nbd::Error> for Fail {
+    fn from(error: nbd::Error) -> Self {
+        use nbd::Error as E;
+        let text = error.to_string();
+        match error {
+            E::Io { place, action, source } => from_io(&place, action, None, &source),
+            E::Address { text, why } => Fail::new(Code::Usage, format!("`{text}` is not an NBD address: {why}")),
+            E::TlsNeeded { place } => {
+                Fail::new(Code::Refused, format!("{place} is not a loopback address, and no TLS is set up"))
+                    .at(place)
+                    .help("add --tls DIR")
+            }
+            E::Tls { place, why } => Fail::new(Code::Access, format!("TLS failed: {why}")).at(place),
+            E::SocketTaken { path, why } => Fail::new(Code::Busy, why).at(path),
+            E::Name { name, why } => Fail::new(Code::Usage, format!("export {name:?}: {why}")),
+            E::Protocol { place, .. } => Fail::new(Code::Net, text).at(place),
+            E::Refused { place, what } => Fail::new(Code::NotFound, format!("refused by the server: {what}")).at(place),
+            E::Remote { place, offset, .. } => Fail::new(Code::Io, text).at(place).offset(offset),
+            E::Lost { place, why } => Fail::new(Code::Net, "the connection was lost").at(place).cause(why),
+            E::FlushLost { place } => Fail::new(Code::Net, text).at(place),
+            E::Impossible { place, what } => Fail::new(Code::Unsupported, what).at(place),
         }
     }
 }

@@ -1,7 +1,30 @@
-//! `mount`: serves the disks of a source.
+//! `mount`: serves the disks of a source over NBD, as files or as loop devices, until it is told to
+//! stop or the command it serves ends.
+//!
+//! Invariants
+//! - The source is opened read-only; writes go to an overlay that is thrown away, or kept where
+//!   `--overlay` says.
+//! - Whatever was made for serving (sockets, scratch overlays) is gone when the verb ends.
+//! - Nothing is printed as serving before its door answers.
+//!
+//! Not here: recovery sessions, which outlive the command.
 
-use crate::{cli::DryRun, context::Context, fail::Result};
-use std::path::PathBuf;
+mod child;
+mod doors;
+mod scratch;
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use aquifer_vdisk::Disk;
+
+use self::{doors::Doors, scratch::Scratch};
+use crate::{
+    cli::DryRun,
+    context::Context,
+    fail::Result,
+    source::{Selection, SourceOptions, select},
+    units,
+};
 
 /// Options of `mount`.
 #[derive(Debug, clap::Args)]
@@ -9,50 +32,82 @@ pub struct Args {
     /// What to serve
     #[arg(value_name = "SOURCE")]
     pub source: String,
-    /// Only this disk; may be given several times
-    #[arg(long, value_name = "NAME")]
-    pub disk: Vec<String>,
+    /// Which disks, and how they are read.
+    #[command(flatten)]
+    pub options: SourceOptions,
     /// Serve over NBD at unix:PATH, tcp:HOST:PORT or an NBD URI [default: a private unix socket]
     #[arg(long, value_name = "ADDR")]
     pub nbd: Option<String>,
-    /// Show the disks as files in this folder
-    #[arg(long, value_name = "DIR")]
-    pub fuse: Option<PathBuf>,
-    /// Attach the disks as loop devices
-    #[arg(long = "loop")]
-    pub loop_device: bool,
+    /// Certificates for TLS: a folder with ca-cert.pem, server-cert.pem and server-key.pem
+    #[arg(long, value_name = "DIR", requires = "nbd")]
+    pub tls: Option<PathBuf>,
     /// Take writes into an overlay; the source is never written
     #[arg(long)]
     pub writable: bool,
     /// Keep that overlay in this folder, and go on from what it holds
     #[arg(long, value_name = "DIR", requires = "writable")]
     pub overlay: Option<PathBuf>,
-    /// Serve only while this shell command runs; it finds the address in $uri
-    #[arg(long, value_name = "CMD", conflicts_with = "detach")]
+    /// Serve only while this shell command runs; it finds the address in $uri. Its exit code is passed on
+    #[arg(long, value_name = "CMD")]
     pub run: Option<String>,
-    /// Return once the door answers, and go on serving in the background
-    #[arg(long)]
-    pub detach: bool,
-    /// Certificate chain of the server (PEM), for TLS
-    #[arg(long, value_name = "FILE", requires = "tls_key")]
-    pub tls_cert: Option<PathBuf>,
-    /// Private key of the server (PEM)
-    #[arg(long, value_name = "FILE", requires = "tls_cert")]
-    pub tls_key: Option<PathBuf>,
-    /// Only clients with a certificate of this authority (PEM) may connect
-    #[arg(long, value_name = "FILE", requires = "tls_cert")]
-    pub tls_client_ca: Option<PathBuf>,
-    /// Serve on the network without TLS
-    #[arg(long, conflicts_with = "tls_cert")]
-    pub no_tls: bool,
-    /// Also follow backing files that lie in this folder
-    #[arg(long, value_name = "DIR")]
-    pub allow_backing: Vec<PathBuf>,
     /// Whether only to look.
     #[command(flatten)]
     pub dry: DryRun,
 }
 
-pub(super) fn run(_context: &Context, _args: &Args) -> Result<()> {
-    Err(super::not_in_this_build("mount"))
+/// How often a wish for a line of progress is looked for while serving.
+const TICK: Duration = Duration::from_millis(500);
+
+pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
+    let stop = context.stop()?;
+    let selection = select(context, &args.source, &args.options)?;
+    let place = doors::Place::of(context, args)?;
+    let mut scratch = Scratch::of(args)?;
+    if args.dry.dry_run {
+        let cache = context.cache()?;
+        for selected in &selection.disks {
+            let disk = selected.open(&cache)?;
+            let size = disk.size();
+            context.out.record("plan", &serde_json::json!({ "disk": selected.name, "size": size }));
+            context.out.line(format_args!("would serve {} ({})", selected.name, units::bytes(size)));
+        }
+        return scratch.check();
+    }
+    let disks = open(context, &selection, &mut scratch)?;
+    let doors = Doors::open(&place, &disks)?;
+    doors.announce(context, args.run.is_some());
+    let outcome = match &args.run {
+        Some(command) => child::run(context, command, &doors, stop),
+        None => {
+            context.out.say("serving until SIGINT or SIGTERM");
+            while !stop.wait(TICK) {
+                if crate::stop::take_status_request() {
+                    context.out.say(doors.sentence());
+                }
+            }
+            // A door is asked to stop by a signal: that is its regular end.
+            Ok(())
+        }
+    };
+    doors.close(context);
+    for disk in disks.iter().filter(|disk| disk.is_writable()) {
+        disk.flush()?;
+    }
+    drop(disks);
+    scratch.end();
+    outcome
+}
+
+fn open(context: &Context, selection: &Selection, scratch: &mut Scratch) -> Result<Vec<Arc<Disk>>> {
+    let cache = context.cache()?;
+    let mut disks = Vec::new();
+    for selected in &selection.disks {
+        let chain = selected.open_chain(&cache)?;
+        let disk = match scratch.overlay(context, &selected.name, &chain)? {
+            Some(overlay) => Disk::writable(&selected.name, chain, overlay)?,
+            None => Disk::read_only(&selected.name, chain),
+        };
+        disks.push(Arc::new(disk));
+    }
+    Ok(disks)
 }

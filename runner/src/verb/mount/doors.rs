@@ -1,0 +1,140 @@
+//! The doors of a mount: where they are, what they serve, how they end.
+
+use std::{
+    fs::{self, DirBuilder},
+    os::unix::fs::DirBuilderExt,
+    path::PathBuf,
+    sync::Arc,
+};
+
+use aquifer_mount::nbd::{Address, Export, Server, ServerTls, address};
+use aquifer_vdisk::Disk;
+use serde::Serialize;
+
+use super::Args;
+use crate::{
+    context::Context,
+    fail::{Fail, Result},
+    units,
+};
+
+/// Where doors are to be.
+pub(super) struct Place {
+    nbd: Address,
+    tls: Option<ServerTls>,
+    /// A folder made for the socket, removed at the end.
+    private: Option<PathBuf>,
+}
+
+impl Place {
+    /// Reads the options; makes nothing.
+    pub(super) fn of(context: &Context, args: &Args) -> Result<Self> {
+        let tls = args.tls.as_deref().map(ServerTls::from_dir).transpose()?;
+        if let Some(text) = &args.nbd {
+            return Ok(Self { nbd: text.parse()?, tls, private: None });
+        }
+        let folder = context.runtime_dir()?.join(format!("mount-{}", std::process::id()));
+        let place = address::Place::Unix(folder.join("nbd.sock"));
+        Ok(Self { nbd: Address { place, export: String::new(), tls: false }, tls, private: Some(folder) })
+    }
+}
+
+/// Open doors.
+pub(super) struct Doors {
+    server: Server,
+    served: Vec<Served>,
+    private: Option<PathBuf>,
+}
+
+/// One disk as it is served.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Served {
+    pub(super) disk: String,
+    pub(super) size: u64,
+    pub(super) writable: bool,
+    pub(super) uri: String,
+}
+
+impl Doors {
+    pub(super) fn open(place: &Place, disks: &[Arc<Disk>]) -> Result<Self> {
+        if let Some(folder) = &place.private {
+            // A folder of an earlier process with our number holds at most a dead socket.
+            let _ = fs::remove_dir_all(folder);
+            let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
+            made.map_err(|e| Fail::io(folder.display(), "create", &e))?;
+        }
+        let mut builder = Server::builder();
+        for disk in disks {
+            builder = builder.export(Export::new(disk.name(), disk.clone()));
+        }
+        if let Some(tls) = &place.tls {
+            builder = builder.tls(tls.clone());
+        }
+        let server = builder.build()?;
+        let private = place.private.clone();
+        let mut doors = Self { server, served: Vec::new(), private };
+        let address = doors.server.listen(&place.nbd)?;
+        for disk in disks {
+            doors.served.push(Served {
+                disk: disk.name().to_owned(),
+                size: disk.size(),
+                writable: disk.is_writable(),
+                uri: address.with_export(disk.name()).to_string(),
+            });
+        }
+        Ok(doors)
+    }
+
+    /// The disks, in order.
+    pub(super) fn served(&self) -> &[Served] {
+        &self.served
+    }
+
+    /// Says where the doors are. Beside a command, stdout is the command's: then it is said on stderr.
+    pub(super) fn announce(&self, context: &Context, beside_command: bool) {
+        for served in &self.served {
+            context.out.record("serving", served);
+            if beside_command {
+                context.out.say(&served.uri);
+            } else {
+                context.out.line(&served.uri);
+            }
+        }
+        if let (Some(first), false) = (self.served.first(), beside_command) {
+            context.out.next_now(&format!("qemu-img info '{}'", first.uri));
+        }
+    }
+
+    /// What happened so far, in a sentence.
+    pub(super) fn sentence(&self) -> String {
+        let stats = self.server.stats();
+        format!(
+            "{} connections, {} requests, {} read, {} written, {} errors",
+            stats.open,
+            stats.requests,
+            units::bytes(stats.bytes_read),
+            units::bytes(stats.bytes_written),
+            stats.errors
+        )
+    }
+
+    /// Ends serving: requests in the air are answered first.
+    pub(super) fn close(self, context: &Context) {
+        self.server.stop();
+        let stats = self.server.stats();
+        context.out.closing("requests", stats.requests);
+        context.out.closing("bytes_read", stats.bytes_read);
+        context.out.closing("bytes_written", stats.bytes_written);
+        context.out.closing("request_errors", stats.errors);
+    }
+}
+
+impl Drop for Doors {
+    fn drop(&mut self) {
+        self.server.stop();
+        if let Some(folder) = &self.private {
+            // Only a dead socket can be left in it.
+            let _ = fs::remove_dir_all(folder);
+        }
+    }
+}

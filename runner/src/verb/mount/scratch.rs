@@ -1,0 +1,99 @@
+//! Where writes of a mount go: nowhere, a folder that is removed at the end, or a folder that is kept.
+
+use std::{
+    fs::{self, DirBuilder},
+    io,
+    os::unix::fs::DirBuilderExt,
+    path::PathBuf,
+};
+
+use aquifer_vdisk::{
+    Chain,
+    overlay::{Overlay, OverlayOf, OverlayOptions},
+};
+
+use super::Args;
+use crate::{
+    context::Context,
+    fail::{Code, Fail, Result},
+};
+
+/// The overlays of one mount.
+pub(super) enum Scratch {
+    /// Read-only.
+    None,
+    /// Removed at the end; made when the first disk needs it.
+    Thrown(Option<PathBuf>),
+    /// Kept.
+    Kept(PathBuf),
+}
+
+/// The file that says that a folder is a mount's overlay.
+const RAW_NAME: &str = aquifer_vdisk::overlay::RAW_NAME;
+
+impl Scratch {
+    pub(super) fn of(args: &Args) -> Result<Self> {
+        Ok(match (&args.overlay, args.writable) {
+            (Some(dir), _) => Self::Kept(std::path::absolute(dir).map_err(|e| Fail::io(dir.display(), "look at", &e))?),
+            (None, true) => Self::Thrown(None),
+            (None, false) => Self::None,
+        })
+    }
+
+    /// Whether the folder of a kept overlay can be used; changes nothing.
+    pub(super) fn check(&self) -> Result<()> {
+        let Self::Kept(dir) = self else { return Ok(()) };
+        match fs::metadata(dir) {
+            Ok(meta) if meta.is_dir() => Ok(()),
+            Ok(_) => Err(Fail::new(Code::Exists, format!("{} is no folder", dir.display())).at(dir.display())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let above = dir.parent().unwrap_or(dir);
+                fs::metadata(above).map(drop).map_err(|e| Fail::io(above.display(), "write into", &e))
+            }
+            Err(error) => Err(Fail::io(dir.display(), "look at", &error)),
+        }
+    }
+
+    /// The overlay of one disk, where writes are wanted.
+    pub(super) fn overlay(&mut self, context: &Context, name: &str, chain: &Chain) -> Result<Option<Overlay>> {
+        let base = match self {
+            Self::None => return Ok(None),
+            Self::Kept(dir) => dir.clone(),
+            Self::Thrown(Some(dir)) => dir.clone(),
+            Self::Thrown(none) => none.insert(private_folder(context)?).clone(),
+        };
+        let dir = base.join(name);
+        let of = OverlayOf { size: chain.size(), chain: chain.fingerprint()? };
+        if dir.join(RAW_NAME).exists() {
+            return Ok(Some(Overlay::open(&dir, of, OverlayOptions::default())?));
+        }
+        make_folder(&dir)?;
+        Ok(Some(Overlay::create(&dir, of, OverlayOptions::default())?))
+    }
+
+    /// Removes what was not to be kept.
+    pub(super) fn end(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Self::Thrown(Some(dir)) = self {
+            // Nothing of value is in it, and its folder is private: a leftover is the most that can happen.
+            let _ = fs::remove_dir_all(dir);
+        }
+    }
+}
+
+fn make_folder(dir: &std::path::Path) -> Result<()> {
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    made.map_err(|e| Fail::io(dir.display(), "create", &e))
+}
+
+/// A new folder of our own below the state folder: scratch can be as large as the disk, so not in memory.
+fn private_folder(context: &Context) -> Result<PathBuf> {
+    let dir = context.home()?.join("scratch").join(uuid::Uuid::now_v7().to_string());
+    make_folder(&dir)?;
+    Ok(dir)
+}
