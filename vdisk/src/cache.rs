@@ -62,7 +62,16 @@ pub(crate) struct Decoded {
     bytes: Vec<u8>,
 }
 
+/// A reference without its file's number, which differs from layer to layer for one and the same file.
+fn reference(block: &BlockRef) -> BlockRef {
+    BlockRef { file: 0, ..*block }
+}
+
 impl Decoded {
+    fn is(&self, block: &BlockRef) -> bool {
+        self.block == reference(block)
+    }
+
     /// The decoded bytes from the start of the block.
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.bytes
@@ -154,7 +163,7 @@ impl BlockCache {
     /// At least the first `need` bytes of a block of `layer`, if they are kept. Never waits for a decode.
     pub(crate) fn peek(&self, layer: &dyn Layer, block: &BlockRef, need: usize) -> Option<Arc<Decoded>> {
         let kept = self.blocks.get(&BlockKey::of(layer, block))?;
-        if kept.block != *block || kept.bytes.len() < need {
+        if !kept.is(block) || kept.bytes.len() < need {
             return None;
         }
         self.hits.fetch_add(1, Relaxed);
@@ -176,7 +185,7 @@ impl BlockCache {
             GuardResult::Value(kept) => kept,
             GuardResult::Timeout => return self.decode(layer, block, want),
         };
-        if kept.block != *block {
+        if !kept.is(block) {
             return self.decode(layer, block, want);
         }
         if kept.bytes.len() >= need {
@@ -190,7 +199,7 @@ impl BlockCache {
     /// The second touch, past the kept prefix: decodes all, once.
     fn extend(&self, layer: &dyn Layer, block: &BlockRef, need: usize) -> Result<Arc<Decoded>> {
         let entry = self.blocks.entry(&BlockKey::of(layer, block), None, |_, kept: &mut Arc<Decoded>| {
-            if kept.block == *block && kept.bytes.len() < need {
+            if kept.is(block) && kept.bytes.len() < need {
                 EntryAction::ReplaceWithGuard
             } else {
                 EntryAction::Retain(kept.clone())
@@ -198,7 +207,7 @@ impl BlockCache {
         });
         let whole = raw_len(block).max(need);
         match entry {
-            EntryResult::Retained(kept) if kept.block == *block => {
+            EntryResult::Retained(kept) if kept.is(block) => {
                 self.waits.fetch_add(1, Relaxed);
                 Ok(kept)
             }
@@ -232,7 +241,7 @@ impl BlockCache {
         if bytes.capacity() > bytes.len() + bytes.len() / 8 {
             bytes.shrink_to_fit();
         }
-        Ok(Arc::new(Decoded { block: *block, bytes }))
+        Ok(Arc::new(Decoded { block: reference(block), bytes }))
     }
 
     /// Decodes at least `want` bytes into `out` and keeps nothing.

@@ -13,7 +13,7 @@
 
 use std::{cell::RefCell, sync::Arc};
 
-use aquifer_formats::{BlockRef, CHAIN_LAYERS_MAX, Content, Error as FormatError, Layer};
+use aquifer_formats::{BlockRef, CHAIN_LAYERS_MAX, Content, Error as FormatError, Layer, aql};
 
 use crate::{
     BlockCache, Error, Extent, ExtentKind, Result,
@@ -36,6 +36,7 @@ pub struct Chain {
     layers: Vec<Arc<dyn Layer>>,
     /// `None` where the only layer maps as quickly itself.
     map: Option<WindowMap>,
+    point: Option<Arc<aql::Reader>>,
     cache: Arc<BlockCache>,
     size: u64,
 }
@@ -54,14 +55,18 @@ impl Chain {
             }
         };
         let map = Some(WindowMap::new(&layers));
-        Ok(Self { layers, map, cache, size })
+        Ok(Self { layers, map, point: None, cache, size })
     }
 
-    /// A chain of one layer that answers lookups as quickly as a merged map would, from memory or
-    /// nearly so: a native point.
-    pub fn of_point(layer: Arc<dyn Layer>, cache: Arc<BlockCache>) -> Self {
-        let size = layer.size();
-        Self { layers: vec![layer], map: None, cache, size }
+    /// A native point: one layer, whose own map takes two hops whatever it draws from.
+    pub fn of_point(point: Arc<aql::Reader>, cache: Arc<BlockCache>) -> Self {
+        let size = point.size();
+        Self { layers: vec![point.clone()], map: None, point: Some(point), cache, size }
+    }
+
+    /// The native point this chain is, if it is one.
+    pub fn point(&self) -> Option<&Arc<aql::Reader>> {
+        self.point.as_ref()
     }
 
     /// Size of the disk in bytes.

@@ -19,7 +19,7 @@ use std::{
 };
 
 use aquifer_formats::{
-    Error as FormatError, Layer,
+    Error as FormatError, Layer, aql,
     gate::{Gate, Passage},
     probe::{Format, probe},
     qcow2::{Backing, Qcow2},
@@ -71,7 +71,7 @@ pub fn open_chain(spec: &ChainSpec, cache: Arc<BlockCache>, connect: Connect<'_>
         ChainSpec::Nbd { uri } => Chain::new(vec![connect(uri)?], cache),
         ChainSpec::Native { path } => {
             let first = Gate::default().enter(path)?;
-            Err(unread(&first, "aql").into())
+            Ok(point(&first, cache)?)
         }
         ChainSpec::Image { path, format, allow_backing, snapshot } => {
             let gate = Gate::new(allow_backing)?;
@@ -80,7 +80,10 @@ pub fn open_chain(spec: &ChainSpec, cache: Arc<BlockCache>, connect: Connect<'_>
                 Some(format) => *format,
                 None => probed(&first)?,
             };
-            Chain::new(image_layers(&gate, first, format, snapshot.as_deref())?, cache)
+            match (format, snapshot) {
+                (Format::Aql, None) => Ok(point(&first, cache)?),
+                _ => Chain::new(image_layers(&gate, first, format, snapshot.as_deref())?, cache),
+            }
         }
     }
 }
@@ -91,6 +94,13 @@ fn probed(first: &Passage) -> Result<Format> {
         what: "its format is not known, and raw is only what somebody names".into(),
     };
     Ok(probe(&*first.storage())?.ok_or_else(unknown)?)
+}
+
+/// A native point. The older files it draws from are opened now, so that a missing one is known.
+fn point(first: &Passage, cache: Arc<BlockCache>) -> aquifer_formats::Result<Chain> {
+    let reader = aql::Reader::open_path(first.path())?;
+    reader.check_layers()?;
+    Ok(Chain::of_point(Arc::new(reader), cache))
 }
 
 /// The image `first` and what it stands on, newest first. The snapshot is the first image's.

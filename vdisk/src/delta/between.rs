@@ -2,12 +2,13 @@
 //!
 //! Two chains that stand on the same lower layers can differ only where a layer above says
 //! something, or where a shorter layer above cuts off what is below. Nothing else is looked at.
+//! Native points compare their own maps, and by content ids see what was rewritten unchanged.
 //!
-//! Not here: comparing bytes. Data that was rewritten with the same bytes is reported.
+//! Not here: comparing bytes. In other formats, data rewritten with the same bytes is reported.
 
 use std::{ops::Range, sync::Arc};
 
-use aquifer_formats::Layer;
+use aquifer_formats::{Error, Layer, aql};
 
 use super::Delta;
 use crate::{Chain, Result};
@@ -19,6 +20,13 @@ use crate::{Chain, Result};
 /// # Errors
 /// A layer whose tables cannot be read.
 pub fn delta_between(old: &Chain, new: &Chain) -> Result<Delta> {
+    if let (Some(old), Some(new)) = (old.point(), new.point()) {
+        match aql::delta(old, new) {
+            // Other block sizes or keys: nothing in the tables compares.
+            Err(Error::Unsupported { .. }) => {}
+            ranges => return Ok(ranges?.into_iter().collect()),
+        }
+    }
     let same = |(a, b): &(&Arc<dyn Layer>, &Arc<dyn Layer>)| same_layer(a, b);
     let common = old.layers().iter().rev().zip(new.layers().iter().rev()).take_while(same).count();
     let mut delta = Delta::new();
