@@ -3,4 +3,6 @@
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "tests fail by panicking")]
 
 pub mod oracle;
+pub mod qemu;
+pub mod rng;
 pub mod synthetic;
