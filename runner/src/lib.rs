@@ -13,6 +13,7 @@ pub mod context;
 pub mod copy;
 pub mod fail;
 pub mod host;
+pub mod machine;
 pub mod output;
 pub mod site;
 pub mod source;
