@@ -1,3 +1,5 @@
+//! The firmware rule, case by case.
+
 use super::*;
 use crate::host::partition::tests::{BIOS_BOOT, ESP, disk, sfdisk};
 

@@ -1,3 +1,5 @@
+//! Tables that real tools write, damage, and whatever else a guest may have written.
+
 use std::{io::Write, process::Stdio, sync::Arc};
 
 use aquifer_formats::{raw::RawLayer, storage::MemoryStorage};

@@ -1,3 +1,5 @@
+//! The monitor's protocol against a peer that behaves, is slow, or is hostile.
+
 use std::{thread, time::Duration};
 
 use super::*;

@@ -1,0 +1,238 @@
+//! The command line of a machine.
+//!
+//! Invariants
+//! - Everything that came from a description is passed as JSON or checked text, so that no name can add an option.
+//! - Formats are named; nothing is probed.
+
+use std::{
+    ffi::{OsStr, OsString},
+    fs,
+    os::unix::{fs::OpenOptionsExt, process::CommandExt},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use serde_json::{Value, json};
+
+use super::{Accel, FirmwareFiles, nodes, socket};
+use crate::host::{
+    Bus, Door, Error, Network, Nic, Places, Process, Result, Running, Shape, firmware::Firmware, shape::NicModel,
+};
+
+const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+
+/// A command line, ready to be started.
+#[derive(Debug)]
+pub(super) struct Line {
+    args: Vec<OsString>,
+    places: Places,
+    accel: Accel,
+    firmware: Option<FirmwareFiles>,
+}
+
+impl Line {
+    pub(super) fn new(shape: &Shape, doors: &[Door], places: &Places, accel: Accel) -> Result<Self> {
+        if doors.len() != shape.disks.len() {
+            let what = format!("{} doors for {} disks", doors.len(), shape.disks.len());
+            return Err(Error::Shape { what });
+        }
+        let firmware = match shape.firmware {
+            Firmware::Uefi => Some(FirmwareFiles::find()?),
+            Firmware::Bios => None,
+        };
+        let mut line = Self { args: Vec::new(), places: places.clone(), accel, firmware };
+        line.board(shape);
+        line.monitors();
+        for (index, (disk, door)) in shape.disks.iter().zip(doors).enumerate() {
+            line.disk(index, disk.bus, &disk.name, door);
+        }
+        for (index, nic) in shape.nics.iter().enumerate() {
+            line.nic(index, nic, shape.network);
+        }
+        Ok(line)
+    }
+
+    pub(super) fn args(&self) -> &[OsString] {
+        &self.args
+    }
+
+    pub(super) fn places(&self) -> &Places {
+        &self.places
+    }
+
+    /// Makes what the command names: the machine's own copy of the firmware's variables (an existing one is kept: the
+    /// guest has written to it), and the command itself for whoever wants to read it.
+    pub(super) fn prepare(&self) -> Result<()> {
+        if let Some(files) = &self.firmware {
+            let own = self.variables();
+            if !own.exists() {
+                let bytes = fs::read(&files.variables).map_err(|e| Error::io(&files.variables, "read", e))?;
+                let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&own);
+                let written =
+                    file.and_then(|mut f| std::io::Write::write_all(&mut f, &bytes).and_then(|()| f.sync_all()));
+                written.map_err(|e| Error::io(&own, "write", e))?;
+            }
+        }
+        let mut text = super::PROGRAM.to_owned();
+        for arg in &self.args {
+            let arg = arg.to_string_lossy();
+            let plain = arg.chars().all(|c| c.is_ascii_alphanumeric() || "-_=,./:".contains(c));
+            text.push_str(if arg.starts_with('-') { " \\\n  " } else { " " });
+            text.push_str(&if plain { arg.into_owned() } else { format!("'{}'", arg.replace('\'', r"'\''")) });
+        }
+        text.push('\n');
+        let path = self.places.dir.join("qemu.command");
+        fs::write(&path, text).map_err(|e| Error::io(&path, "write", e))
+    }
+
+    /// The record of the machine once its process exists.
+    pub(super) fn running(&self, process: Process, log: PathBuf) -> Running {
+        Running {
+            process,
+            accel: self.accel.name().to_owned(),
+            orders: socket(&self.places, "qmp.sock"),
+            events: socket(&self.places, "events.sock"),
+            console: socket(&self.places, "console.sock"),
+            console_log: self.places.dir.join("console.log"),
+            screen: Some(socket(&self.places, "vnc.sock")),
+            log,
+        }
+    }
+
+    fn variables(&self) -> PathBuf {
+        self.places.dir.join("nvram.fd")
+    }
+
+    fn add(&mut self, option: &str, value: impl Into<OsString>) {
+        self.args.push(option.into());
+        self.args.push(value.into());
+    }
+
+    fn json(&mut self, option: &str, value: &Value) {
+        self.add(option, value.to_string());
+    }
+
+    fn board(&mut self, shape: &Shape) {
+        self.args.extend(["-nodefaults", "-no-user-config", "-S"].map(Into::into));
+        self.add("-name", format!("guest={}", shape.name));
+        self.add("-uuid", shape.uuid.to_string());
+        self.add("-sandbox", SANDBOX);
+        self.add("-msg", "timestamp=on");
+        let mut machine = "q35,vmport=off".to_owned();
+        if let Some(files) = self.firmware.clone() {
+            machine.push_str(",pflash0=code,pflash1=variables");
+            let flash = |name: &str, file: &Path, read_only: bool| {
+                json!({ "driver": "raw", "node-name": name, "read-only": read_only,
+                        "file": { "driver": "file", "filename": file, "read-only": read_only } })
+            };
+            self.json("-blockdev", &flash("code", &files.code, true));
+            self.json("-blockdev", &flash("variables", &self.variables(), false));
+        }
+        self.add("-machine", machine);
+        self.add("-accel", self.accel.name());
+        self.add("-cpu", if self.accel == Accel::Kvm { "host" } else { "max" });
+        self.add("-smp", shape.cpus.to_string());
+        self.add("-m", format!("{}M", shape.memory >> 20));
+        self.add("-rtc", "base=utc,driftfix=slew");
+        self.json("-object", &json!({ "qom-type": "rng-random", "id": "rng", "filename": "/dev/urandom" }));
+        self.json("-device", &json!({ "driver": "virtio-rng-pci", "rng": "rng" }));
+        if shape.disks.iter().any(|d| d.bus == Bus::Scsi) {
+            self.json("-device", &json!({ "driver": "virtio-scsi-pci", "id": "scsi" }));
+        }
+    }
+
+    fn monitors(&mut self) {
+        for (id, name) in [("orders", "qmp.sock"), ("events", "events.sock")] {
+            let path = escaped(&socket(&self.places, name));
+            self.add("-chardev", joined(&[&format!("socket,id={id},server=on,wait=off,path="), &path]));
+            self.add("-mon", format!("chardev={id},mode=control"));
+        }
+        let console = escaped(&socket(&self.places, "console.sock"));
+        let log = escaped(&self.places.dir.join("console.log"));
+        let socket_options = "socket,id=console,server=on,wait=off,logappend=on,path=";
+        self.add("-chardev", joined(&[&socket_options, &console, &",logfile=", &log]));
+        self.add("-serial", "chardev:console");
+        self.json("-device", &json!({ "driver": "VGA" }));
+        self.add("-vnc", joined(&[&"unix:", &escaped(&socket(&self.places, "vnc.sock"))]));
+    }
+
+    fn disk(&mut self, index: usize, bus: Bus, name: &str, door: &Door) {
+        let [raw, nbd, _] = nodes::names(index);
+        self.json("-blockdev", &nodes::door(&nbd, door));
+        self.json("-blockdev", &nodes::raw(&raw, &nbd));
+        let serial = serial(name);
+        let mut device = json!({ "drive": raw, "id": format!("dev{index}"), "serial": serial });
+        let more = match bus {
+            Bus::Virtio => json!({ "driver": "virtio-blk-pci", "rerror": "stop", "werror": "stop" }),
+            Bus::Scsi => {
+                json!({ "driver": "scsi-hd", "bus": "scsi.0", "scsi-id": index, "rerror": "stop", "werror": "stop" })
+            }
+            Bus::Sata => json!({ "driver": "ide-hd", "rerror": "stop", "werror": "stop" }),
+            // NVMe has no such setting: it reports errors to the guest, after the whole of the door's patience.
+            Bus::Nvme => json!({ "driver": "nvme" }),
+        };
+        if let (Value::Object(device), Value::Object(more)) = (&mut device, more) {
+            device.extend(more);
+            if index == 0 {
+                device.insert("bootindex".into(), json!(0));
+            }
+        }
+        self.json("-device", &device);
+    }
+
+    fn nic(&mut self, index: usize, nic: &Nic, network: Network) {
+        let model = match nic.model {
+            NicModel::Virtio => "virtio-net-pci",
+            NicModel::E1000e => "e1000e",
+            NicModel::E1000 => "e1000",
+            NicModel::Rtl8139 => "rtl8139",
+        };
+        // Without an image of its own for starting from the network: the machine starts from its disk.
+        let mut device = json!({ "driver": model, "mac": nic.mac, "romfile": "", "id": format!("nic{index}") });
+        if network == Network::User {
+            self.json("-netdev", &json!({ "type": "user", "id": format!("net{index}") }));
+            device["netdev"] = json!(format!("net{index}"));
+        }
+        self.json("-device", &device);
+    }
+}
+
+/// The sockets a machine makes.
+pub(super) fn sockets(running: &Running) -> impl Iterator<Item = &Path> {
+    let named = [&running.orders, &running.events, &running.console];
+    named.into_iter().map(PathBuf::as_path).chain(running.screen.as_deref())
+}
+
+/// A disk's serial number as the guest sees it: its name, where that fits into the 20 bytes there are.
+fn serial(name: &str) -> String {
+    name.chars().filter(|c| c.is_ascii_alphanumeric() || "._-".contains(*c)).take(20).collect()
+}
+
+/// A path inside an option of the old kind, where a comma ends a value.
+fn escaped(path: &Path) -> OsString {
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    let bytes = path.as_os_str().as_bytes();
+    OsString::from_vec(bytes.iter().flat_map(|b| std::iter::repeat_n(*b, 1 + usize::from(*b == b','))).collect())
+}
+
+fn joined(parts: &[&dyn AsRef<OsStr>]) -> OsString {
+    parts.iter().fold(OsString::new(), |mut all, part| {
+        all.push(part);
+        all
+    })
+}
+
+/// Makes the program a session of its own, deaf to its starter's terminal, whose files only its user can reach.
+#[expect(unsafe_code, reason = "only a hook between fork and exec can leave the session; it makes two system calls")]
+pub(super) fn leave_terminal(program: &mut Command) {
+    let hook = || {
+        rustix::process::setsid()?;
+        rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+        Ok(())
+    };
+    // SAFETY: the hook is async-signal-safe: two system calls, no allocation, no lock.
+    unsafe { program.pre_exec(hook) };
+}
+
+#[cfg(test)]
+mod tests;

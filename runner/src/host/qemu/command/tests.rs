@@ -1,0 +1,60 @@
+//! The command line: formats, error policy, and names that try to be options.
+
+use super::*;
+use crate::host::{Disk, shape::MEMORY_DEFAULT};
+
+fn line(shape: &Shape) -> Vec<String> {
+    let door = |n| Door { socket: format!("/run/a,b/{n}").into(), export: "vda".into(), reconnect_s: 300 };
+    let doors: Vec<_> = (0..shape.disks.len()).map(door).collect();
+    let places = Places { dir: "/vm/a,b".into(), runtime_dir: "/run/a,b".into() };
+    let line = Line::new(shape, &doors, &places, Accel::Tcg).expect("line");
+    line.args().iter().map(|a| a.to_str().expect("text").to_owned()).collect()
+}
+
+fn shape(buses: &[Bus]) -> Shape {
+    let disk = |(n, bus): (usize, &Bus)| Disk { name: format!("disk,{n}"), bus: *bus };
+    Shape {
+        name: "db01".into(),
+        uuid: uuid::Uuid::nil(),
+        firmware: Firmware::Bios,
+        memory: MEMORY_DEFAULT,
+        cpus: 2,
+        disks: buses.iter().enumerate().map(disk).collect(),
+        nics: vec![Nic { mac: "52:54:00:00:00:01".into(), model: NicModel::Virtio }],
+        network: Network::User,
+    }
+}
+
+#[test]
+fn formats_are_named_and_errors_stop_the_machine() {
+    let args = line(&shape(&[Bus::Virtio, Bus::Scsi, Bus::Sata]));
+    let blockdevs: Vec<&String> =
+        args.iter().zip(&args[1..]).filter(|(a, _)| *a == "-blockdev").map(|(_, b)| b).collect();
+    assert_eq!(blockdevs.len(), 6);
+    for pair in blockdevs.chunks(2) {
+        assert!(pair[0].contains("\"driver\":\"nbd\"") && pair[0].contains("\"reconnect-delay\":300"), "{}", pair[0]);
+        assert!(pair[1].contains("\"driver\":\"raw\""), "{}", pair[1]);
+    }
+    let disks: Vec<&String> = args.iter().filter(|a| a.contains("\"drive\":")).collect();
+    assert_eq!(disks.len(), 3);
+    assert!(disks.iter().all(|d| d.contains("\"rerror\":\"stop\"") && d.contains("\"werror\":\"stop\"")), "{disks:?}");
+    assert_eq!(disks.iter().filter(|d| d.contains("bootindex")).count(), 1);
+}
+
+#[test]
+fn a_name_with_commas_adds_no_option() {
+    let args = line(&shape(&[Bus::Virtio]));
+    let console = args.iter().find(|a| a.starts_with("socket,id=console")).expect("console");
+    assert!(console.contains("path=/run/a,,b/console.sock,logfile=/vm/a,,b/console.log"), "{console}");
+    let disk = args.iter().find(|a| a.contains("\"drive\":")).expect("disk");
+    assert!(disk.contains("\"serial\":\"disk0\""), "{disk}");
+}
+
+#[test]
+fn a_card_without_a_network_has_no_peer() {
+    let mut alone = shape(&[Bus::Virtio]);
+    alone.network = Network::None;
+    let args = line(&alone);
+    assert!(!args.iter().any(|a| a == "-netdev"));
+    assert!(args.iter().any(|a| a.contains("virtio-net-pci") && !a.contains("netdev")));
+}
