@@ -8,6 +8,7 @@
 
 use std::{
     env,
+    ffi::OsString,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
 };
@@ -173,6 +174,12 @@ impl Context {
             let candidates = own.into_iter().chain([PathBuf::from("/etc/aquifer/aquifer.toml")]);
             candidates.into_iter().find(|path| path.is_file())
         })
+    }
+
+    /// Our own program and arguments, to start the same command once more.
+    pub fn own_command(&self) -> Result<(PathBuf, Vec<OsString>)> {
+        let program = env::current_exe().map_err(|e| Fail::io("/proc/self/exe", "find", &e))?;
+        Ok((program, env::args_os().skip(1).collect()))
     }
 
     /// A program in PATH, or in the usual places when there is no PATH.

@@ -38,6 +38,8 @@ pub struct Described {
     pub uuid: Option<uuid::Uuid>,
     /// What starts it.
     pub firmware: Option<FirmwareKind>,
+    /// The board, like `q35` or `pc-q35-7.2`.
+    pub machine_type: Option<String>,
     /// Number of processors.
     pub cpus: Option<u32>,
     /// Memory, bytes.
@@ -57,8 +59,8 @@ pub struct DescribedDisk {
     pub bus: Option<String>,
     /// Where its content was when the description was made.
     pub source: Option<String>,
-    /// Its serial number, which a guest may boot by.
-    pub serial: Option<String>,
+    /// Place in the boot order, from 1.
+    pub boot_order: Option<u32>,
 }
 
 /// A network card of a machine.

@@ -42,7 +42,10 @@ pub(super) fn parse(label: &str, text: &str) -> Result<Described> {
         let cpus = node.text().and_then(|text| text.trim().parse().ok()).filter(|cpus| (1..=4096).contains(cpus));
         described.cpus = Some(cpus.ok_or_else(|| wrong(node, "not a number of processors".into()))?);
     }
-    described.firmware = child(domain, "os").map(firmware);
+    if let Some(os) = child(domain, "os") {
+        described.firmware = Some(firmware(os));
+        described.machine_type = child(os, "type").and_then(|kind| kind.attribute("machine")).map(str::to_owned);
+    }
     let Some(devices) = child(domain, "devices") else { return Ok(described) };
     for node in devices.children().filter(|node| node.has_tag_name("disk")) {
         let Some(disk) = disk(node) else { continue };
@@ -110,7 +113,7 @@ fn disk(node: Node<'_, '_>) -> Option<DescribedDisk> {
         name: target.attribute("dev")?.to_owned(),
         bus: target.attribute("bus").map(str::to_owned),
         source,
-        serial: text_of(node, "serial"),
+        boot_order: child(node, "boot").and_then(|boot| boot.attribute("order")?.parse().ok()),
     })
 }
 

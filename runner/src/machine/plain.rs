@@ -5,11 +5,13 @@
 //! name = "db01"
 //! uuid = "1b4e28ba-2fa1-11d2-883f-0016d3cca427"
 //! firmware = "uefi"                  # or "bios"
+//! machine_type = "q35"
 //! cpus = 2
 //! memory = "4GiB"
 //! [[disk]]
 //! name = "vda"
 //! bus = "virtio"                     # virtio, scsi, sata, nvme, ide
+//! boot_order = 1
 //! [[nic]]
 //! mac = "52:54:00:12:34:56"
 //! model = "virtio"
@@ -25,13 +27,14 @@ pub(super) fn parse(label: &str, text: &str) -> Result<Described> {
     let mut reader = Reader::new(label, text);
     let top = reader.parse();
     let top = top.get_ref();
-    let known = ["version", "name", "uuid", "firmware", "cpus", "memory", "disk", "nic"];
+    let known = ["version", "name", "uuid", "firmware", "machine_type", "cpus", "memory", "disk", "nic"];
     reader.only(top, "the machine's description", &known);
     reader.integer(top, "version", 1..=1);
     let described = Described {
         name: reader.parsed(top, "name", name),
         uuid: reader.parsed(top, "uuid", |text| uuid::Uuid::try_parse(text).map_err(|e| e.to_string())),
         firmware: reader.parsed(top, "firmware", firmware),
+        machine_type: reader.string(top, "machine_type"),
         cpus: reader.integer(top, "cpus", 1..=4096).and_then(|cpus| u32::try_from(cpus).ok()),
         memory: reader.parsed(top, "memory", |text| units::parse_bytes(text).map_err(|fail| fail.what)),
         disks: disks(&mut reader, top),
@@ -47,7 +50,7 @@ fn disks<'a>(reader: &mut Reader<'a>, top: &toml::de::DeTable<'a>) -> Vec<Descri
         reader.problem(Reader::place_of(top, "disk"), format!("more than {DEVICES_MAX} disks"));
     }
     for table in tables.into_iter().take(DEVICES_MAX) {
-        reader.only(table, "a disk", &["name", "bus", "source", "serial"]);
+        reader.only(table, "a disk", &["name", "bus", "source", "boot_order"]);
         let Some(name) = reader.parsed(table, "name", name) else {
             if table.get("name").is_none() {
                 reader.problem(Reader::place_of(top, "disk"), "a disk without a `name`");
@@ -62,7 +65,8 @@ fn disks<'a>(reader: &mut Reader<'a>, top: &toml::de::DeTable<'a>) -> Vec<Descri
             false => Err(format!("`{text}` is none of {}", BUSES.join(", "))),
         });
         let source = reader.string(table, "source");
-        disks.push(DescribedDisk { name, bus, source, serial: reader.string(table, "serial") });
+        let boot_order = reader.integer(table, "boot_order", 1..=255).and_then(|n| u32::try_from(n).ok());
+        disks.push(DescribedDisk { name, bus, source, boot_order });
     }
     disks
 }

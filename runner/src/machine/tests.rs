@@ -15,7 +15,7 @@ const DOMAIN: &str = r#"<?xml version="1.0"?>
       <driver name='qemu' type='qcow2'/>
       <source file='/var/lib/libvirt/images/db01.qcow2'/>
       <target dev='vda' bus='virtio'/>
-      <serial>A1</serial>
+      <boot order='1'/>
     </disk>
     <disk type='file' device='cdrom'><target dev='sda' bus='sata'/></disk>
     <disk type='block' device='disk'><source dev='/dev/vg0/data'/><target dev='sdb' bus='scsi'/></disk>
@@ -30,13 +30,14 @@ version = 1
 name = "db01"
 uuid = "1b4e28ba-2fa1-11d2-883f-0016d3cca427"
 firmware = "uefi"
+machine_type = "pc-q35-7.2"
 cpus = 2
 memory = "4GiB"
 [[disk]]
 name = "vda"
 bus = "virtio"
 source = "/var/lib/libvirt/images/db01.qcow2"
-serial = "A1"
+boot_order = 1
 [[disk]]
 name = "sdb"
 bus = "scsi"

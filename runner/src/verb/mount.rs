@@ -10,6 +10,7 @@
 //! Not here: recovery sessions, which outlive the command.
 
 mod child;
+mod detach;
 mod doors;
 mod scratch;
 
@@ -48,8 +49,14 @@ pub struct Args {
     #[arg(long, value_name = "DIR", requires = "writable")]
     pub overlay: Option<PathBuf>,
     /// Serve only while this shell command runs; it finds the address in $uri. Its exit code is passed on
-    #[arg(long, value_name = "CMD")]
+    #[arg(long, value_name = "CMD", conflicts_with = "detach")]
     pub run: Option<String>,
+    /// Return once the door answers, and go on serving in the background
+    #[arg(long)]
+    pub detach: bool,
+    /// Serve for a command line that has returned
+    #[arg(long, hide = true, conflicts_with = "detach")]
+    pub in_background: bool,
     /// Whether only to look.
     #[command(flatten)]
     pub dry: DryRun,
@@ -72,6 +79,13 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
             context.out.line(format_args!("would serve {} ({})", selected.name, units::bytes(size)));
         }
         return scratch.check();
+    }
+    if args.detach {
+        // What can be found wrong here is said here, not in a log.
+        return detach::run(context);
+    }
+    if args.in_background {
+        detach::leave_terminal()?;
     }
     let disks = open(context, &selection, &mut scratch)?;
     let doors = Doors::open(&place, &disks)?;

@@ -100,6 +100,7 @@ impl Doors {
                 context.out.line(&served.uri);
             }
         }
+        context.out.record("ready", &serde_json::json!({ "disks": self.served.len() }));
         if let (Some(first), false) = (self.served.first(), beside_command) {
             context.out.next_now(&format!("qemu-img info '{}'", first.uri));
         }
