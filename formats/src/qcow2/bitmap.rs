@@ -149,6 +149,8 @@ pub(super) fn dirty_ranges(
     }
     let table = file.read(start, needed * 8, "bitmap table")?;
     let mut ranges = Ranges { size: header.size, open: None, each };
+    // Entries that share clusters could make a small file cost any number of reads.
+    let mut left = file.len;
     for ((number, word), at) in (0u64..).zip(table.as_chunks::<8>().0).zip((start..).step_by(8)) {
         let entry = u64::from_be_bytes(*word);
         let data = entry & OFFSET_MASK;
@@ -161,6 +163,8 @@ pub(super) fn dirty_ranges(
             (0, 0) => {}
             (0, _) => ranges.add(from, reach),
             (data, _) => {
+                let shared = || corrupt(at, format!("bitmap {:?}: entries share clusters", bitmap.name));
+                left = left.checked_sub(cluster).ok_or_else(shared)?;
                 let bits = file.read(data, cluster, "bitmap data")?;
                 ranges.add_bits(from, bitmap.granularity_bytes, &bits);
             }

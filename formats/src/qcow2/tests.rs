@@ -497,6 +497,26 @@ fn hostile_bitmap_directories() {
 }
 
 #[test]
+fn bitmap_entries_that_share_clusters_end_with_the_file() {
+    let mut made = Made::new();
+    // 2 TiB at 512 bytes a bit: 8,192 entries, all of them naming one cluster.
+    made.u64(24, 2 << 40);
+    made.u64(88, 1);
+    let data = [&1u32.to_be_bytes()[..], &[0; 4], &32u64.to_be_bytes(), &(3 * CLUSTER as u64).to_be_bytes()].concat();
+    made.put(104, &extension(0x2385_2875, 24, &data));
+    made.bytes[3 * CLUSTER..].fill(0);
+    made.bytes.resize(6 * CLUSTER, 0);
+    made.u64(3 * CLUSTER, 4 * CLUSTER as u64);
+    made.u32(3 * CLUSTER + 8, 8192);
+    made.put(3 * CLUSTER + 16, &[1, 9, 0, 1]);
+    (0..8192).for_each(|i| made.u64(4 * CLUSTER + 8 * i, 5 * CLUSTER as u64));
+    let image = made.open().expect("opens");
+    let bitmap = image.bitmaps().expect("lists").remove(0);
+    assert_eq!(bitmap.trust, BitmapTrust::Consistent);
+    assert!(is_corrupt(image.dirty_ranges(&bitmap, &mut |_, _| {})));
+}
+
+#[test]
 fn data_files_are_needed_exactly_where_named() {
     let mut made = Made::new();
     assert!(matches!(

@@ -1,0 +1,170 @@
+//! Promise: no bytes, however hostile, make a parser panic, hang or allocate beyond their own size.
+//!
+//! Each target gets mutated seeds for a few seconds, the same ones on every run. The work is done in
+//! a child process whose address space is bounded, so that a large allocation is a failure and
+//! not just a slow machine. The long fuzzing is libFuzzer's (`fuzz/`), with the same targets.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use aquifer_tests::{fuzz, oracle::cases, qemu, rng::Rng};
+
+/// Address space of the child: its threads and libraries take about a quarter.
+const ADDRESS_SPACE: &str = "1073741824";
+/// Longest that one input may take; the slowest takes milliseconds where nothing else runs.
+const INPUT_TIME_MAX: Duration = Duration::from_secs(5);
+/// Where the child finds its seeds; set only for the child.
+const SEEDS: &str = "AQUIFER_FUZZ_SEEDS";
+
+/// Runs the ignored test `child` of this module, bounded, with the seeds in `folder`.
+fn run_bounded(child: &str, folder: &Path) {
+    let done = Command::new("prlimit")
+        .arg(format!("--as={ADDRESS_SPACE}"))
+        .arg(env::current_exe().expect("this test binary"))
+        .args(["--exact", "--ignored", "--test-threads=1", child])
+        .env(SEEDS, folder)
+        .output()
+        .expect("prlimit runs");
+    let said = [done.stdout, done.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    assert!(done.status.success() && said.contains("1 passed"), "{child}: {said}");
+}
+
+/// Feeds `target` mutations of every seed; what makes it panic or dawdle is kept.
+fn mutate_and_run(target: fn(&[u8]), rounds: u32) {
+    let folder = PathBuf::from(env::var_os(SEEDS).expect("started by its parent test"));
+    let mut seeds: Vec<_> = fs::read_dir(&folder).expect("seeds").map(|e| e.expect("a seed").path()).collect();
+    seeds.sort();
+    let seeds: Vec<Vec<u8>> = seeds.iter().map(|path| fs::read(path).expect("a seed")).collect();
+    let mut rng = Rng::new(42);
+    for _ in 0..rounds {
+        for seed in &seeds {
+            let mut input = seed.clone();
+            for _ in 0..=rng.below(6) {
+                mutate(&mut input, &seeds, &mut rng);
+            }
+            let started = Instant::now();
+            let outcome = std::panic::catch_unwind(|| target(&input));
+            let took = started.elapsed();
+            if outcome.is_err() || took > INPUT_TIME_MAX {
+                let culprit = env::temp_dir().join("aquifer-fuzz-culprit");
+                fs::write(&culprit, &input).expect("write");
+                panic!("an input took {took:?} or panicked; it is in {}", culprit.display());
+            }
+        }
+    }
+}
+
+/// One change of the kind that finds parsers' mistakes: fields near their limits, cuts, splices.
+fn mutate(input: &mut Vec<u8>, seeds: &[Vec<u8>], rng: &mut Rng) {
+    const WORDS: [u64; 14] = [
+        0,
+        1,
+        0x7f,
+        0xff,
+        0x1ff,
+        0x200,
+        0xffff,
+        0x1_0000,
+        0xffff_ffff,
+        1 << 62,
+        1 << 63,
+        (1 << 63) - 1,
+        u64::MAX - 511,
+        u64::MAX,
+    ];
+    if input.is_empty() {
+        return;
+    }
+    // Headers matter most: half of the changes go to the first 256 bytes.
+    let reach = if rng.once_in(2) { input.len().min(256) } else { input.len() };
+    let at = usize::try_from(rng.below(reach as u64)).expect("an index");
+    match rng.below(8) {
+        0 => input[at] ^= 1 << rng.below(8),
+        1 => input[at] = u8::try_from(rng.below(256)).expect("a byte"),
+        2 | 3 => {
+            let width = rng.pick(&[1, 2, 4, 8]);
+            let at = at / width * width;
+            let word = rng.pick(&WORDS).wrapping_add(rng.below(3)).wrapping_sub(1);
+            let bytes = if rng.once_in(2) { word.to_be_bytes() } else { word.swap_bytes().to_be_bytes() };
+            let bytes = if rng.once_in(2) { &bytes[8 - width..] } else { &bytes[..width] };
+            let end = (at + width).min(input.len());
+            input[at..end].copy_from_slice(&bytes[..end - at]);
+        }
+        4 => input.truncate(at.max(1)),
+        5 => {
+            // A field of another place, an offset most likely, lands here.
+            let from = usize::try_from(rng.below(input.len() as u64)).expect("an index") / 8 * 8;
+            let at = at / 8 * 8;
+            let len = 8.min(input.len() - from.max(at));
+            input.copy_within(from..from + len, at);
+        }
+        6 => {
+            let other = &seeds[usize::try_from(rng.below(seeds.len() as u64)).expect("an index")];
+            let end = (at + 512).min(other.len()).min(input.len());
+            if at < end {
+                input[at..end].copy_from_slice(&other[at..end]);
+            }
+        }
+        _ => {
+            let end = (at + 64).min(input.len());
+            let byte = rng.pick(&[0, 0xff]);
+            input[at..end].fill(byte);
+        }
+    }
+}
+
+/// Small qcow2 images with everything in them that the driver reads.
+fn qcow2_seeds(folder: &Path) {
+    let path = folder.join("image");
+    let image = qemu::text(&path);
+    fs::write(folder.join("base"), [3; 512]).expect("write");
+    let options = [
+        "cluster_size=512",
+        "cluster_size=512,compression_type=zstd",
+        "cluster_size=1k,compat=0.10",
+        "cluster_size=16k,extended_l2=on",
+    ];
+    for (number, options) in options.iter().enumerate() {
+        qemu::img(&["create", "-q", "-f", "qcow2", "-u", "-b", "base", "-F", "raw", "-o", options, image, "200k"]);
+        let fresh: Vec<String> = (0..3).map(|i| format!("write -c -P {i} {}k 16k", 16 * i)).collect();
+        qemu::io_where_possible(&path, "qcow2", &fresh);
+        qemu::img(&["snapshot", "-c", "first", image]);
+        if !options.contains("0.10") {
+            qemu::img(&["bitmap", "--add", "-g", "512", image, "bits"]);
+        }
+        qemu::io_where_possible(&path, "qcow2", &["write -P 5 100k 5k".into(), "write -z 120k 20k".into()]);
+        fs::rename(&path, folder.join(format!("seed{number}"))).expect("rename");
+    }
+    qemu::img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        &format!("data_file={image}.data,cluster_size=512"),
+        image,
+        "64k",
+    ]);
+    for gone in ["image.data", "base"] {
+        fs::remove_file(folder.join(gone)).expect("remove");
+    }
+    fs::rename(&path, folder.join("seed9")).expect("rename");
+}
+
+#[test]
+fn qcow2_survives_hostile_bytes() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    qcow2_seeds(folder.path());
+    run_bounded("fuzz_smoke::qcow2_child", folder.path());
+}
+
+#[test]
+#[ignore = "run by its parent test, in a bounded process"]
+fn qcow2_child() {
+    mutate_and_run(fuzz::qcow2, cases(1500));
+}
