@@ -3,3 +3,5 @@
 mod contract;
 mod docs;
 mod harness;
+mod images;
+mod look;
