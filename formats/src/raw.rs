@@ -15,6 +15,9 @@ pub fn next_file_id() -> u64 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
+/// What a hole is told in, in bytes.
+const GRAIN_BYTES: u64 = 4096;
+
 /// A file taken byte for byte.
 #[derive(Debug)]
 pub struct RawLayer {
@@ -44,16 +47,26 @@ impl Layer for RawLayer {
     }
 
     fn grain(&self) -> u64 {
-        4096
+        GRAIN_BYTES
     }
 
     fn lookup(&self, offset: u64, len_max: u64) -> Result<(Content, u64)> {
-        let left = self.size.checked_sub(offset).filter(|left| *left > 0);
+        let left = self.size.checked_sub(offset).filter(|left| *left > 0 && len_max > 0);
         let left =
             left.ok_or_else(|| Error::OutOfRange { path: self.label().into(), offset, len: len_max, size: self.size })?;
+        let end = offset + left.min(len_max);
+        // File systems may map in smaller units than the grain. A grain that holds any byte is stored.
+        let start = offset - offset % GRAIN_BYTES;
+        let asked = end.next_multiple_of(GRAIN_BYTES).min(self.size);
         let (stored, len) =
-            self.storage.allocated(offset, len_max.min(left)).map_err(|e| Error::io(self.label(), "map", offset, e))?;
-        Ok((if stored { Content::Plain { file: 0, offset } } else { Content::Zero }, len))
+            self.storage.allocated(start, asked - start).map_err(|e| Error::io(self.label(), "map", offset, e))?;
+        let border = start + len;
+        let hole_end = if border == asked { asked } else { border - border % GRAIN_BYTES };
+        let (content, until) = match stored {
+            false if hole_end > offset => (Content::Zero, hole_end),
+            _ => (Content::Plain { file: 0, offset }, border.next_multiple_of(GRAIN_BYTES)),
+        };
+        Ok((content, until.min(end) - offset))
     }
 
     fn scan(&self, offset: u64, len: u64, each: &mut dyn FnMut(u64, u64, Content)) -> Result<()> {
@@ -91,3 +104,6 @@ impl Layer for RawLayer {
         Err(Error::corrupt(self.label(), block.offset, "a raw image has no packed blocks"))
     }
 }
+
+#[cfg(test)]
+mod tests;
