@@ -1,6 +1,7 @@
 //! Tests by promise, one module each, in one binary.
 
 mod chain;
+mod chain_files;
 mod fuzz_smoke;
 mod host;
 mod qcow2;
