@@ -45,7 +45,7 @@ pub use layout::{BLOCK_LOG2_DEFAULT, BLOCK_LOG2_MAX, BLOCK_LOG2_MIN, LEAF_ENTRIE
 pub use reader::{NeededLayer, Reader};
 pub use resolve::{LayerName, Resolver};
 pub use salvage::{Salvaged, Unseen, salvage};
-pub use seal::{Sealed, Stats};
+pub use seal::{Sealed, Stats, is_sealed};
 pub use verify::{Damage, Depth, Finding, Verify, verify};
 pub use writer::{NewLayer, Writer, WriterOptions};
 

@@ -18,6 +18,7 @@ pub mod layer;
 pub mod probe;
 pub mod qcow2;
 pub mod raw;
+pub mod repo;
 pub mod storage;
 
 pub use error::{Error, Result};

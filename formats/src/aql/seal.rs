@@ -347,3 +347,15 @@ pub(crate) fn read_seals(storage: &dyn Storage) -> Result<[Result<SealInfo>; 2]>
     };
     Ok([read(0), read(1)])
 }
+
+/// Whether a file ends in a valid seal. Anything else that can be read is "no".
+///
+/// # Errors
+/// I/O only.
+pub fn is_sealed(storage: &dyn Storage) -> Result<bool> {
+    match read_seal(storage) {
+        Ok(_) => Ok(true),
+        Err(e @ Error::Io { .. }) => Err(e),
+        Err(_) => Ok(false),
+    }
+}

@@ -1,0 +1,293 @@
+//! The only place that deletes anything from a repository, in two functions:
+//! [`delete_layer` and [`delete_record`](self), both private, both below.
+//!
+//! Invariants
+//! - A layer file goes only when its point is given up in the newest generation, no retained point needs
+//!   it (by its record *and* by its own root), and no live lease stands on a point that needs it. What
+//!   cannot be read counts as needing everything.
+//! - Points are given up before leases are looked for, never the other way round.
+//! - Giving up never waits: a mounted point keeps its files, and they go when its lease ends.
+//! - Cut anywhere, the next sweep goes on.
+//!
+//! Not here: which points to give up (retention rules), and who may ask.
+
+use std::{collections::BTreeSet, time::Instant};
+
+use uuid::Uuid;
+
+use super::{
+    DiskName, Error, Interrupted, LeaseObserver, Liveness, Machine, PointState, Repository, Result, Store, manifest,
+    name,
+    record::{Holder, LeaseKind, LeaseRecord, ManifestPoint, ManifestRecord, PointRecord, read},
+};
+
+/// Allows deleting; made only here.
+#[derive(Debug)]
+pub struct Permit(());
+
+/// What forgetting may do to the last complete point of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LastPoint {
+    /// It stays: forgetting it is refused.
+    Stays,
+    /// It may go: somebody said so.
+    MayGo,
+}
+
+/// What a sweep did and could not do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Layer files deleted, with their lengths.
+    pub deleted: Vec<(String, u64)>,
+    /// Bytes of those.
+    pub bytes: u64,
+    /// Points whose files stay because of a lease.
+    pub leased: Vec<Uuid>,
+    /// Points whose files stay because retained points need them.
+    pub needed: Vec<Uuid>,
+}
+
+/// One layer file.
+type FileKey = (Uuid, DiskName);
+
+/// Deletes a layer file that nothing needs any more.
+fn delete_layer(store: &Store, machine: Uuid, file: &FileKey) -> Result<bool> {
+    store.delete(&name::layer(machine, file.0, &file.1), &Permit(()))
+}
+
+/// Deletes what holds no data: a lease, a self-test, the records and the folder of a point without files.
+fn delete_record(store: &Store, object: &str) -> Result<bool> {
+    debug_assert!(!object.ends_with(".aql"), "layer files have their own way");
+    store.delete(object, &Permit(()))
+}
+
+pub(super) fn self_test(store: &Store) -> Result<()> {
+    store.self_test(&Permit(()))
+}
+
+/// Withdraws a lease: the holder's own, or one whose holder is gone.
+pub(super) fn withdraw(store: &Store, lease: Uuid) -> Result<()> {
+    delete_record(store, &name::lease(lease)).map(|_| ())
+}
+
+/// Gives points up. Nothing is deleted: [`sweep`] does that when nothing needs them.
+///
+/// # Errors
+/// [`Error::NotFound`] for a point that is not listed; refused for a pinned one, and for the last
+/// complete one where it stays; [`Error::ForeignOwner`]; I/O.
+pub fn forget(repo: &Repository, machine: &Machine, points: &[Uuid], last: LastPoint) -> Result<ManifestRecord> {
+    repo.writable()?;
+    if last == LastPoint::Stays {
+        let complete = |p: &super::Point| p.state == PointState::Complete && !points.contains(&p.id);
+        let all = repo.points(machine)?;
+        let any_before = all.iter().any(|p| p.state == PointState::Complete);
+        if any_before && !all.iter().any(complete) {
+            let what = format!("no complete point of {} would be left", machine.name);
+            return Err(crate::Error::Refused { path: repo.label().into(), what }.into());
+        }
+    }
+    let changed = manifest::change(repo, machine, |record| {
+        for id in points {
+            let point = record.points.iter_mut().find(|p| p.id == *id && p.retained);
+            let point =
+                point.ok_or_else(|| Error::not_found(repo.label(), format!("point {id} of {}", machine.name)))?;
+            if point.pinned {
+                return Err(
+                    crate::Error::Refused { path: repo.label().into(), what: format!("point {id} is pinned") }.into()
+                );
+            }
+            point.retained = false;
+        }
+        Ok(())
+    })?;
+    Ok(changed.record)
+}
+
+/// Pins or unpins a point: a pinned one cannot be forgotten.
+///
+/// # Errors
+/// As [`forget`].
+pub fn pin(repo: &Repository, machine: &Machine, point: Uuid, pinned: bool) -> Result<()> {
+    edit_point(repo, machine, point, |listed| listed.pinned = pinned)
+}
+
+/// Notes that a check found a point damaged (or, with `None`, whole again).
+///
+/// # Errors
+/// As [`forget`].
+pub fn mark_damaged(repo: &Repository, machine: &Machine, point: Uuid, why: Option<String>) -> Result<()> {
+    edit_point(repo, machine, point, |listed| listed.damaged.clone_from(&why))
+}
+
+fn edit_point(repo: &Repository, machine: &Machine, point: Uuid, edit: impl Fn(&mut ManifestPoint)) -> Result<()> {
+    repo.writable()?;
+    manifest::change(repo, machine, |record| {
+        let listed = record.points.iter_mut().find(|p| p.id == point && p.retained);
+        edit(listed.ok_or_else(|| Error::not_found(repo.label(), format!("point {point} of {}", machine.name)))?);
+        Ok(())
+    })?;
+    Ok(())
+}
+
+/// Deletes the files of given-up points that nothing needs any more, and leases whose holders are gone.
+///
+/// # Errors
+/// A retained point of which it cannot be told what it needs; [`Error::ForeignOwner`]; I/O.
+pub fn sweep(
+    repo: &Repository,
+    machine: &Machine,
+    observer: &mut LeaseObserver,
+    now: Instant,
+    tell: &dyn Fn(&Holder) -> Liveness,
+) -> Result<Swept> {
+    repo.writable()?;
+    let store = repo.store();
+    let Some(newest) = manifest::latest(store, machine.id)? else { return Ok(Swept::default()) };
+    let (live, dead) = observer.observe(repo, now, tell)?;
+    for lease in dead.iter().filter(|lease| lease.machine == machine.id) {
+        withdraw(store, lease.id)?;
+    }
+    let live: Vec<LeaseRecord> = live.into_iter().filter(|lease| lease.machine == machine.id).collect();
+    let retained = newest.record.points.iter().filter(|p| p.retained);
+    let needed = files_of_all(repo, machine.id, retained.map(|p| p.id), &live)?;
+    let leased = files_of_all(repo, machine.id, live.iter().filter_map(|lease| lease.point), &live)?;
+    let mut swept = Swept::default();
+    let mut gone = Vec::new();
+    for point in newest.record.points.iter().filter(|p| !p.retained) {
+        if sweep_point(store, machine.id, point.id, &needed, &leased, &mut swept)? {
+            gone.push(point.id);
+        }
+    }
+    if !gone.is_empty() {
+        manifest::change(repo, machine, |record| {
+            record.points.retain(|p| p.retained || !gone.contains(&p.id));
+            Ok(())
+        })?;
+    }
+    Ok(swept)
+}
+
+/// Deletes what can go of one given-up point; `true` if nothing of it is left.
+fn sweep_point(
+    store: &Store,
+    machine: Uuid,
+    point: Uuid,
+    needed: &BTreeSet<FileKey>,
+    leased: &BTreeSet<FileKey>,
+    swept: &mut Swept,
+) -> Result<bool> {
+    let mut left = false;
+    for disk in disks_in(store, machine, point)? {
+        let key = (point, disk);
+        if needed.contains(&key) || leased.contains(&key) {
+            let list = if needed.contains(&key) { &mut swept.needed } else { &mut swept.leased };
+            if !list.contains(&point) {
+                list.push(point);
+            }
+            left = true;
+            continue;
+        }
+        let file = name::layer(machine, key.0, &key.1);
+        let len = store.len(&file)?.unwrap_or(0);
+        if delete_layer(store, machine, &key)? {
+            swept.deleted.push((store.path_of(&file), len));
+            swept.bytes += len;
+        }
+    }
+    if !left {
+        delete_folder(store, machine, point)?;
+    }
+    Ok(!left)
+}
+
+fn delete_folder(store: &Store, machine: Uuid, point: Uuid) -> Result<()> {
+    for object in [name::point(machine, point), name::begin(machine, point), name::point_folder(machine, point)] {
+        delete_record(store, &object)?;
+    }
+    Ok(())
+}
+
+/// Layer files that are there for a point, whatever its record says.
+fn disks_in(store: &Store, machine: Uuid, point: Uuid) -> Result<Vec<DiskName>> {
+    let files = store.list(&name::point_folder(machine, point))?;
+    Ok(files.iter().filter_map(|file| DiskName::new(file.strip_suffix(".aql")?).ok()).collect())
+}
+
+/// All files that these points need, their own included.
+fn files_of_all(
+    repo: &Repository,
+    machine: Uuid,
+    points: impl Iterator<Item = Uuid>,
+    live: &[LeaseRecord],
+) -> Result<BTreeSet<FileKey>> {
+    let mut files = BTreeSet::new();
+    for point in points {
+        files_of(repo, machine, point, live, &mut files)?;
+    }
+    Ok(files)
+}
+
+fn files_of(
+    repo: &Repository,
+    machine: Uuid,
+    point: Uuid,
+    live: &[LeaseRecord],
+    files: &mut BTreeSet<FileKey>,
+) -> Result<()> {
+    let store = repo.store();
+    let record = read::<PointRecord>(store, &name::point(machine, point))?;
+    let known = record.is_some();
+    for disk in record.iter().flat_map(|r| &r.disks) {
+        files.insert((point, disk.name.clone()));
+        files.extend(disk.needs.iter().map(|n| (n.point, n.disk.clone())));
+    }
+    // And by the files themselves, so that neither a wrong record nor a missing one loses data.
+    for disk in disks_in(store, machine, point)? {
+        files.insert((point, disk.clone()));
+        match repo.open_layer(machine, point, &disk).and_then(|reader| repo.needs_of(machine, &reader)) {
+            Ok(needs) => files.extend(needs.into_iter().map(|n| (n.point, n.disk))),
+            Err(_) if known => {}
+            Err(e) => {
+                let append = live.iter().find(|l| l.kind == LeaseKind::Append);
+                let by = append.map_or_else(|| "nobody".to_owned(), |l| l.holder.to_string());
+                let what = format!("point {point} has no record and its files cannot be read ({e}); appended by {by}");
+                return Err(
+                    crate::Error::Refused { path: store.path_of(&name::point_folder(machine, point)), what }.into()
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Deletes what an interrupted backup has written. Only where nothing is listed and nobody appends.
+///
+/// # Errors
+/// [`Error::Locked`] if a backup of this machine runs; refused if the point is listed; I/O.
+pub fn discard(repo: &Repository, machine: &Machine, what: &Interrupted, holder: Holder) -> Result<Swept> {
+    repo.writable()?;
+    let lease = repo.lease_append(machine, None, holder)?;
+    let done = discard_leased(repo, machine, what.record.id);
+    lease.release()?;
+    done
+}
+
+fn discard_leased(repo: &Repository, machine: &Machine, point: Uuid) -> Result<Swept> {
+    let store = repo.store();
+    let listed = manifest::latest(store, machine.id)?.map(|m| m.record.points).unwrap_or_default();
+    let whole = store.len(&name::point(machine.id, point))?.is_some();
+    if whole && listed.iter().any(|p| p.id == point) {
+        let path = store.path_of(&name::point_folder(machine.id, point));
+        return Err(crate::Error::Refused { path, what: "the point is complete".into() }.into());
+    }
+    if listed.iter().any(|p| p.id == point) {
+        // Received and never completed: it leaves the list before its files go.
+        manifest::change(repo, machine, |record| {
+            record.points.retain(|p| p.id != point);
+            Ok(())
+        })?;
+    }
+    let mut swept = Swept::default();
+    sweep_point(store, machine.id, point, &BTreeSet::new(), &BTreeSet::new(), &mut swept)?;
+    Ok(swept)
+}

@@ -1,0 +1,225 @@
+//! Points as they are found: listed, checked, opened.
+//!
+//! Invariants
+//! - The state of a point is decided by what is there now: its record against the hash in its
+//!   generation, its files and the older files it needs against the lengths they were sealed with.
+//! - A point inherits the state of every file it needs; points that do not need it stay complete.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use super::{
+    DiskName, Error, Machine, Repository, Result, manifest,
+    name::{self, parse_hint},
+    record::{Hash, ManifestPoint, NeededFile, PointDisk, PointRecord, decode},
+};
+use crate::{
+    Layer,
+    aql::{LayerName, Reader, Resolver},
+};
+
+/// Whether a point can be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PointState {
+    /// All of it is there.
+    Complete,
+    /// It was received and never completed.
+    Incomplete,
+    /// A file it needs is gone.
+    Missing {
+        /// Which.
+        path: String,
+    },
+    /// A file it needs is not what was written, or a check found damage.
+    Corrupted {
+        /// What is wrong.
+        why: String,
+    },
+}
+
+impl PointState {
+    /// `complete`, `incomplete`, `missing`, `corrupted`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Complete => "complete",
+            Self::Incomplete => "incomplete",
+            Self::Missing { .. } => "missing",
+            Self::Corrupted { .. } => "corrupted",
+        }
+    }
+}
+
+/// A listed point.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Point {
+    /// Its machine.
+    pub machine: Uuid,
+    /// Its id.
+    pub id: Uuid,
+    /// Generation that received it: the order of points.
+    pub receipt: u64,
+    /// Whether it can be used.
+    pub state: PointState,
+    /// Never given up by a rule.
+    pub pinned: bool,
+    /// What it says of itself, where that could be read.
+    pub record: Option<PointRecord>,
+}
+
+impl Point {
+    /// When the disks looked like this, by the clock of whoever took the backup.
+    pub fn created(&self) -> Option<Timestamp> {
+        self.record.as_ref().map(|record| record.created)
+    }
+}
+
+impl Repository {
+    /// The points of a machine in the order of their receipt, each with its state.
+    ///
+    /// # Errors
+    /// A damaged manifest; I/O. Damage of a point is its state.
+    pub fn points(&self, machine: &Machine) -> Result<Vec<Point>> {
+        self.listed(machine)?.iter().map(|listed| self.point_state(machine, listed)).collect()
+    }
+
+    /// The retained points of the newest generation.
+    pub(super) fn listed(&self, machine: &Machine) -> Result<Vec<ManifestPoint>> {
+        let newest = manifest::latest(self.store(), machine.id)?;
+        let mut points = newest.map(|m| m.record.points).unwrap_or_default();
+        points.retain(|point| point.retained);
+        points.sort_by_key(|point| point.receipt);
+        Ok(points)
+    }
+
+    pub(super) fn point_state(&self, machine: &Machine, listed: &ManifestPoint) -> Result<Point> {
+        let (state, record) = self.look(machine.id, listed)?;
+        let ManifestPoint { id, receipt, pinned, .. } = *listed;
+        Ok(Point { machine: machine.id, id, receipt, state, pinned, record })
+    }
+
+    fn look(&self, machine: Uuid, listed: &ManifestPoint) -> Result<(PointState, Option<PointRecord>)> {
+        let file = name::point(machine, listed.id);
+        let Some(bytes) = self.store().get(&file)? else { return Ok((PointState::Incomplete, None)) };
+        let corrupted = |why: String| PointState::Corrupted { why: format!("{}: {why}", self.store().path_of(&file)) };
+        if Hash::of(&bytes) != listed.record {
+            return Ok((corrupted("not the record its generation names".into()), None));
+        }
+        let record: PointRecord = match decode(&file, &bytes) {
+            Ok(record) => record,
+            Err(e) => return Ok((corrupted(e.to_string()), None)),
+        };
+        if let Some(why) = &listed.damaged {
+            return Ok((PointState::Corrupted { why: why.clone() }, Some(record)));
+        }
+        for disk in &record.disks {
+            if let Some(state) = self.disk_state(machine, listed.id, disk)? {
+                return Ok((state, Some(record)));
+            }
+        }
+        Ok((PointState::Complete, Some(record)))
+    }
+
+    /// What is wrong with a disk's files, as far as names and lengths tell.
+    fn disk_state(&self, machine: Uuid, point: Uuid, disk: &PointDisk) -> Result<Option<PointState>> {
+        let own = name::layer(machine, point, &disk.name);
+        match self.store().len(&own)? {
+            None => return Ok(Some(PointState::Missing { path: self.store().path_of(&own) })),
+            Some(len) if len != disk.file_bytes => {
+                let path = self.store().path_of(&own);
+                let why = format!("{path}: {len} bytes instead of {}", disk.file_bytes);
+                return Ok(Some(PointState::Corrupted { why }));
+            }
+            Some(_) => {}
+        }
+        for needed in &disk.needs {
+            let file = name::layer(machine, needed.point, &needed.disk);
+            match self.store().len(&file)? {
+                None => return Ok(Some(PointState::Missing { path: self.store().path_of(&file) })),
+                Some(len) if len != needed.file_bytes => {
+                    let path = self.store().path_of(&file);
+                    let why = format!("{path}: {len} bytes instead of {}", needed.file_bytes);
+                    return Ok(Some(PointState::Corrupted { why }));
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(None)
+    }
+
+    /// Opens one disk of a complete point. Every older file it needs is opened and identified now.
+    ///
+    /// # Errors
+    /// [`Error::PointState`] if the point is not complete; [`Error::NotFound`] for the disk;
+    /// [`crate::Error::ChainBroken`] for a file that is missing or another than the one it was built on.
+    pub fn open_disk(&self, point: &Point, disk: &DiskName) -> Result<Arc<Reader>> {
+        let shown = self.store().path_of(&name::point_folder(point.machine, point.id));
+        let record = match (&point.state, &point.record) {
+            (PointState::Complete, Some(record)) => record,
+            (state, _) => {
+                let why = match state {
+                    PointState::Missing { path } => format!("{path} is gone"),
+                    PointState::Corrupted { why } => why.clone(),
+                    PointState::Complete | PointState::Incomplete => "its record is not there".into(),
+                };
+                return Err(Error::PointState { path: shown, state: state.name(), why });
+            }
+        };
+        let found = record.disks.iter().find(|d| d.name == *disk);
+        let found = found.ok_or_else(|| Error::not_found(&shown, format!("disk {disk}")))?;
+        let reader = self.open_layer(point.machine, point.id, disk)?;
+        if reader.seal_hash() != found.seal.0 || reader.layer_id() != found.layer {
+            let what = format!("holds layer {}, the point names {}", reader.layer_id(), found.layer);
+            return Err(crate::Error::ChainBroken { path: reader.label().into(), what }.into());
+        }
+        reader.check_layers()?;
+        Ok(Arc::new(reader))
+    }
+
+    /// Opens a sealed layer file, whatever lists it.
+    pub(super) fn open_layer(&self, machine: Uuid, point: Uuid, disk: &DiskName) -> Result<Reader> {
+        let storage = self.store().open_layer(&name::layer(machine, point, disk))?;
+        Ok(Reader::open(storage, self.resolver(machine))?)
+    }
+
+    /// Finds older files of one machine. Only hints of the shape `../<point>/<disk>.aql` name anything.
+    pub(super) fn resolver(&self, machine: Uuid) -> Resolver {
+        let store = self.store().clone();
+        let domain = format!("{} {machine}", self.id());
+        Resolver::custom(domain, move |wanted: &LayerName<'_>| {
+            let shown = store.path_of(&name::points(machine));
+            let Some((point, disk)) = parse_hint(wanted.hint) else {
+                let what = format!("layer {} is looked for at {:?}, outside the repository", wanted.layer, wanted.hint);
+                return Err(crate::Error::Refused { path: shown, what });
+            };
+            let file = name::layer(machine, point, &disk);
+            store.open_layer(&file).map_err(|e| match e {
+                Error::Format(e) => e,
+                _ => {
+                    let what = format!("layer {} is missing", wanted.layer);
+                    crate::Error::ChainBroken { path: store.path_of(&file), what }
+                }
+            })
+        })
+    }
+
+    /// The older files a finished layer draws from, as a point's record names them.
+    pub(super) fn needs_of(&self, machine: Uuid, reader: &Reader) -> Result<Vec<NeededFile>> {
+        let mut needs = Vec::new();
+        for needed in reader.needed_layers() {
+            let Some((point, disk)) = parse_hint(&needed.hint) else {
+                let what = format!("layer {} lies at {:?}, outside the repository", needed.layer, needed.hint);
+                return Err(crate::Error::Refused { path: reader.label().into(), what }.into());
+            };
+            let file = name::layer(machine, point, &disk);
+            let missing = || {
+                let what = format!("layer {} is missing", needed.layer);
+                crate::Error::ChainBroken { path: self.store().path_of(&file), what }
+            };
+            let file_bytes = self.store().len(&file)?.ok_or_else(missing)?;
+            needs.push(NeededFile { point, disk, layer: needed.layer, seal: Hash(needed.seal), file_bytes });
+        }
+        Ok(needs)
+    }
+}

@@ -1,0 +1,168 @@
+//! Forgetting and sweeping: nothing that is needed or held ever goes.
+
+use super::*;
+
+fn sweep(repo: &Repository, machine: &Machine, tell: Liveness) -> keeper::Swept {
+    keeper::sweep(repo, machine, &mut LeaseObserver::new(), Instant::now(), &|_| tell).expect("sweep")
+}
+
+fn forget(repo: &Repository, machine: &Machine, points: &[&Point]) -> Result<()> {
+    let ids: Vec<Uuid> = points.iter().map(|p| p.id).collect();
+    keeper::forget(repo, machine, &ids, keeper::LastPoint::Stays).map(|_| ())
+}
+
+#[test]
+fn files_of_forgotten_points_stay_while_retained_points_need_them() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (repo, machine) = with_points(dir.path(), 8);
+    let points = repo.points(&machine).expect("points");
+    forget(&repo, &machine, &[&points[0], &points[1], &points[2]]).expect("forget");
+    assert_eq!(repo.points(&machine).expect("points").len(), 5);
+    let swept = sweep(&repo, &machine, Liveness::Unknown);
+    for (k, point) in (3..).zip(repo.points(&machine).expect("points")) {
+        assert_eq!(read_point(&repo, &point), bytes(k), "point {k}");
+    }
+    // Blocks of point 0 that nobody wrote since, and of points 1 and 2 until 6 and 7 wrote them again.
+    assert_eq!(swept.needed.len() + swept.deleted.len(), 3, "{swept:?}");
+    assert!(swept.needed.contains(&points[0].id));
+    forget(&repo, &machine, &[&points[3], &points[4], &points[5], &points[6]]).expect("forget");
+    let swept = sweep(&repo, &machine, Liveness::Unknown);
+    assert_eq!(read_point(&repo, &repo.points(&machine).expect("points")[0]), bytes(7));
+    assert!(swept.deleted.iter().any(|(path, len)| path.contains(&points[2].id.to_string()) && *len > 0), "{swept:?}");
+    assert_eq!(sweep(&repo, &machine, Liveness::Unknown).deleted, vec![], "a second sweep finds nothing");
+}
+
+#[test]
+fn a_mounted_point_never_blocks_forgetting_and_never_changes() {
+    let dir = tempfile::tempdir().expect("dir");
+    let repo = init(dir.path());
+    let machine = repo.machine_or_new("db01").expect("machine");
+    back_up(&repo, &machine, &bytes(0), "2026-01-01T00:00:00Z").expect("full");
+    let mut tx = repo.begin(&machine, None, holder()).expect("begin");
+    write_disk(&mut tx, &vda(), &bytes(1)).expect("a second full");
+    tx.commit(new_point("2026-01-02T00:00:00Z")).expect("commit");
+    let points = repo.points(&machine).expect("points");
+    let lease = repo.lease_read(&machine, &points[0], holder()).expect("lease");
+    forget(&repo, &machine, &[&points[0]]).expect("not blocked");
+    let swept = sweep(&repo, &machine, Liveness::Unknown);
+    assert_eq!((swept.deleted.len(), swept.leased.as_slice()), (0, &[points[0].id][..]));
+    assert_eq!(read_point(&repo, &points[0]), bytes(0), "opened anew, long after");
+    lease.release().expect("release");
+    assert_eq!(sweep(&repo, &machine, Liveness::Unknown).deleted.len(), 1);
+    assert!(!dir.path().join(name::point_folder(machine.id, points[0].id)).exists());
+    assert_eq!(repo.points(&machine).expect("points").len(), 1);
+    let late = repo.lease_read(&machine, &points[0], holder());
+    assert!(matches!(late, Err(Error::NotFound { .. })));
+    assert_eq!(repo.leases().expect("leases").len(), 0, "a refused lease leaves nothing");
+}
+
+#[test]
+fn a_dead_holders_lease_is_reclaimed_and_its_beat_says_so() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (repo, machine) = with_points(dir.path(), 2);
+    let point = repo.points(&machine).expect("points").remove(0);
+    let mut lease = repo.lease_read(&machine, &point, holder()).expect("lease");
+    sweep(&repo, &machine, Liveness::Alive);
+    lease.beat().expect("held");
+    sweep(&repo, &machine, Liveness::Dead);
+    assert!(matches!(lease.beat(), Err(Error::NotFound { .. })));
+}
+
+#[test]
+fn a_backup_whose_lease_was_reclaimed_adds_nothing() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (repo, machine) = with_points(dir.path(), 2);
+    let parent = repo.resolve(&machine, &PointQuery::Latest(0)).expect("latest");
+    let mut tx = repo.begin(&machine, Some(&parent), holder()).expect("begin");
+    write_disk(&mut tx, &vda(), &bytes(2)).expect("vda");
+    sweep(&repo, &machine, Liveness::Dead);
+    assert!(matches!(tx.commit(new_point("2026-01-03T00:00:00Z")), Err(Error::NotFound { .. })));
+    assert_eq!(repo.points(&machine).expect("points").len(), 2);
+}
+
+#[test]
+fn the_parent_of_a_running_backup_may_be_forgotten_and_its_files_stay() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (repo, machine) = with_points(dir.path(), 2);
+    let points = repo.points(&machine).expect("points");
+    let mut tx = repo.begin(&machine, Some(&points[0]), holder()).expect("begin");
+    forget(&repo, &machine, &[&points[0]]).expect("forget");
+    forget(&repo, &machine, &[&points[1]]).expect_err("the last complete one stays");
+    keeper::forget(&repo, &machine, &[points[1].id], keeper::LastPoint::MayGo).expect("unless somebody says so");
+    let swept = sweep(&repo, &machine, Liveness::Alive);
+    assert_eq!(swept.deleted.len(), 1, "point 1 is needed by nobody: {swept:?}");
+    write_disk(&mut tx, &vda(), &bytes(3)).expect("vda");
+    tx.commit(new_point("2026-01-03T00:00:00Z")).expect("commit");
+    let latest = repo.resolve(&machine, &PointQuery::Latest(0)).expect("latest");
+    assert_eq!(read_point(&repo, &latest), bytes(3));
+    sweep(&repo, &machine, Liveness::Dead);
+    assert_eq!(read_point(&repo, &latest), bytes(3));
+}
+
+#[test]
+fn pinned_points_cannot_be_forgotten() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (repo, machine) = with_points(dir.path(), 3);
+    let points = repo.points(&machine).expect("points");
+    keeper::pin(&repo, &machine, points[0].id, true).expect("pin");
+    assert!(forget(&repo, &machine, &[&points[1], &points[0]]).is_err());
+    assert_eq!(repo.points(&machine).expect("points").len(), 3, "all or nothing");
+    keeper::pin(&repo, &machine, points[0].id, false).expect("unpin");
+    forget(&repo, &machine, &[&points[0]]).expect("forget");
+}
+
+#[test]
+fn a_damaged_point_is_listed_as_such_and_not_resolved() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (repo, machine) = with_points(dir.path(), 3);
+    let points = repo.points(&machine).expect("points");
+    keeper::mark_damaged(&repo, &machine, points[2].id, Some("block 3".into())).expect("mark");
+    assert_eq!(repo.resolve(&machine, &PointQuery::Latest(0)).expect("latest").id, points[1].id);
+    let state = repo.points(&machine).expect("points")[2].state.clone();
+    assert_eq!(state, PointState::Corrupted { why: "block 3".into() });
+    keeper::mark_damaged(&repo, &machine, points[2].id, None).expect("whole again");
+    assert_eq!(repo.resolve(&machine, &PointQuery::Latest(0)).expect("latest").id, points[2].id);
+}
+
+#[test]
+fn a_retained_point_without_record_and_readable_files_stops_the_sweep() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (repo, machine) = with_points(dir.path(), 3);
+    let points = repo.points(&machine).expect("points");
+    forget(&repo, &machine, &[&points[0]]).expect("forget");
+    std::fs::remove_file(dir.path().join(name::point(machine.id, points[2].id))).expect("lose the record");
+    let swept = sweep(&repo, &machine, Liveness::Unknown);
+    assert_eq!(swept.deleted, vec![], "its own file tells what it needs");
+    let file = dir.path().join(name::layer(machine.id, points[2].id, &vda()));
+    let len = std::fs::metadata(&file).expect("stat").len();
+    std::fs::OpenOptions::new().write(true).open(&file).and_then(|f| f.set_len(len - 9000)).expect("tear");
+    let stopped = keeper::sweep(&repo, &machine, &mut LeaseObserver::new(), Instant::now(), &|_| Liveness::Unknown);
+    assert!(stopped.is_err(), "nobody knows what it needs");
+}
+
+#[test]
+fn a_sweep_cut_at_any_step_leaves_retained_points_whole() {
+    let dir = tempfile::tempdir().expect("dir");
+    for steps in 0..60 {
+        let path = dir.path().join(format!("{steps}"));
+        std::fs::create_dir(&path).expect("folder");
+        let (repo, machine) = with_points(&path, 1);
+        let mut tx = repo.begin(&machine, None, holder()).expect("begin");
+        write_disk(&mut tx, &vda(), &bytes(1)).expect("vda");
+        tx.commit(new_point("2026-01-02T00:00:00Z")).expect("commit");
+        let points = repo.points(&machine).expect("points");
+        forget(&repo, &machine, &[&points[0]]).expect("forget");
+        let Store::Directory(directory) = repo.store();
+        directory.fuse.set(steps);
+        let done = keeper::sweep(&repo, &machine, &mut LeaseObserver::new(), Instant::now(), &|_| Liveness::Dead);
+        directory.fuse.set(i64::MAX);
+        assert_eq!(read_point(&repo, &repo.resolve(&machine, &PointQuery::Latest(0)).expect("latest")), bytes(1));
+        sweep(&repo, &machine, Liveness::Dead);
+        assert!(!path.join(name::point_folder(machine.id, points[0].id)).exists());
+        if done.is_ok() {
+            assert!(steps > 3, "the sweep has steps to cut");
+            return;
+        }
+    }
+    panic!("the sweep never ended");
+}

@@ -1,0 +1,300 @@
+//! Adding a point: begin, write layers, commit.
+//!
+//! Invariants
+//! - Until the commit nothing is listed. The order is: layers sealed and synced, the generation that
+//!   receives the point, `point.json`. Cut anywhere, the point is there whole or not at all, and what is
+//!   left can be gone on with.
+//! - The commit looks once more whether the append lease is still held and the repository still owned:
+//!   whoever lost them meanwhile adds nothing.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use super::{
+    DiskName, Error, Lease, Machine, Point, Repository, Result, manifest, name,
+    record::{
+        BeginRecord, Consistency, Found, Hash, Holder, MachineDescription, ManifestPoint, PointDisk, PointKind,
+        PointRecord, encode, read,
+    },
+};
+use crate::{
+    Error as FormatError, Layer, Storage,
+    aql::{NewLayer, Reader, Writer, WriterOptions},
+};
+
+/// What a new point is, apart from its disks.
+#[derive(Clone, Debug)]
+pub struct NewPoint {
+    /// When the disks looked like this.
+    pub created: Timestamp,
+    /// What state the guest was in.
+    pub consistency: Consistency,
+    /// The machine.
+    pub machine: MachineDescription,
+}
+
+/// A backup that was begun and never committed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interrupted {
+    /// What it set out to do.
+    pub record: BeginRecord,
+}
+
+/// How a disk's layer is written.
+#[derive(Clone, Copy, Debug)]
+pub struct DiskPlan {
+    /// Size of the disk in bytes.
+    pub size: u64,
+    /// Its sector size in bytes, 512 or 4096.
+    pub sector_bytes: u32,
+    /// Store everything, even where the parent has this disk.
+    pub full: bool,
+    /// Block size, compression, threads.
+    pub options: WriterOptions,
+}
+
+/// A disk of a point being added.
+#[derive(Debug)]
+pub enum DiskWork {
+    /// To be written, from the start or from where it was interrupted.
+    Write(Box<Writer>),
+    /// Finished before the interruption.
+    Sealed,
+}
+
+/// A point being added.
+#[derive(Debug)]
+pub struct Transaction<'a> {
+    repo: &'a Repository,
+    machine: Machine,
+    begin: BeginRecord,
+    parent: Option<Point>,
+    lease: Lease,
+    disks: Vec<PointDisk>,
+}
+
+impl Repository {
+    /// Begins a point of `machine`, standing on `parent`.
+    ///
+    /// # Errors
+    /// [`Error::Locked`] if another backup of this machine runs; [`Error::ForeignOwner`]; I/O.
+    pub fn begin(&self, machine: &Machine, parent: Option<&Point>, holder: Holder) -> Result<Transaction<'_>> {
+        self.writable()?;
+        let lease = self.lease_append(machine, parent.map(|p| p.id), holder.clone())?;
+        let begin = BeginRecord { id: Uuid::now_v7(), begun: Timestamp::now(), parent: parent.map(|p| p.id), holder };
+        self.store().create(&name::begin(machine.id, begin.id), &encode(&begin)?)?;
+        let parent = parent.cloned();
+        Ok(Transaction { repo: self, machine: machine.clone(), begin, parent, lease, disks: Vec::new() })
+    }
+
+    /// Backups of `machine` that were begun and never committed, oldest first. One of them may be running.
+    ///
+    /// # Errors
+    /// I/O; a damaged record.
+    pub fn interrupted(&self, machine: &Machine) -> Result<Vec<Interrupted>> {
+        let mut found = Vec::new();
+        for folder in self.store().list(&name::points(machine.id))? {
+            let Ok(id) = folder.parse::<Uuid>() else { continue };
+            if self.store().len(&name::point(machine.id, id))?.is_none()
+                && let Some(record) = read::<BeginRecord>(self.store(), &name::begin(machine.id, id))?
+                && record.id == id
+            {
+                found.push(Interrupted { record });
+            }
+        }
+        Ok(found)
+    }
+
+    /// Goes on with an interrupted backup.
+    ///
+    /// # Errors
+    /// As [`Repository::begin`]; [`Error::NotFound`] if its parent has been given up.
+    pub fn resume(&self, machine: &Machine, what: &Interrupted, holder: Holder) -> Result<Transaction<'_>> {
+        self.writable()?;
+        let begin = what.record.clone();
+        let lease = self.lease_append(machine, begin.parent, holder)?;
+        let parent = match begin.parent {
+            None => None,
+            Some(id) => {
+                let listed = self.listed(machine)?;
+                let gone = || Error::not_found(self.label(), format!("point {id} of {}", machine.name));
+                Some(self.point_state(machine, listed.iter().find(|p| p.id == id).ok_or_else(gone)?)?)
+            }
+        };
+        Ok(Transaction { repo: self, machine: machine.clone(), begin, parent, lease, disks: Vec::new() })
+    }
+}
+
+impl Transaction<'_> {
+    /// The point's id.
+    pub fn id(&self) -> Uuid {
+        self.begin.id
+    }
+
+    /// The point it stands on.
+    pub fn parent(&self) -> Option<&Point> {
+        self.parent.as_ref()
+    }
+
+    /// A sign of life; to be given every [`super::LEASE_TTL`] / 4.
+    ///
+    /// # Errors
+    /// As [`Lease::beat`].
+    pub fn beat(&mut self) -> Result<()> {
+        self.lease.beat()
+    }
+
+    /// The parent's disk of this name, where there is one.
+    ///
+    /// # Errors
+    /// As [`Repository::open_disk`], except that a parent without this disk is `None`.
+    pub fn parent_disk(&self, disk: &DiskName) -> Result<Option<Arc<Reader>>> {
+        match &self.parent {
+            Some(parent) if parent.record.as_ref().is_none_or(|r| r.disks.iter().any(|d| d.name == *disk)) => {
+                self.repo.open_disk(parent, disk).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Begins, or goes on with, the layer of a disk.
+    ///
+    /// # Errors
+    /// [`Error::Exists`] if this transaction has it already; what [`Writer::create`] and
+    /// [`Writer::resume`] report.
+    pub fn disk(&mut self, disk: &DiskName, plan: DiskPlan) -> Result<DiskWork> {
+        let file = name::layer(self.machine.id, self.begin.id, disk);
+        if self.disks.iter().any(|d| d.name == *disk) {
+            return Err(Error::Exists { path: self.repo.store().path_of(&file) });
+        }
+        let parent = if plan.full { None } else { self.parent_disk(disk)? };
+        let hint = self.begin.parent.map(|parent| name::hint(parent, disk)).unwrap_or_default();
+        let parent = parent.map(|reader| (reader, hint));
+        let key = self.repo.content_key().clone();
+        if self.repo.store().len(&file)?.is_none() {
+            let storage = self.repo.store().create_layer(&file)?;
+            return self.write(storage, parent, plan).map(DiskWork::Write);
+        }
+        let storage = self.repo.store().reopen_layer(&file)?;
+        if crate::aql::is_sealed(storage.as_ref())? {
+            return Ok(DiskWork::Sealed);
+        }
+        // Interrupted before its first page was there: nothing is in it yet.
+        if storage.len().is_ok_and(|len| len < crate::aql::layout::FRAMES_START) {
+            storage.set_len(0).map_err(|e| FormatError::io(storage.label(), "truncate", 0, e))?;
+            return self.write(storage, parent, plan).map(DiskWork::Write);
+        }
+        Ok(DiskWork::Write(Box::new(Writer::resume(storage, parent, key, plan.options)?)))
+    }
+
+    fn write(
+        &self,
+        storage: Arc<dyn Storage>,
+        parent: Option<(Arc<Reader>, String)>,
+        plan: DiskPlan,
+    ) -> Result<Box<Writer>> {
+        let new = NewLayer {
+            virtual_size: plan.size,
+            parent,
+            key: self.repo.content_key().clone(),
+            layer: Uuid::now_v7(),
+            created: u64::try_from(Timestamp::now().as_nanosecond()).unwrap_or(0),
+            sector_bytes: plan.sector_bytes,
+        };
+        Ok(Box::new(Writer::create(storage, new, plan.options)?))
+    }
+
+    /// Notes a disk whose layer is sealed; `found` and `source_format` are for its record.
+    ///
+    /// # Errors
+    /// The layer cannot be opened, or draws from a file that is not there; I/O.
+    pub fn sealed(&mut self, disk: &DiskName, found: Found, source_format: &str) -> Result<&PointDisk> {
+        let reader = self.repo.open_layer(self.machine.id, self.begin.id, disk)?;
+        reader.check_layers()?;
+        let stats = reader.stats();
+        let size = reader.size();
+        self.disks.retain(|d| d.name != *disk);
+        self.disks.push(PointDisk {
+            name: disk.clone(),
+            size,
+            layer: reader.layer_id(),
+            seal: Hash(reader.seal_hash()),
+            file_bytes: reader.file_bytes(),
+            stored_bytes: stats.bytes_stored,
+            data_bytes: stats.data_blocks.saturating_mul(reader.block_bytes().into()).min(size),
+            found,
+            source_format: source_format.to_owned(),
+            needs: self.repo.needs_of(self.machine.id, &reader)?,
+        });
+        self.disks.last().ok_or_else(|| Error::not_found(self.repo.label(), "disk"))
+    }
+
+    /// Makes the point exist.
+    ///
+    /// # Errors
+    /// No disk was noted; the lease or the ownership was lost; a file it needs is gone; I/O. The backup
+    /// can then be gone on with.
+    pub fn commit(self, new: NewPoint) -> Result<PointRecord> {
+        let store = self.repo.store();
+        let folder = store.path_of(&name::point_folder(self.machine.id, self.begin.id));
+        if self.disks.is_empty() {
+            return Err(FormatError::Refused { path: folder, what: "a point without disks".into() }.into());
+        }
+        self.repo.writable()?;
+        if store.len(&name::lease(self.lease.record().id))?.is_none() {
+            return Err(Error::not_found(&folder, "append lease: it was reclaimed"));
+        }
+        let draws_from_older = self.disks.iter().any(|d| !d.needs.is_empty());
+        let kind = if draws_from_older { PointKind::Increment } else { PointKind::Full };
+        let mut record = PointRecord {
+            id: self.begin.id,
+            receipt: 0,
+            created: new.created,
+            kind,
+            parent: self.begin.parent.filter(|_| draws_from_older),
+            consistency: new.consistency,
+            machine: new.machine,
+            disks: self.disks.clone(),
+        };
+        let mut bytes = Vec::new();
+        manifest::change(self.repo, &self.machine, |manifest| {
+            self.check_files(&record)?;
+            record.receipt = manifest.generation;
+            bytes = encode(&record)?;
+            manifest.points.retain(|p| p.id != record.id);
+            manifest.points.push(ManifestPoint {
+                id: record.id,
+                receipt: record.receipt,
+                record: Hash::of(&bytes),
+                retained: true,
+                damaged: None,
+                pinned: false,
+            });
+            Ok(())
+        })?;
+        store.create(&name::point(self.machine.id, record.id), &bytes)?;
+        self.lease.release()?;
+        Ok(record)
+    }
+
+    fn check_files(&self, record: &PointRecord) -> Result<()> {
+        for needed in record.disks.iter().flat_map(|d| &d.needs) {
+            let file = name::layer(self.machine.id, needed.point, &needed.disk);
+            if self.repo.store().len(&file)? != Some(needed.file_bytes) {
+                let what = format!("layer {}, which the new point needs, is gone", needed.layer);
+                return Err(FormatError::ChainBroken { path: self.repo.store().path_of(&file), what }.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Leaves the backup as it is, to be gone on with later.
+    ///
+    /// # Errors
+    /// I/O while withdrawing the lease.
+    pub fn interrupt(self) -> Result<()> {
+        self.lease.release()
+    }
+}
