@@ -50,6 +50,10 @@ pub trait Storage: Debug + Send + Sync {
     /// Cuts or extends (with zeros, sparse) to `len` bytes.
     fn set_len(&self, len: u64) -> io::Result<()>;
 
+    /// Makes sure that writes to a range cannot fail for lack of space, growing the storage where needed;
+    /// what the range holds does not change. A storage that cannot promise that does nothing.
+    fn reserve(&self, offset: u64, len: u64) -> io::Result<()>;
+
     /// Asks for write-back of a range to begin. A hint: no durability, errors only if the call itself is refused.
     fn start_writeback(&self, offset: u64, len: u64) -> io::Result<()>;
 

@@ -11,10 +11,7 @@ use std::{sync::Arc, time::Duration};
 
 use arc_swap::ArcSwapOption;
 
-use crate::{
-    Chain, Delta, Error, Extent, ExtentKind, LocalProgress, Overlay, Result,
-    overlay::{BlockState, OVERLAY_BLOCK_BYTES},
-};
+use crate::{Chain, Delta, Error, Extent, ExtentKind, LocalProgress, Overlay, Result, overlay::Run};
 
 /// One virtual disk.
 #[derive(Debug)]
@@ -100,21 +97,20 @@ impl Disk {
     /// did not answer for as long as [`Disk::set_patience`] says.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.check_range(offset, buf.len() as u64)?;
+        let Some(overlay) = &self.overlay else { return self.read_chain(offset, buf) };
         let (mut at, mut rest) = (offset, buf);
         while !rest.is_empty() {
-            let in_block = usize::try_from(OVERLAY_BLOCK_BYTES - at % OVERLAY_BLOCK_BYTES).unwrap_or(usize::MAX);
-            let (part, tail) = rest.split_at_mut(in_block.min(rest.len()));
-            match self.overlay.as_ref().map_or(BlockState::Absent, |o| o.state(at)) {
-                BlockState::Absent => self.read_chain(at, part)?,
-                BlockState::Hydrated | BlockState::Written => {
-                    if let Some(overlay) = &self.overlay {
-                        let failed = |e| aquifer_formats::Error::io(overlay.raw().label(), "read", at, e);
-                        overlay.raw().read_at(at, part).map_err(failed)?;
-                    }
+            let (kind, len) = overlay.part(at, rest);
+            let (front, tail) = rest.split_at_mut(len);
+            match kind {
+                Run::Pages | Run::Trimmed => {}
+                Run::Local => {
+                    let failed = |e| aquifer_formats::Error::io(overlay.raw().label(), "read", at, e);
+                    overlay.raw().read_at(at, front).map_err(failed)?;
                 }
-                BlockState::Trimmed => part.fill(0),
+                Run::Absent => self.read_chain(at, front)?,
             }
-            at += part.len() as u64;
+            at += len as u64;
             rest = tail;
         }
         Ok(())
@@ -122,8 +118,31 @@ impl Disk {
 
     /// As [`Disk::read`], but only if that needs no decode and no slow source (cached, zero or local
     /// ranges). `Ok(false)` leaves `buf` in any state: hand the read to a thread that may wait.
-    pub fn read_now(&self, _offset: u64, _buf: &mut [u8]) -> Result<bool> {
-        Ok(false)
+    ///
+    /// # Errors
+    /// As [`Disk::read`], as far as it comes.
+    pub fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
+        self.check_range(offset, buf.len() as u64)?;
+        let Some(overlay) = &self.overlay else { return self.chain_now(offset, buf) };
+        let (mut at, mut rest) = (offset, buf);
+        while !rest.is_empty() {
+            let (kind, len) = overlay.part(at, rest);
+            let (front, tail) = rest.split_at_mut(len);
+            let ready = match kind {
+                Run::Pages | Run::Trimmed => true,
+                Run::Local => {
+                    let failed = |e| aquifer_formats::Error::io(overlay.raw().label(), "read", at, e);
+                    overlay.raw().read_now(at, front).map_err(failed)?
+                }
+                Run::Absent => self.chain_now(at, front)?,
+            };
+            if !ready {
+                return Ok(false);
+            }
+            at += len as u64;
+            rest = tail;
+        }
+        Ok(true)
     }
 
     /// Writes `bytes` at `offset`. Durable after the next [`Disk::flush`]. May wait for memory or, where
@@ -134,40 +153,16 @@ impl Disk {
     /// [`Error::SyncFailed`] after any failed sync; [`Error::ReadOnly`].
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         self.check_range(offset, bytes.len() as u64)?;
-        let Some(overlay) = &self.overlay else { return Err(self.refuse_write()) };
-        let (mut at, mut rest) = (offset, bytes);
-        while !rest.is_empty() {
-            let start = at - at % OVERLAY_BLOCK_BYTES;
-            let skip = usize::try_from(at - start).unwrap_or(0);
-            let len = usize::try_from(OVERLAY_BLOCK_BYTES.min(self.size - start)).unwrap_or(0);
-            let (part, tail) = rest.split_at((len - skip).min(rest.len()));
-            let mut block = vec![0; len];
-            if part.len() < len {
-                self.read(start, &mut block)?;
-            }
-            if let Some(target) = block.get_mut(skip..skip + part.len()) {
-                target.copy_from_slice(part);
-            }
-            let failed = |e| aquifer_formats::Error::io(overlay.raw().label(), "write", start, e);
-            overlay.raw().write_at(start, &block).map_err(failed)?;
-            overlay.set_state(start, BlockState::Written);
-            at += part.len() as u64;
-            rest = tail;
-        }
-        Ok(())
+        self.top()?.write(offset, bytes, &|at, buf| self.read_chain(at, buf))
     }
 
     /// Makes a range read as zeros, exactly; durable after the next [`Disk::flush`].
-    pub fn write_zeroes(&self, offset: u64, len: u64, _zeroing: Zeroing) -> Result<()> {
+    ///
+    /// # Errors
+    /// As [`Disk::write`].
+    pub fn write_zeroes(&self, offset: u64, len: u64, zeroing: Zeroing) -> Result<()> {
         self.check_range(offset, len)?;
-        let zeros = vec![0; 1 << 20];
-        let mut at = offset;
-        while at < offset + len {
-            let n = usize::try_from(offset + len - at).unwrap_or(usize::MAX).min(zeros.len());
-            self.write(at, zeros.get(..n).unwrap_or_default())?;
-            at += n as u64;
-        }
-        Ok(())
+        self.top()?.zero(offset, len, zeroing, &|at, buf| self.read_chain(at, buf))
     }
 
     /// Gives a range back; it reads as zeros afterwards.
@@ -181,33 +176,52 @@ impl Disk {
     /// # Errors
     /// [`Error::SyncFailed`], from then on always; [`Error::NoSpace`].
     pub fn flush(&self) -> Result<()> {
-        let Some(overlay) = &self.overlay else { return Ok(()) };
-        let failed = |e| aquifer_formats::Error::io(overlay.raw().label(), "sync", 0, e);
-        Ok(overlay.raw().sync().map_err(failed)?)
+        self.overlay.as_ref().map_or(Ok(()), Overlay::flush)
     }
 
     /// Reads a range into the cache, so that later reads are quick. A hint: errors are dropped.
-    pub fn prefetch(&self, _offset: u64, _len: u64) {}
+    pub fn prefetch(&self, offset: u64, len: u64) {
+        let end = offset.saturating_add(len).min(self.size);
+        let mut at = offset;
+        while at < end {
+            let (kind, n) = self.overlay.as_ref().map_or((Run::Absent, end - at), |o| o.run(at, end - at));
+            if let (Run::Absent, Some(chain)) = (kind, self.chain.load().as_ref()) {
+                chain.prefetch(at, n);
+            }
+            at += n;
+        }
+    }
 
     /// What a range holds, appended to `out` in order and merged. Reads no data.
     pub fn extents(&self, offset: u64, len: u64, out: &mut Vec<Extent>) -> Result<()> {
         let end = offset.saturating_add(len).min(self.size);
         let mut at = offset;
         while at < end {
-            let next = (at - at % OVERLAY_BLOCK_BYTES + OVERLAY_BLOCK_BYTES).min(end);
-            let kind = match self.overlay.as_ref().map_or(BlockState::Absent, |o| o.state(at)) {
-                BlockState::Absent => {
-                    if let Some(chain) = self.chain.load().as_ref() {
-                        chain.extents(at, next - at, out)?;
-                    }
-                    at = next;
-                    continue;
-                }
-                BlockState::Trimmed => ExtentKind::Zero,
-                BlockState::Hydrated | BlockState::Written => ExtentKind::Data,
-            };
-            Extent::push(out, Extent { offset: at, len: next - at, kind });
-            at = next;
+            let (kind, len) = self.overlay.as_ref().map_or((Run::Absent, end - at), |o| o.run(at, end - at));
+            match kind {
+                Run::Absent => match self.chain.load().as_ref() {
+                    Some(chain) => chain.extents(at, len, out)?,
+                    None => return Err(self.not_local(len)),
+                },
+                Run::Trimmed => Extent::push(out, Extent { offset: at, len, kind: ExtentKind::Zero }),
+                Run::Pages => Extent::push(out, Extent { offset: at, len, kind: ExtentKind::Data }),
+                Run::Local => self.local_extents(at, len, out)?,
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Local ranges that are holes of `disk.raw` read as zeros.
+    fn local_extents(&self, offset: u64, len: u64, out: &mut Vec<Extent>) -> Result<()> {
+        let raw = self.top()?.raw();
+        let mut at = offset;
+        while at < offset + len {
+            let map = |e| aquifer_formats::Error::io(raw.label(), "map", at, e);
+            let (stored, n) = raw.allocated(at, offset + len - at).map_err(map)?;
+            let kind = if stored { ExtentKind::Data } else { ExtentKind::Zero };
+            Extent::push(out, Extent { offset: at, len: n, kind });
+            at += n;
         }
         Ok(())
     }
@@ -218,7 +232,7 @@ impl Disk {
     /// # Errors
     /// [`Error::ReadOnly`] without an overlay.
     pub fn dirty(&self) -> Result<Delta> {
-        Ok(self.overlay.as_ref().ok_or_else(|| self.refuse_write())?.dirty())
+        Ok(self.top()?.dirty())
     }
 
     /// How much is local.
@@ -226,7 +240,7 @@ impl Disk {
     /// # Errors
     /// [`Error::ReadOnly`] without an overlay.
     pub fn local(&self) -> Result<LocalProgress> {
-        Ok(self.overlay.as_ref().ok_or_else(|| self.refuse_write())?.local())
+        Ok(self.top()?.local())
     }
 
     /// Brings `disk.raw` up to date and keeps it so: on return it alone is the whole, durable truth of
@@ -237,15 +251,19 @@ impl Disk {
     pub fn drain(&self) -> Result<()> {
         let absent = self.local()?.absent;
         if absent > 0 {
-            return Err(Error::NotLocal { disk: self.name.clone(), absent });
+            return Err(self.not_local(absent));
         }
-        self.flush()
+        self.top()?.drain()
     }
 
     /// Records durably that somebody else (the hypervisor, after the pivot) writes `disk.raw` from now
     /// on. An overlay opened after that reports the whole disk as dirty.
+    ///
+    /// # Errors
+    /// As [`Disk::drain`].
     pub fn hand_over(&self) -> Result<()> {
-        self.flush()
+        self.drain()?;
+        self.top()?.hand_over()
     }
 
     /// Lets the source go once nothing is absent; `false` while something is.
@@ -270,14 +288,18 @@ impl Disk {
     /// After a failed sync: the ranges whose acknowledged-but-unflushed or half-written bytes are in
     /// doubt. Empty while all is well.
     pub fn doubtful(&self) -> Delta {
-        Delta::new()
+        self.overlay.as_ref().map(Overlay::doubt).unwrap_or_default()
     }
 
     fn read_chain(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         match self.chain.load().as_ref() {
             Some(chain) => chain.read(offset, buf),
-            None => Err(Error::NotLocal { disk: self.name.clone(), absent: buf.len() as u64 }),
+            None => Err(self.not_local(buf.len() as u64)),
         }
+    }
+
+    fn chain_now(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
+        self.chain.load().as_ref().map_or(Ok(false), |chain| chain.read_now(offset, buf))
     }
 
     fn check_range(&self, offset: u64, len: u64) -> Result<()> {
@@ -287,7 +309,11 @@ impl Disk {
         Err(Error::OutOfRange { disk: self.name.clone(), offset, len, size: self.size })
     }
 
-    fn refuse_write(&self) -> Error {
-        Error::ReadOnly { disk: self.name.clone() }
+    fn top(&self) -> Result<&Overlay> {
+        self.overlay.as_ref().ok_or_else(|| Error::ReadOnly { disk: self.name.clone() })
+    }
+
+    fn not_local(&self, absent: u64) -> Error {
+        Error::NotLocal { disk: self.name.clone(), absent }
     }
 }

@@ -24,6 +24,7 @@ pub mod hydrate;
 mod map;
 pub mod open;
 pub mod overlay;
+mod sync;
 
 pub use cache::{BlockCache, CacheStats};
 pub use chain::Chain;
@@ -33,4 +34,4 @@ pub use error::{Error, Result};
 pub use extent::{Extent, ExtentKind};
 pub use hydrate::{HydrateProgress, HydrateState, Hydrator, Pace};
 pub use open::{ChainSpec, Connect, open_chain};
-pub use overlay::{LocalProgress, Overlay, OverlayFiles, OverlayOf, OverlayOptions};
+pub use overlay::{LocalProgress, Overlay, OverlayFiles, OverlayOf, OverlayOptions, Settling};

@@ -79,6 +79,10 @@ impl Storage for ZeroTail {
         Err(io::ErrorKind::ReadOnlyFilesystem.into())
     }
 
+    fn reserve(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
     fn start_writeback(&self, _offset: u64, _len: u64) -> io::Result<()> {
         Ok(())
     }

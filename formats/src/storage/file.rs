@@ -132,6 +132,16 @@ impl Storage for FileStorage {
         self.file.set_len(len)
     }
 
+    fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        match fallocate(&self.file, FallocateFlags::empty(), offset, len) {
+            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+
     fn start_writeback(&self, offset: u64, len: u64) -> io::Result<()> {
         start_writeback(&self.file, offset, len)
     }

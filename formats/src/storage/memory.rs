@@ -82,6 +82,15 @@ impl Storage for MemoryStorage {
         Ok(())
     }
 
+    fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        let need = usize::try_from(offset.saturating_add(len)).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let mut bytes = self.bytes.write();
+        if bytes.len() < need {
+            bytes.resize(need, 0);
+        }
+        Ok(())
+    }
+
     fn start_writeback(&self, _offset: u64, _len: u64) -> io::Result<()> {
         Ok(())
     }

@@ -1,0 +1,194 @@
+//! Moves what the journal carries to where it belongs: bytes to `disk.raw`, marks to `map`.
+//!
+//! Invariants
+//! - A page is written back only where a durable record says `Written`, so recovery never finds guest
+//!   bytes under a hydrated mark.
+//! - A half of the journal is freed in this order: its blocks to `disk.raw`, sync, marks to `map`, sync.
+//! - Hydrated marks enter `map` by the same order; from the moment they are chosen guest writes over
+//!   those blocks are held back in memory.
+//!
+//! Not here: when a flush is acknowledged.
+
+use super::{
+    core::Core,
+    failure::io_failed,
+    region::{BlockState, OVERLAY_BLOCK_BYTES},
+};
+use crate::{Delta, Result, sync::Ordering};
+
+/// How much to settle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// The half that takes no records now, if it needs it.
+    Inactive,
+    /// As `Inactive`, and the marks of all that has been hydrated.
+    Hydrated,
+    /// Everything.
+    All,
+}
+
+impl Core {
+    /// Brings the inactive half's contents home, so that it may be written again.
+    pub(super) fn switch_half(&self) -> Result<()> {
+        self.settle(Scope::Inactive)?;
+        self.journal.lock().switch();
+        self.wake();
+        Ok(())
+    }
+
+    /// Settles, one thread at a time.
+    pub(super) fn settle(&self, scope: Scope) -> Result<()> {
+        let mut map = self.map.lock();
+        self.check()?;
+        let (active, floor) = {
+            let journal = self.journal.lock();
+            let inactive = 1 - journal.active();
+            if scope == Scope::Inactive && journal.is_settled(inactive) {
+                return Ok(());
+            }
+            let floor = if scope == Scope::All { journal.floor_of_all() } else { journal.floor_of_active() };
+            (journal.active(), floor)
+        };
+        self.write_back(1 - active)?;
+        if scope == Scope::All {
+            self.write_back(active)?;
+        }
+        if scope != Scope::Inactive {
+            self.seal();
+        }
+        let pages: Vec<u32> = std::mem::take(&mut *self.map_dirty.lock()).into_iter().collect();
+        self.sync_raw(Delta::new)?;
+        if let Err(cause) = map.store(floor, &pages, &mut |region| self.durable_line(region)) {
+            let path = self.files.map.label();
+            return Err(self.fail(path, &cause, Delta::new()));
+        }
+        self.journal.lock().settle_inactive();
+        Ok(())
+    }
+
+    /// Writes back what both halves owe, without syncing, to have memory again.
+    pub(super) fn relieve(&self) -> Result<()> {
+        let _one_at_a_time = self.map.lock();
+        self.check()?;
+        self.write_back(0)?;
+        self.write_back(1)
+    }
+
+    /// Waits until there is memory for another write.
+    pub(super) fn make_room(&self) -> Result<()> {
+        while self.page_bytes.load(Ordering::Relaxed) >= self.options.memory_bytes {
+            self.relieve()?;
+            if self.page_bytes.load(Ordering::Relaxed) >= self.options.memory_bytes {
+                self.flush()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes back every region a half of the journal owes.
+    fn write_back(&self, half: usize) -> Result<()> {
+        let Some(owed) = self.owed.get(half) else { return Ok(()) };
+        let mut regions = std::mem::take(&mut *owed.lock());
+        while let Some(region) = regions.pop_first() {
+            if let Err(e) = self.write_back_region(region) {
+                regions.insert(region);
+                owed.lock().append(&mut regions);
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    fn write_back_region(&self, region: u32) -> Result<()> {
+        let mut stripe = self.stripe(region).write();
+        let Some(target) = stripe.mixed(region) else { return Ok(()) };
+        let ready: Vec<usize> =
+            target.pages().map(|(at, _)| at).filter(|at| target.durable.get(*at) == BlockState::Written).collect();
+        for run in ready.chunk_by(|a, b| a + 1 == *b) {
+            let first = run.first().copied().unwrap_or(0);
+            let range = self.range(region, first, run.len());
+            let mut bytes = Vec::with_capacity(run.len() * 4096);
+            for page in run.iter().filter_map(|at| target.page(*at)) {
+                bytes.extend_from_slice(&**page);
+            }
+            bytes.truncate(usize::try_from(range.end - range.start).unwrap_or(usize::MAX));
+            let written = self.raw().write_at(range.start, &bytes);
+            written.map_err(|e| io_failed(self.raw(), "write", range.start, e))?;
+            // A page that is newer than its record stays: a later flush needs its bytes.
+            for at in run.iter().filter(|at| !target.pending.get(**at)).copied().collect::<Vec<_>>() {
+                target.remove_page(at);
+                self.page_bytes.fetch_sub(OVERLAY_BLOCK_BYTES, Ordering::Relaxed);
+            }
+        }
+        // Where recovery may find `Written`, zeros must take the place of bytes that only the journal has.
+        let clear: Vec<usize> =
+            target.unpunched.iter().filter(|at| target.durable.get(*at) != BlockState::Hydrated).collect();
+        for run in clear.chunk_by(|a, b| a + 1 == *b && target.keep.get(*a) == target.keep.get(*b)) {
+            let first = run.first().copied().unwrap_or(0);
+            let range = self.range(region, first, run.len());
+            self.clear_raw(range.start, range.end - range.start, target.keep.get(first))?;
+        }
+        for at in clear {
+            target.unpunched.remove(at);
+            target.keep.remove(at);
+        }
+        stripe.fold(region);
+        Ok(())
+    }
+
+    /// From here on guest writes over these blocks are held back: their marks are about to be stored.
+    fn seal(&self) {
+        let regions = std::mem::take(&mut *self.unsealed.lock());
+        for region in regions {
+            let mut stripe = self.stripe(region).write();
+            let target = stripe.region(region);
+            for at in 0..self.region_blocks(region) {
+                if target.ram.get(at) == BlockState::Hydrated && target.durable.get(at) == BlockState::Absent {
+                    self.set_durable(region, target, at, BlockState::Hydrated);
+                }
+            }
+            stripe.fold(region);
+        }
+    }
+
+    /// Leaves nothing in memory or journal that `disk.raw` does not have, and keeps it so.
+    pub(super) fn drain(&self) -> Result<()> {
+        self.through.store(true, Ordering::Release);
+        // Whoever stores a page now began before that; nobody does once each lock was free once.
+        for stripe in self.stripes() {
+            drop(stripe.write());
+        }
+        self.flush()?;
+        self.settle(Scope::All)?;
+        if self.unswept.load(Ordering::Acquire) {
+            let trimmed = self.collect(|state| state == BlockState::Trimmed);
+            for range in trimmed.iter() {
+                self.sweep(range.start, range.end)?;
+            }
+            self.sync_raw(Delta::new)?;
+            self.unswept.store(false, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Removes what an earlier life left under trimmed blocks.
+    fn sweep(&self, from: u64, to: u64) -> Result<()> {
+        let mut at = from;
+        while at < to {
+            let region = super::core::region_of(at);
+            let next = self.range(region, 0, self.region_blocks(region)).end.min(to);
+            let stripe = self.stripe(region).write();
+            let view = stripe.view(region);
+            let mut block = at;
+            while block < next {
+                let end = (block + OVERLAY_BLOCK_BYTES).min(next);
+                if view.ram(super::core::in_region(block / OVERLAY_BLOCK_BYTES)) == BlockState::Trimmed {
+                    self.clear_leftovers(block, end)?;
+                }
+                block = end;
+            }
+            at = next;
+        }
+        Ok(())
+    }
+}
