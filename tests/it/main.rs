@@ -2,6 +2,7 @@
 
 mod chain;
 mod chain_files;
+mod crash;
 mod fuzz_smoke;
 mod host;
 mod qcow2;

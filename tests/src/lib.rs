@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "tests fail by panicking")]
 
 pub mod boot_sector;
+pub mod faults;
 pub mod fuzz;
+pub mod guest;
 pub mod oracle;
 pub mod qemu;
 pub mod rng;

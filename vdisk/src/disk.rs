@@ -153,7 +153,7 @@ impl Disk {
     /// [`Error::SyncFailed`] after any failed sync; [`Error::ReadOnly`].
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         self.check_range(offset, bytes.len() as u64)?;
-        self.top()?.write(offset, bytes, &|at, buf| self.read_chain(at, buf))
+        self.overlay()?.write(offset, bytes, &|at, buf| self.read_chain(at, buf))
     }
 
     /// Makes a range read as zeros, exactly; durable after the next [`Disk::flush`].
@@ -162,7 +162,7 @@ impl Disk {
     /// As [`Disk::write`].
     pub fn write_zeroes(&self, offset: u64, len: u64, zeroing: Zeroing) -> Result<()> {
         self.check_range(offset, len)?;
-        self.top()?.zero(offset, len, zeroing, &|at, buf| self.read_chain(at, buf))
+        self.overlay()?.zero(offset, len, zeroing, &|at, buf| self.read_chain(at, buf))
     }
 
     /// Gives a range back; it reads as zeros afterwards.
@@ -214,7 +214,7 @@ impl Disk {
 
     /// Local ranges that are holes of `disk.raw` read as zeros.
     fn local_extents(&self, offset: u64, len: u64, out: &mut Vec<Extent>) -> Result<()> {
-        let raw = self.top()?.raw();
+        let raw = self.overlay()?.raw();
         let mut at = offset;
         while at < offset + len {
             let map = |e| aquifer_formats::Error::io(raw.label(), "map", at, e);
@@ -232,7 +232,7 @@ impl Disk {
     /// # Errors
     /// [`Error::ReadOnly`] without an overlay.
     pub fn dirty(&self) -> Result<Delta> {
-        Ok(self.top()?.dirty())
+        Ok(self.overlay()?.dirty())
     }
 
     /// How much is local.
@@ -240,7 +240,7 @@ impl Disk {
     /// # Errors
     /// [`Error::ReadOnly`] without an overlay.
     pub fn local(&self) -> Result<LocalProgress> {
-        Ok(self.top()?.local())
+        Ok(self.overlay()?.local())
     }
 
     /// Brings `disk.raw` up to date and keeps it so: on return it alone is the whole, durable truth of
@@ -253,7 +253,7 @@ impl Disk {
         if absent > 0 {
             return Err(self.not_local(absent));
         }
-        self.top()?.drain()
+        self.overlay()?.drain()
     }
 
     /// Records durably that somebody else (the hypervisor, after the pivot) writes `disk.raw` from now
@@ -263,7 +263,7 @@ impl Disk {
     /// As [`Disk::drain`].
     pub fn hand_over(&self) -> Result<()> {
         self.drain()?;
-        self.top()?.hand_over()
+        self.overlay()?.hand_over()
     }
 
     /// Lets the source go once nothing is absent; `false` while something is.
@@ -309,7 +309,12 @@ impl Disk {
         Err(Error::OutOfRange { disk: self.name.clone(), offset, len, size: self.size })
     }
 
-    fn top(&self) -> Result<&Overlay> {
+    /// The chain, as long as it is needed.
+    pub(crate) fn chain(&self) -> Option<Arc<Chain>> {
+        self.chain.load_full()
+    }
+
+    pub(crate) fn overlay(&self) -> Result<&Overlay> {
         self.overlay.as_ref().ok_or_else(|| Error::ReadOnly { disk: self.name.clone() })
     }
 

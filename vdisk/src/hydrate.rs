@@ -6,7 +6,11 @@
 //!
 //! Not here: how blocks are stored (`Overlay`), where they come from (`Chain`).
 
+mod step;
+
 use std::{ops::Range, sync::Arc, time::Duration};
+
+pub use step::Hydrated;
 
 use crate::{Disk, Result};
 

@@ -32,6 +32,6 @@ pub use delta::{Delta, delta_between};
 pub use disk::{Disk, Parked, Zeroing};
 pub use error::{Error, Result};
 pub use extent::{Extent, ExtentKind};
-pub use hydrate::{HydrateProgress, HydrateState, Hydrator, Pace};
+pub use hydrate::{HydrateProgress, HydrateState, Hydrated, Hydrator, Pace};
 pub use open::{ChainSpec, Connect, open_chain};
 pub use overlay::{LocalProgress, Overlay, OverlayFiles, OverlayOf, OverlayOptions, Settling};

@@ -16,7 +16,7 @@ mod real {
         thread::{JoinHandle, spawn},
     };
 
-    pub(crate) use parking_lot::{Mutex, MutexGuard, RwLock, RwLockWriteGuard};
+    pub(crate) use parking_lot::{Mutex, MutexGuard, RwLock};
 
     /// A condition that threads wait for.
     #[derive(Debug, Default)]

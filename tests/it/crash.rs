@@ -1,0 +1,274 @@
+//! Promise D1 and D2: whatever a flush acknowledged is found after any crash, what was not flushed is old
+//! or new for each sector, and every block the guest changed is reported as dirty.
+//!
+//! Every crash point of a random history; there all subsets of the unsynced writes (up to 12, else random
+//! ones), whole or torn at 512 bytes; lives that go on after a crash; crashes during recovery.
+
+use std::{sync::Arc, time::Instant};
+
+use aquifer_formats::raw::RawLayer;
+use aquifer_tests::{
+    faults::{CrashPoint, Dice, Image, World},
+    guest::{Act, Guest, SECTOR, sector},
+    oracle::cases,
+};
+use aquifer_vdisk::{BlockCache, Chain, Disk, Overlay, OverlayFiles, OverlayOf, OverlayOptions, Settling, Zeroing};
+
+const FILES: [&str; 3] = ["disk.raw", "map", "journal"];
+
+/// One disk under test: the chain below never changes.
+struct Bench {
+    chain: Arc<Chain>,
+    options: OverlayOptions,
+}
+
+impl Bench {
+    fn new(origin: &[u64], dice: &mut Dice) -> Self {
+        let mut image = Image::default();
+        for (at, number) in origin.iter().enumerate().filter(|(_, n)| **n != 0) {
+            image.write((at * SECTOR) as u64, &sector(*number));
+        }
+        let len = (origin.len() * SECTOR) as u64;
+        let world = World::new(vec![image]);
+        let below = world.file(0, "origin");
+        below.set_len(len).expect("a length");
+        let layer = RawLayer::open(below).expect("a raw layer");
+        let chain = Chain::new(vec![Arc::new(layer)], Arc::new(BlockCache::new(1 << 20))).expect("a chain");
+        // Small enough that halves of the journal switch, pages spill and memory runs out within a history.
+        let options = OverlayOptions {
+            journal_bytes: 4096 + 2 * 4096 * (8 + dice.below(12)),
+            memory_bytes: 64 << 10,
+            spill_bytes: [0, 8 << 10, 32 << 10, 1 << 20][dice.below(4) as usize],
+            settling: Settling::Callers,
+        };
+        Self { chain: Arc::new(chain), options }
+    }
+
+    fn of(&self) -> OverlayOf {
+        OverlayOf { size: self.chain.size(), chain: [7; 32] }
+    }
+
+    fn files(world: &World) -> OverlayFiles {
+        let [raw, map, journal] = FILES;
+        OverlayFiles { raw: world.file(0, raw), map: world.file(1, map), journal: world.file(2, journal) }
+    }
+
+    fn create(&self, world: &World) -> Disk {
+        let overlay = Overlay::create_on(Self::files(world), self.of(), self.options).expect("create");
+        Disk::writable("d", Arc::clone(&self.chain), overlay).expect("a disk")
+    }
+
+    fn open(&self, world: &World) -> aquifer_vdisk::Result<Disk> {
+        let overlay = Overlay::open_on(Self::files(world), self.of(), self.options)?;
+        Disk::writable("d", Arc::clone(&self.chain), overlay)
+    }
+}
+
+fn perform(disk: &Disk, act: Act, bytes: &[u8]) -> aquifer_vdisk::Result<()> {
+    let place = |first: usize, count: usize| ((first * SECTOR) as u64, (count * SECTOR) as u64);
+    match act {
+        Act::Write { first, .. } => disk.write((first * SECTOR) as u64, bytes),
+        Act::Zero { first, count, keep } => {
+            let (offset, len) = place(first, count);
+            disk.write_zeroes(offset, len, if keep { Zeroing::KeepSpace } else { Zeroing::MayTrim })
+        }
+        Act::Flush => disk.flush(),
+        Act::Hydrate { first, count } => {
+            let (offset, len) = place(first, count);
+            disk.hydrate(offset, len).map(|_| ())
+        }
+        Act::Seal => disk.seal(),
+        Act::Drain => match disk.drain() {
+            Err(aquifer_vdisk::Error::NotLocal { .. }) => Ok(()),
+            other => other,
+        },
+    }
+}
+
+fn read_all(disk: &Disk) -> Vec<u8> {
+    let mut out = vec![0; disk.size() as usize];
+    disk.read(0, &mut out).expect("read everything");
+    out
+}
+
+/// What happened in one life, with what the guest knew at each point.
+struct Life {
+    base: Vec<Image>,
+    told: Vec<aquifer_tests::faults::Told>,
+    /// (things told when it ended, guest while it ran, guest once it had ended).
+    acts: Vec<(usize, Guest, Guest, Act)>,
+}
+
+/// One life of random acts on a world; the disk is dropped as if killed.
+fn live(
+    bench: &Bench,
+    world: &World,
+    disk: &Disk,
+    guest: &mut Guest,
+    dice: &mut Dice,
+) -> Vec<(usize, Guest, Guest, Act)> {
+    let mut acts = Vec::new();
+    for _ in 0..4 + dice.below(20) {
+        let act = Act::any(dice, guest.sectors());
+        let bytes = guest.begin(act);
+        let during = guest.clone();
+        perform(disk, act, &bytes).unwrap_or_else(|e| panic!("{act:?}: {e}"));
+        let drained = act == Act::Drain && disk.local().expect("local").absent == 0;
+        if act == Act::Flush || drained {
+            guest.flushed();
+        }
+        acts.push((world.told_len(), during, guest.clone(), act));
+        if drained {
+            let image = &world.now()[0];
+            let mut raw = vec![0; bench.chain.size() as usize];
+            image.read(0, &mut raw);
+            assert_eq!(raw, read_all(disk), "after a drain disk.raw alone is the disk");
+        }
+    }
+    let found = read_all(disk);
+    guest.judge_live(&found);
+    acts
+}
+
+trait JudgeLive {
+    fn judge_live(&self, disk: &[u8]);
+}
+
+impl JudgeLive for Guest {
+    /// Without a crash a read finds exactly what was written last.
+    fn judge_live(&self, disk: &[u8]) {
+        for (at, live) in self.live().iter().enumerate() {
+            let found = &disk[at * SECTOR..(at + 1) * SECTOR];
+            assert_eq!(found, sector(*live), "sector {at} without any crash");
+        }
+    }
+}
+
+/// Opens a crashed world and compares; returns the disk as found.
+fn check(bench: &Bench, files: Vec<Image>, guest: &Guest) -> Result<Vec<u8>, String> {
+    let world = World::new(files);
+    let disk = bench.open(&world).map_err(|e| format!("does not open: {e}"))?;
+    let found = read_all(&disk);
+    let dirty = disk.dirty().expect("dirty");
+    guest.judge(&found, &|at| dirty.contains(at))?;
+    Ok(found)
+}
+
+/// Every crash point of a life. Returns how many states were looked at.
+fn crash_everywhere(bench: &Bench, life: &Life, seed: u64, dice: &mut Dice) -> u64 {
+    let mut point = CrashPoint::new(life.base.clone());
+    let mut states = 0;
+    let mut acts = life.acts.iter().peekable();
+    let mut judge = None;
+    for at in 0..=life.told.len() {
+        // What has ended before this point counts as acknowledged.
+        while let Some((_, _, after, _)) = acts.next_if(|(ends, ..)| *ends <= at) {
+            judge = Some(after.clone());
+        }
+        let inside = acts.peek().filter(|(ends, ..)| *ends > at).map(|(_, during, ..)| during);
+        // Between two acts the stricter knowledge holds; inside one, what it may leave.
+        let starts_inside = life.acts.iter().all(|(ends, ..)| *ends != at);
+        let guest = if starts_inside { inside.or(judge.as_ref()) } else { judge.as_ref().or(inside) };
+        if let Some(guest) = guest {
+            states += crash_here(bench, &point, guest, dice).unwrap_or_else(|(mask, torn, what)| {
+                let trace: Vec<_> = life.acts.iter().map(|(ends, _, _, act)| (ends, act)).collect();
+                panic!("seed {seed}, point {at}, mask {mask:x}, torn {torn:x}: {what}\n{trace:?}")
+            });
+        }
+        if let Some(told) = life.told.get(at) {
+            point.pass(told);
+        }
+    }
+    states
+}
+
+fn crash_here(bench: &Bench, point: &CrashPoint, guest: &Guest, dice: &mut Dice) -> Result<u64, (u64, u64, String)> {
+    let open = point.open() as u32;
+    let all = if open < 64 { (1u64 << open) - 1 } else { u64::MAX };
+    let mut masks: Vec<(u64, u64)> = Vec::new();
+    if open <= 4 {
+        masks.extend((0..=all).map(|mask| (mask, 0)));
+    } else {
+        // All subsets of many writes would be spent on one point; a sample of them is spent on more.
+        masks.extend((0..24).map(|_| (dice.bits() & all, 0)));
+        masks.extend([(0, 0), (all, 0)]);
+    }
+    for _ in 0..open.min(6) {
+        masks.push((dice.bits() & all, dice.bits() & dice.bits() & all));
+    }
+    let states = masks.len() as u64;
+    for (mask, torn) in masks {
+        let files = point.crash(mask, torn, dice);
+        check(bench, files, guest).map_err(|what| (mask, torn, what))?;
+    }
+    Ok(states)
+}
+
+/// Crashes during recovery, and what the next recovery finds.
+fn crash_recovery(bench: &Bench, files: Vec<Image>, guest: &Guest, seed: u64, dice: &mut Dice) -> u64 {
+    let world = World::new(files.clone());
+    drop(bench.open(&world).expect("opens"));
+    let mut point = CrashPoint::new(files);
+    let mut states = 0;
+    for told in world.told() {
+        states += crash_here(bench, &point, guest, dice)
+            .unwrap_or_else(|(mask, torn, what)| panic!("seed {seed}, in recovery, {mask:x} {torn:x}: {what}"));
+        point.pass(&told);
+    }
+    states
+}
+
+/// Several lives with a crash between each two.
+fn lives(seed: u64) -> u64 {
+    let mut dice = Dice::new(seed);
+    // Some disks end inside a block.
+    let sectors = 8 * (4 + dice.below(28)) as usize - if dice.one_in(3) { dice.below(8) as usize } else { 0 };
+    let origin: Vec<u64> = (0..sectors as u64).map(|at| if at / 16 % 3 == 1 { 0 } else { at + 1 }).collect();
+    let mut guest = Guest::new(origin.clone());
+    let bench = Bench::new(&origin, &mut dice);
+    let world = World::new(vec![Image::default(); 3]);
+    let mut disk = bench.create(&world);
+    let mut world = World::new(world.now());
+    drop(std::mem::replace(&mut disk, bench.open(&world).expect("opens")));
+    let mut states = 0;
+    for _ in 0..1 + dice.below(3) {
+        let (base, skip) = (world.now(), world.told_len());
+        let _ = skip;
+        let acts = live(&bench, &world, &disk, &mut guest, &mut dice);
+        drop(disk);
+        let mut life = Life { base, told: world.told(), acts };
+        // The world's own start was told before the life began.
+        let opened = life.told.len() - life.acts.last().map_or(0, |(ends, ..)| *ends).min(life.told.len());
+        debug_assert_eq!(opened, 0);
+        life.told.drain(..skip);
+        life.acts.iter_mut().for_each(|(ends, ..)| *ends -= skip);
+        states += crash_everywhere(&bench, &life, seed, &mut dice);
+        // The next life begins after a crash at the end of this one.
+        let mut point = CrashPoint::new(life.base);
+        life.told.iter().for_each(|told| point.pass(told));
+        let files = point.crash(dice.bits(), dice.bits() & dice.bits(), &mut dice);
+        states += crash_recovery(&bench, files.clone(), &guest, seed, &mut dice);
+        let found = check(&bench, files.clone(), &guest).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        guest.accept(&found);
+        world = World::new(files);
+        disk = bench.open(&world).expect("opens");
+        // What recovery did is synced: the next life starts from it.
+        world = World::new(world.now());
+        disk = {
+            drop(disk);
+            bench.open(&world).expect("opens again")
+        };
+    }
+    states
+}
+
+#[test]
+fn no_crash_loses_a_flush_or_forgets_a_change() {
+    let (started, mut states) = (Instant::now(), 0);
+    let first = std::env::var("AQUIFER_TEST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
+    for seed in first..first + u64::from(cases(250)) {
+        states += lives(seed);
+    }
+    println!("{states} crash states in {:?}", started.elapsed());
+    assert!(states > 20_000, "only {states} states: the histories have become too short to prove anything");
+}

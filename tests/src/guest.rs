@@ -1,0 +1,177 @@
+//! A guest on a small disk, and what it may find after a crash.
+//!
+//! Invariants
+//! - Every sector (512 bytes) a guest writes carries a number of its own, so whatever is read tells where
+//!   it came from.
+//! - `allowed` holds, for each sector, the number of the last flushed write and of every later one.
+//!
+//! Not here: the disk under test.
+
+use crate::faults::Dice;
+
+/// Bytes that survive or are lost as one.
+pub const SECTOR: usize = 512;
+
+/// One sector full of a number; 0 is a sector of zeros.
+pub fn sector(number: u64) -> [u8; SECTOR] {
+    let mut out = [0; SECTOR];
+    for part in out.chunks_exact_mut(8) {
+        part.copy_from_slice(&number.to_le_bytes());
+    }
+    out
+}
+
+/// The number a sector is full of, if it is full of one.
+pub fn number(sector: &[u8]) -> Option<u64> {
+    let first = u64::from_le_bytes(sector[..8].try_into().unwrap());
+    sector.chunks_exact(8).all(|part| part == first.to_le_bytes()).then_some(first)
+}
+
+/// What a guest does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Act {
+    /// Writes sectors `first..first + count`.
+    Write {
+        /// First sector.
+        first: usize,
+        /// How many.
+        count: usize,
+    },
+    /// Makes sectors zero, with space kept or not.
+    Zero {
+        /// First sector.
+        first: usize,
+        /// How many.
+        count: usize,
+        /// Whether the space is to stay reserved.
+        keep: bool,
+    },
+    /// Flushes.
+    Flush,
+    /// Not the guest's: hydration copies whole blocks.
+    Hydrate {
+        /// First sector.
+        first: usize,
+        /// How many.
+        count: usize,
+    },
+    /// Not the guest's: hydrated marks are made durable.
+    Seal,
+    /// Not the guest's: the overlay is drained for a pivot.
+    Drain,
+}
+
+impl Act {
+    /// Any act on a disk of `sectors` sectors.
+    pub fn any(dice: &mut Dice, sectors: usize) -> Self {
+        let mut range = |longest: u64| {
+            let first = dice.below(sectors as u64) as usize;
+            let count = 1 + dice.below(longest) as usize;
+            (first, count.min(sectors - first))
+        };
+        let ((first, count), (few_first, few)) = (range(40), range(10));
+        let (block, blocks) = (first - first % 8, count.next_multiple_of(8).min(sectors - (first - first % 8)));
+        match dice.below(20) {
+            0..=3 => Self::Write { first: few_first, count: few },
+            4..=6 => Self::Write { first: block, count: blocks.min(16) },
+            7 => Self::Write { first, count },
+            8 => Self::Zero { first: block, count: blocks, keep: dice.one_in(3) },
+            9 => Self::Zero { first: few_first, count: few, keep: dice.one_in(3) },
+            10..=13 => Self::Hydrate { first: block, count: blocks },
+            14 => Self::Seal,
+            15 if dice.one_in(6) => Self::Drain,
+            _ => Self::Flush,
+        }
+    }
+}
+
+/// What the guest knows.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    origin: Vec<u64>,
+    live: Vec<u64>,
+    allowed: Vec<Vec<u64>>,
+    next: u64,
+}
+
+impl Guest {
+    /// A guest on a disk of these sectors.
+    pub fn new(origin: Vec<u64>) -> Self {
+        Self { allowed: origin.iter().map(|n| vec![*n]).collect(), live: origin.clone(), origin, next: 1 << 32 }
+    }
+
+    /// The numbers of the disk below.
+    pub fn origin(&self) -> &[u64] {
+        &self.origin
+    }
+
+    /// Sectors of the disk.
+    pub fn sectors(&self) -> usize {
+        self.live.len()
+    }
+
+    /// What each sector holds now.
+    pub fn live(&self) -> &[u64] {
+        &self.live
+    }
+
+    /// Begins an act: from here on a crash may leave what it writes. Returns the bytes of a write.
+    pub fn begin(&mut self, act: Act) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        match act {
+            Act::Write { first, count } => {
+                for at in first..first + count {
+                    self.next += 1;
+                    bytes.extend_from_slice(&sector(self.next));
+                    self.put(at, self.next);
+                }
+            }
+            Act::Zero { first, count, .. } => (first..first + count).for_each(|at| self.put(at, 0)),
+            Act::Flush | Act::Hydrate { .. } | Act::Seal | Act::Drain => {}
+        }
+        bytes
+    }
+
+    fn put(&mut self, at: usize, number: u64) {
+        self.live[at] = number;
+        if !self.allowed[at].contains(&number) {
+            self.allowed[at].push(number);
+        }
+    }
+
+    /// Notes that a flush was acknowledged: only what is there now may be found.
+    pub fn flushed(&mut self) {
+        for (allowed, live) in self.allowed.iter_mut().zip(&self.live) {
+            allowed.clear();
+            allowed.push(*live);
+        }
+    }
+
+    /// Notes that a write failed: its sectors may hold old or new from now on.
+    pub fn unsure(&mut self, disk: &[u8]) {
+        for (at, live) in self.live.iter_mut().enumerate() {
+            *live = number(&disk[at * SECTOR..(at + 1) * SECTOR]).unwrap_or(u64::MAX);
+        }
+    }
+
+    /// Whether a disk found after a crash is one the guest may find, and `dirty` (in bytes) names every
+    /// sector that differs from the disk below. Returns what is wrong.
+    pub fn judge(&self, disk: &[u8], dirty: &dyn Fn(u64) -> bool) -> Result<(), String> {
+        for (at, allowed) in self.allowed.iter().enumerate() {
+            let found = number(&disk[at * SECTOR..(at + 1) * SECTOR]);
+            let Some(found) = found.filter(|n| allowed.contains(n)) else {
+                return Err(format!("sector {at} holds {found:x?}, allowed are {allowed:x?}"));
+            };
+            if found != self.origin[at] && !dirty((at * SECTOR) as u64) {
+                return Err(format!("sector {at} holds {found:x}, not {:x}, and is not dirty", self.origin[at]));
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes on with a disk as it was found: that is what is there now.
+    pub fn accept(&mut self, disk: &[u8]) {
+        self.unsure(disk);
+        self.flushed();
+    }
+}
