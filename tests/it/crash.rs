@@ -8,9 +8,10 @@ use std::{sync::Arc, time::Instant};
 
 use aquifer_formats::raw::RawLayer;
 use aquifer_tests::{
-    faults::{CrashPoint, Dice, Image, World},
+    faults::{CrashPoint, Image, World},
     guest::{Act, Guest, SECTOR, sector},
     oracle::cases,
+    rng::Rng,
 };
 use aquifer_vdisk::{BlockCache, Chain, Disk, Overlay, OverlayFiles, OverlayOf, OverlayOptions, Settling, Zeroing};
 
@@ -23,7 +24,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(origin: &[u64], dice: &mut Dice) -> Self {
+    fn new(origin: &[u64], dice: &mut Rng) -> Self {
         let mut image = Image::default();
         for (at, number) in origin.iter().enumerate().filter(|(_, n)| **n != 0) {
             image.write((at * SECTOR) as u64, &sector(*number));
@@ -105,7 +106,7 @@ fn live(
     world: &World,
     disk: &Disk,
     guest: &mut Guest,
-    dice: &mut Dice,
+    dice: &mut Rng,
 ) -> Vec<(usize, Guest, Guest, Act)> {
     let mut acts = Vec::new();
     for _ in 0..4 + dice.below(20) {
@@ -155,7 +156,7 @@ fn check(bench: &Bench, files: Vec<Image>, guest: &Guest) -> Result<Vec<u8>, Str
 }
 
 /// Every crash point of a life. Returns how many states were looked at.
-fn crash_everywhere(bench: &Bench, life: &Life, seed: u64, dice: &mut Dice) -> u64 {
+fn crash_everywhere(bench: &Bench, life: &Life, seed: u64, dice: &mut Rng) -> u64 {
     let mut point = CrashPoint::new(life.base.clone());
     let mut states = 0;
     let mut acts = life.acts.iter().peekable();
@@ -182,7 +183,7 @@ fn crash_everywhere(bench: &Bench, life: &Life, seed: u64, dice: &mut Dice) -> u
     states
 }
 
-fn crash_here(bench: &Bench, point: &CrashPoint, guest: &Guest, dice: &mut Dice) -> Result<u64, (u64, u64, String)> {
+fn crash_here(bench: &Bench, point: &CrashPoint, guest: &Guest, dice: &mut Rng) -> Result<u64, (u64, u64, String)> {
     let open = point.open() as u32;
     let all = if open < 64 { (1u64 << open) - 1 } else { u64::MAX };
     let mut masks: Vec<(u64, u64)> = Vec::new();
@@ -190,11 +191,11 @@ fn crash_here(bench: &Bench, point: &CrashPoint, guest: &Guest, dice: &mut Dice)
         masks.extend((0..=all).map(|mask| (mask, 0)));
     } else {
         // All subsets of many writes would be spent on one point; a sample of them is spent on more.
-        masks.extend((0..24).map(|_| (dice.bits() & all, 0)));
+        masks.extend((0..24).map(|_| (dice.next_u64() & all, 0)));
         masks.extend([(0, 0), (all, 0)]);
     }
     for _ in 0..open.min(6) {
-        masks.push((dice.bits() & all, dice.bits() & dice.bits() & all));
+        masks.push((dice.next_u64() & all, dice.next_u64() & dice.next_u64() & all));
     }
     let states = masks.len() as u64;
     for (mask, torn) in masks {
@@ -205,7 +206,7 @@ fn crash_here(bench: &Bench, point: &CrashPoint, guest: &Guest, dice: &mut Dice)
 }
 
 /// Crashes during recovery, and what the next recovery finds.
-fn crash_recovery(bench: &Bench, files: Vec<Image>, guest: &Guest, seed: u64, dice: &mut Dice) -> u64 {
+fn crash_recovery(bench: &Bench, files: Vec<Image>, guest: &Guest, seed: u64, dice: &mut Rng) -> u64 {
     let world = World::new(files.clone());
     drop(bench.open(&world).expect("opens"));
     let mut point = CrashPoint::new(files);
@@ -220,9 +221,9 @@ fn crash_recovery(bench: &Bench, files: Vec<Image>, guest: &Guest, seed: u64, di
 
 /// Several lives with a crash between each two.
 fn lives(seed: u64) -> u64 {
-    let mut dice = Dice::new(seed);
+    let mut dice = Rng::new(seed);
     // Some disks end inside a block.
-    let sectors = 8 * (4 + dice.below(28)) as usize - if dice.one_in(3) { dice.below(8) as usize } else { 0 };
+    let sectors = 8 * (4 + dice.below(28)) as usize - if dice.once_in(3) { dice.below(8) as usize } else { 0 };
     let origin: Vec<u64> = (0..sectors as u64).map(|at| if at / 16 % 3 == 1 { 0 } else { at + 1 }).collect();
     let mut guest = Guest::new(origin.clone());
     let bench = Bench::new(&origin, &mut dice);
@@ -246,7 +247,7 @@ fn lives(seed: u64) -> u64 {
         // The next life begins after a crash at the end of this one.
         let mut point = CrashPoint::new(life.base);
         life.told.iter().for_each(|told| point.pass(told));
-        let files = point.crash(dice.bits(), dice.bits() & dice.bits(), &mut dice);
+        let files = point.crash(dice.next_u64(), dice.next_u64() & dice.next_u64(), &mut dice);
         states += crash_recovery(&bench, files.clone(), &guest, seed, &mut dice);
         let found = check(&bench, files.clone(), &guest).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
         guest.accept(&found);

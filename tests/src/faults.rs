@@ -16,37 +16,10 @@ use std::{
 
 use aquifer_formats::Storage;
 
+use crate::rng::Rng;
+
 const SECTOR: usize = 512;
 const PAGE: usize = 4096;
-
-/// Numbers that look random and repeat with their seed (xorshift64*).
-#[derive(Clone, Debug)]
-pub struct Dice(u64);
-
-impl Dice {
-    /// Starts a sequence.
-    pub fn new(seed: u64) -> Self {
-        Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
-    }
-
-    /// The next 64 bits.
-    pub fn bits(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
-    }
-
-    /// A number below `end`.
-    pub fn below(&mut self, end: u64) -> u64 {
-        (self.bits() >> 11) % end
-    }
-
-    /// True once in `n` times.
-    pub fn one_in(&mut self, n: u64) -> bool {
-        self.below(n) == 0
-    }
-}
 
 /// Contents of a file; cheap to copy, holes take nothing.
 #[derive(Clone, Debug, Default)]
@@ -414,16 +387,16 @@ impl CrashPoint {
 
     /// The files after a crash in which the open writes that `mask` has a bit for survive, in order; of
     /// those that `torn` has a bit for only some sectors.
-    pub fn crash(&self, mask: u64, torn: u64, dice: &mut Dice) -> Vec<Image> {
+    pub fn crash(&self, mask: u64, torn: u64, dice: &mut Rng) -> Vec<Image> {
         let mut files = self.durable.clone();
         for (index, told) in self.lost.iter().chain(&self.unsynced).enumerate() {
             let bit = 1u64 << (index % 64);
             if torn & bit != 0 {
                 // Half of the tears are a cut, half are any sectors.
-                let (mut left, mixed) = (dice.below(8), dice.one_in(2));
+                let (mut left, mixed) = (dice.below(8), dice.once_in(2));
                 told.apply_torn(&mut files[told.file()], &mut || {
                     if mixed {
-                        dice.one_in(2)
+                        dice.once_in(2)
                     } else {
                         left = left.saturating_sub(1);
                         left > 0

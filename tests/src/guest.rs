@@ -7,7 +7,7 @@
 //!
 //! Not here: the disk under test.
 
-use crate::faults::Dice;
+use crate::rng::Rng;
 
 /// Bytes that survive or are lost as one.
 pub const SECTOR: usize = 512;
@@ -63,7 +63,7 @@ pub enum Act {
 
 impl Act {
     /// Any act on a disk of `sectors` sectors.
-    pub fn any(dice: &mut Dice, sectors: usize) -> Self {
+    pub fn any(dice: &mut Rng, sectors: usize) -> Self {
         let mut range = |longest: u64| {
             let first = dice.below(sectors as u64) as usize;
             let count = 1 + dice.below(longest) as usize;
@@ -75,11 +75,11 @@ impl Act {
             0..=3 => Self::Write { first: few_first, count: few },
             4..=6 => Self::Write { first: block, count: blocks.min(16) },
             7 => Self::Write { first, count },
-            8 => Self::Zero { first: block, count: blocks, keep: dice.one_in(3) },
-            9 => Self::Zero { first: few_first, count: few, keep: dice.one_in(3) },
+            8 => Self::Zero { first: block, count: blocks, keep: dice.once_in(3) },
+            9 => Self::Zero { first: few_first, count: few, keep: dice.once_in(3) },
             10..=13 => Self::Hydrate { first: block, count: blocks },
             14 => Self::Seal,
-            15 if dice.one_in(6) => Self::Drain,
+            15 if dice.once_in(6) => Self::Drain,
             _ => Self::Flush,
         }
     }

@@ -54,6 +54,10 @@ impl Storage for Sparse {
         self.inner.set_len(len)
     }
 
+    fn reserve(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
+
     fn start_writeback(&self, _offset: u64, _len: u64) -> io::Result<()> {
         Ok(())
     }
