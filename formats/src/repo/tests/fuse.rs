@@ -103,6 +103,11 @@ impl Storage for Guarded {
         self.file.set_len(len)
     }
 
+    fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.burn("reserve")?;
+        self.file.reserve(offset, len)
+    }
+
     fn start_writeback(&self, offset: u64, len: u64) -> io::Result<()> {
         self.file.start_writeback(offset, len)
     }
