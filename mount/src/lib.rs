@@ -9,5 +9,6 @@
 
 pub mod confine;
 pub mod errno;
+pub mod fuse;
 pub mod nbd;
 pub mod session;

@@ -3,6 +3,7 @@
 mod chain;
 mod chain_files;
 mod crash;
+mod fuse;
 mod fuzz_smoke;
 mod host;
 mod qcow2;

@@ -1,0 +1,166 @@
+//! What the tests of the doors share: reproducible bytes and numbers, a source that can be held up.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use aquifer_formats::{Storage, raw::RawLayer, storage::MemoryStorage};
+use aquifer_vdisk::{BlockCache, Chain, Disk, Overlay, OverlayOf, OverlayOptions};
+
+/// Numbers that come again with the same seed (splitmix64).
+#[derive(Debug)]
+pub struct Numbers(u64);
+
+impl Numbers {
+    /// The sequence of `seed`.
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// The next number.
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// The next number below `bound`, which is not 0.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+}
+
+/// `AQUIFER_TEST_SCALE`: how much longer than usual a test is to run.
+pub fn scale() -> u64 {
+    std::env::var("AQUIFER_TEST_SCALE").ok().and_then(|s| s.parse().ok()).unwrap_or(1)
+}
+
+/// Bytes of which every 4 KiB block differs, with every third 64 KiB zero.
+pub fn pattern(len: usize, seed: u64) -> Vec<u8> {
+    let mut numbers = Numbers::new(seed);
+    let mut out = vec![0; len];
+    for (index, block) in out.chunks_mut(4096).enumerate() {
+        if (index / 16) % 3 != 2 {
+            for word in block.chunks_mut(8) {
+                let n = numbers.next().to_le_bytes();
+                word.copy_from_slice(&n[..word.len()]);
+            }
+        }
+    }
+    out
+}
+
+/// A chain of one raw layer over `source`.
+pub fn chain(source: Arc<dyn Storage>) -> Arc<Chain> {
+    let layer = RawLayer::open(source).expect("layer");
+    Arc::new(Chain::new(vec![Arc::new(layer)], Arc::new(BlockCache::new(64 << 20))).expect("chain"))
+}
+
+/// A read-only disk that holds `bytes`.
+pub fn read_only(name: &str, bytes: Vec<u8>) -> Arc<Disk> {
+    Arc::new(Disk::read_only(name, chain(Arc::new(MemoryStorage::new(name, bytes)))))
+}
+
+/// A writable disk over `source` with its overlay in `dir`.
+pub fn writable(name: &str, source: Arc<dyn Storage>, dir: &std::path::Path) -> Arc<Disk> {
+    let chain = chain(source);
+    let of = OverlayOf { size: chain.size(), chain: chain.fingerprint().expect("fingerprint") };
+    let overlay = Overlay::create(dir, of, OverlayOptions::default()).expect("overlay");
+    Arc::new(Disk::writable(name, chain, overlay).expect("disk"))
+}
+
+/// A source whose reads can be held up, and that counts what it gives.
+#[derive(Debug)]
+pub struct HeldStorage {
+    inner: MemoryStorage,
+    held: AtomicBool,
+    waiting: AtomicU64,
+    read: AtomicU64,
+}
+
+impl HeldStorage {
+    /// A source of `bytes`, not held.
+    pub fn new(bytes: Vec<u8>) -> Arc<Self> {
+        let inner = MemoryStorage::new("held", bytes);
+        Arc::new(Self { inner, held: AtomicBool::new(false), waiting: AtomicU64::new(0), read: AtomicU64::new(0) })
+    }
+
+    /// Makes every read from now on wait until [`HeldStorage::release`], or fail after half a minute.
+    pub fn hold(&self) {
+        self.held.store(true, Ordering::SeqCst);
+    }
+
+    /// Lets all reads go.
+    pub fn release(&self) {
+        self.held.store(false, Ordering::SeqCst);
+    }
+
+    /// Reads that wait now.
+    pub fn waiting(&self) -> u64 {
+        self.waiting.load(Ordering::SeqCst)
+    }
+
+    /// Bytes given so far.
+    pub fn bytes_read(&self) -> u64 {
+        self.read.load(Ordering::SeqCst)
+    }
+}
+
+impl Storage for HeldStorage {
+    fn label(&self) -> &str {
+        self.inner.label()
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let start = Instant::now();
+        while self.held.load(Ordering::SeqCst) {
+            if start.elapsed() > Duration::from_secs(30) {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        self.read.fetch_add(buf.len() as u64, Ordering::SeqCst);
+        self.inner.read_at(offset, buf)
+    }
+
+    fn read_now(&self, _offset: u64, _buf: &mut [u8]) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
+        self.inner.write_at(offset, buf)
+    }
+
+    fn allocated(&self, offset: u64, len_max: u64) -> io::Result<(bool, u64)> {
+        self.inner.allocated(offset, len_max)
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.inner.punch(offset, len)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.inner.set_len(len)
+    }
+
+    fn start_writeback(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.inner.start_writeback(offset, len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.inner.sync()
+    }
+}
