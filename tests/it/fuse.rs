@@ -16,7 +16,10 @@ use std::{
 
 use aquifer_formats::storage::MemoryStorage;
 use aquifer_mount::fuse::{Audience, Error, FuseDoor, FuseFile, FuseOptions, MountAccess};
-use aquifer_tests::door::{HeldStorage, Numbers, pattern, read_only, scale, writable};
+use aquifer_tests::{
+    door::{HeldStorage, pattern, read_only, scale, writable},
+    rng::Rng,
+};
 use aquifer_vdisk::{Disk, ExtentKind};
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 
@@ -45,7 +48,7 @@ fn reads_are_the_disks() {
     assert_eq!((meta.len(), meta.mode() & 0o7777, meta.nlink()), (3_000_777, 0o400, 1));
     assert_eq!(fs::read(&path).expect("read"), bytes);
     assert_eq!(fs::read(door.path("b")).expect("read"), vec![7; 512]);
-    let mut numbers = Numbers::new(2);
+    let mut numbers = Rng::new(2);
     for flags in [0, libc::O_DIRECT] {
         let file = open_for(&path, false, flags).expect("open");
         for _ in 0..300 * scale() {
@@ -102,9 +105,9 @@ fn writes_are_the_disks() {
     let size = 1_000_448usize;
     let mut model = pattern(size, 3);
     let disk = writable("vda", Arc::new(MemoryStorage::new("m", model.clone())), over.path());
-    let door = door(tmp.path(), &[disk.clone()]);
+    let door = door(tmp.path(), std::slice::from_ref(&disk));
     let file = open_for(&door.path("vda"), true, 0).expect("open");
-    let mut numbers = Numbers::new(4);
+    let mut numbers = Rng::new(4);
     for round in 0..400 * scale() {
         let at = usize::try_from(numbers.below(size as u64)).expect("small");
         let len = usize::try_from(1 + numbers.below(60_000)).expect("small").min(size - at);
@@ -172,7 +175,7 @@ fn holes_are_the_disks() {
     let image = under.path().join("image");
     let file = File::create(&image).expect("create");
     file.set_len(64 << 20).expect("sparse");
-    let mut numbers = Numbers::new(6);
+    let mut numbers = Rng::new(6);
     for _ in 0..40 {
         let at = numbers.below(16_000) * 4096;
         file.write_all_at(&pattern(4096 * (1 + usize::try_from(numbers.below(9)).expect("small")), 7), at)
@@ -180,7 +183,7 @@ fn holes_are_the_disks() {
     }
     let storage = aquifer_formats::storage::FileStorage::open(&image, aquifer_formats::storage::Access::ReadOnly);
     let disk = Arc::new(Disk::read_only("vda", aquifer_tests::door::chain(Arc::new(storage.expect("open")))));
-    let door = door(tmp.path(), &[disk.clone()]);
+    let door = door(tmp.path(), std::slice::from_ref(&disk));
     let mut extents = Vec::new();
     disk.extents(0, disk.size(), &mut extents).expect("extents");
     let mut want: Vec<(u64, u64)> = Vec::new();

@@ -12,30 +12,7 @@ use std::{
 use aquifer_formats::{Storage, raw::RawLayer, storage::MemoryStorage};
 use aquifer_vdisk::{BlockCache, Chain, Disk, Overlay, OverlayOf, OverlayOptions};
 
-/// Numbers that come again with the same seed (splitmix64).
-#[derive(Debug)]
-pub struct Numbers(u64);
-
-impl Numbers {
-    /// The sequence of `seed`.
-    pub fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    /// The next number.
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    /// The next number below `bound`, which is not 0.
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
-}
+use crate::rng::Rng;
 
 /// `AQUIFER_TEST_SCALE`: how much longer than usual a test is to run.
 pub fn scale() -> u64 {
@@ -44,12 +21,12 @@ pub fn scale() -> u64 {
 
 /// Bytes of which every 4 KiB block differs, with every third 64 KiB zero.
 pub fn pattern(len: usize, seed: u64) -> Vec<u8> {
-    let mut numbers = Numbers::new(seed);
+    let mut numbers = Rng::new(seed);
     let mut out = vec![0; len];
     for (index, block) in out.chunks_mut(4096).enumerate() {
         if (index / 16) % 3 != 2 {
             for word in block.chunks_mut(8) {
-                let n = numbers.next().to_le_bytes();
+                let n = numbers.next_u64().to_le_bytes();
                 word.copy_from_slice(&n[..word.len()]);
             }
         }
