@@ -212,7 +212,6 @@ fn holes_are_the_disks() {
 
 /// With more reads waiting for a source that is away than there are threads, what is local goes on.
 #[test]
-#[ignore = "needs an overlay that answers hits at once"]
 fn a_source_that_is_away_holds_up_only_what_needs_it() {
     let (tmp, over) = (tempfile::tempdir().expect("tempdir"), tempfile::tempdir().expect("tempdir"));
     let bytes = pattern(4 << 20, 8);
