@@ -19,7 +19,7 @@ use crate::{
 ///
 /// # Errors
 /// [`Code::Confirm`] where nobody said yes.
-pub fn confirm(context: &Context, confirm: &Confirm, lost: &str) -> Result<()> {
+pub(crate) fn confirm(context: &Context, confirm: &Confirm, lost: &str) -> Result<()> {
     context.out.record("loss", &json!({ "what": lost }));
     context.out.say(lost);
     if confirm.yes {
