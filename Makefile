@@ -26,7 +26,7 @@ test-long: setup ## the same with many more cases, whole guests and the licence 
 	$(MAKE) deny
 
 bench: build     ## figures against the peers, in one run
-	$(CARGO) bench --locked -p aquifer-benches
+	scripts/bench/main.py $(GROUPS)
 
 lint:            ## format and clippy, as the gate runs them
 	$(CARGO) fmt --all --check
