@@ -46,6 +46,18 @@ impl Context {
         Self { globals, out, site: OnceLock::new(), cache: OnceLock::new() }
     }
 
+    /// A command line of ours with the same repository, site file and state folder: what `next:` and
+    /// `do:` lines print, ready to be typed.
+    pub fn invocation(&self, rest: &str) -> String {
+        let globals = &self.globals;
+        let named = [("-r", &globals.repo), ("-c", &globals.config), ("--home", &globals.home)];
+        let mut line = String::from("aquifer ");
+        for (option, value) in named.iter().filter_map(|(option, value)| value.as_ref().map(|value| (option, value))) {
+            line.push_str(&format!("{option} {} ", quoted(&value.to_string_lossy())));
+        }
+        line + rest
+    }
+
     /// Takes over the signals, for verbs that work for long.
     pub fn stop(&self) -> Result<Stop> {
         Stop::listen().map_err(|e| Fail::io("signals", "take over", &e))
@@ -186,6 +198,15 @@ impl Context {
     pub fn find_program(&self, name: &str) -> Option<PathBuf> {
         let path = env::var_os("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin".into());
         env::split_paths(&path).map(|dir| dir.join(name)).find(|candidate| is_executable(candidate))
+    }
+}
+
+/// A word as a shell takes it.
+pub fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@%+,~".contains(c);
+    match !word.is_empty() && word.chars().all(plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', "'\\''")),
     }
 }
 

@@ -7,7 +7,6 @@
 
 mod codes;
 mod errno;
-mod machine;
 mod table;
 
 use std::{any::Any, fmt, io};

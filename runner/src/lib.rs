@@ -9,14 +9,15 @@
 //! Not here: bytes of formats, the reading of chains, sockets and mounts (the crates to the left).
 
 pub mod cli;
-mod confirm;
+pub mod confirm;
 pub mod context;
 pub mod copy;
 pub mod fail;
 pub mod host;
 pub mod machine;
 pub mod output;
-pub mod recover;
+pub mod read_ahead;
+pub mod repository;
 pub mod site;
 pub mod source;
 pub mod stop;

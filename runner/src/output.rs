@@ -91,6 +91,11 @@ impl Output {
         self
     }
 
+    /// The verb that prints.
+    pub fn verb(&self) -> &'static str {
+        self.verb
+    }
+
     /// Which form stdout has.
     pub fn form(&self) -> Form {
         self.form

@@ -12,7 +12,7 @@
 //! - A time without a zone, and a misspelt `latest`, are refused, never taken as part of a name.
 //! - Parsing looks at the file system only to see whether a file of that name exists.
 
-mod connect;
+pub(crate) mod connect;
 mod repository;
 mod select;
 
@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 
+pub use repository::SelectedPoint;
 pub use select::{SelectedDisk, Selection, SourceOptions, select};
 
 use crate::fail::{Code, Fail, Result};

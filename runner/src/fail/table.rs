@@ -2,7 +2,7 @@
 
 use std::io;
 
-use aquifer_formats as formats;
+use aquifer_formats::{self as formats, repo};
 use aquifer_mount::nbd;
 use aquifer_vdisk as vdisk;
 
@@ -135,6 +135,46 @@ impl From<nbd::Error> for Fail {
             E::Lost { place, why } => Fail::new(Code::Net, "the connection was lost").at(place).cause(why),
             E::FlushLost { place } => Fail::new(Code::Net, text).at(place),
             E::Impossible { place, what } => Fail::new(Code::Unsupported, what).at(place),
+        }
+    }
+}
+
+impl From<repo::Error> for Fail {
+    fn from(error: repo::Error) -> Self {
+        use repo::Error as E;
+        match error {
+            E::Format(error) => error.into(),
+            E::NoRepository { path, what } => Fail::new(Code::NoRepository, format!("{path} is no repository: {what}"))
+                .at(&path)
+                .help(format!("aquifer -r {path} init")),
+            E::NotFound { path, what } => {
+                Fail::new(Code::NotFound, format!("there is no {what}")).at(path).help("aquifer points")
+            }
+            E::Ambiguous { path, what, candidates } => {
+                Fail::new(Code::Ambiguous, format!("{what} could be {}", candidates.join(", "))).at(path)
+            }
+            E::Exists { path } => Fail::new(Code::Exists, format!("{path} exists already")).at(path),
+            E::Locked { path, holder, kind, since } => {
+                Fail::new(Code::Busy, format!("held by {holder} ({kind}) since {since}"))
+                    .at(path)
+                    .help("aquifer leases")
+            }
+            E::ForeignOwner { path, owner } => {
+                Fail::new(Code::ForeignOwner, format!("the repository belongs to {owner}; it can only be read"))
+                    .at(&path)
+                    .help(format!("aquifer -r {path} init --take-over    # if {owner} is given up"))
+            }
+            E::PointState { path, state, why } => match state {
+                "incomplete" => Fail::new(Code::PointIncomplete, why).at(path),
+                "missing" => Fail::new(Code::ChainBroken, why).at(path),
+                _ => Fail::new(Code::BlockCorrupt, why).at(path),
+            },
+            E::RolledBack { path, what } => {
+                Fail::new(Code::Refused, format!("the repository is older than what was seen before: {what}")).at(path)
+            }
+            E::Unsafe { path, what } => {
+                Fail::new(Code::Unsupported, format!("this file system cannot hold a repository: {what}")).at(path)
+            }
         }
     }
 }

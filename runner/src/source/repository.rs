@@ -1,19 +1,60 @@
 //! Disks of a restore point in the repository.
 
+use std::{path::PathBuf, sync::Arc};
+
+use aquifer_formats::{
+    Layer,
+    repo::{Machine, Point, record::PointRecord},
+};
+use aquifer_vdisk::ChainSpec;
+
 use super::{PointRef, select::SelectedDisk};
 use crate::{
     context::Context,
     fail::{Code, Fail, Result},
+    repository::{self, Hold},
 };
+
+/// A point in the repository, held while it is used.
+#[derive(Clone, Debug)]
+pub struct SelectedPoint {
+    /// Its machine.
+    pub machine: Machine,
+    /// The point.
+    pub point: Point,
+    /// What it says of itself.
+    pub record: PointRecord,
+    /// Keeps retention away from its files.
+    pub hold: Arc<Hold>,
+}
 
 /// The disks of a point of `machine`; only `disk` where that is named.
 pub(super) fn disks(
     context: &Context,
     machine: &str,
-    _point: &PointRef,
-    _disk: Option<&str>,
-) -> Result<Vec<SelectedDisk>> {
-    let dir = context.repo_dir()?;
-    let what = format!("{machine} cannot be read: repositories are not part of this build");
-    Err(Fail::new(Code::Unsupported, what).at(dir.display()))
+    point: &PointRef,
+    disk: Option<&str>,
+) -> Result<(Vec<SelectedDisk>, SelectedPoint)> {
+    let repo = repository::open(context)?;
+    let (machine, point) = repository::find(&repo, machine, point)?;
+    let hold = Arc::new(Hold::read(&repo, &machine, &point, context.out.verb())?);
+    let Some(record) = point.record.clone() else {
+        let what = format!("the point {} of {} cannot be read", point.id, machine.name);
+        return Err(Fail::new(Code::PointIncomplete, what)
+            .at(repo.label())
+            .help(format!("aquifer points {}", machine.name)));
+    };
+    let mut disks = Vec::new();
+    for stored in record.disks.iter().filter(|stored| disk.is_none_or(|name| stored.name.as_str() == name)) {
+        // Opened once here, so that a missing file is known before anything is served.
+        let reader = repo.open_disk(&point, &stored.name)?;
+        let path = PathBuf::from(reader.label());
+        disks.push(SelectedDisk { name: stored.name.as_str().to_owned(), spec: ChainSpec::Native { path } });
+    }
+    if disks.is_empty() {
+        let names: Vec<&str> = record.disks.iter().map(|stored| stored.name.as_str()).collect();
+        let what = format!("{} has no disk `{}`; it has {}", machine.name, disk.unwrap_or_default(), names.join(", "));
+        return Err(Fail::new(Code::NotFound, what).help(format!("aquifer points {}", machine.name)));
+    }
+    Ok((disks, SelectedPoint { machine, point, record, hold }))
 }

@@ -15,7 +15,7 @@ use std::{
 use aquifer_formats::probe::Format;
 use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Disk, open_chain};
 
-use super::Source;
+use super::{Source, repository::SelectedPoint};
 use crate::{
     context::Context,
     fail::{At, Code, Fail, Result},
@@ -42,6 +42,8 @@ pub struct Selection {
     pub word: String,
     /// Its disks, in the machine's order.
     pub disks: Vec<SelectedDisk>,
+    /// The point, where the word names one in the repository.
+    pub point: Option<SelectedPoint>,
 }
 
 /// One disk of a selection.
@@ -61,14 +63,17 @@ const NAME_MAX: usize = 64;
 /// # Errors
 /// [`Code::Source`] for a word that means nothing, [`Code::NotFound`] for one that leads nowhere.
 pub fn select(context: &Context, word: &str, options: &SourceOptions) -> Result<Selection> {
-    let disks = match Source::parse(word)? {
-        Source::Path(path) => vec![image(&path, None, options)?],
-        Source::Raw(path) => vec![image(&path, Some(Format::Raw), options)?],
-        Source::Nbd(uri) => vec![nbd(uri)?],
-        Source::Point { machine, point, disk } => super::repository::disks(context, &machine, &point, disk.as_deref())?,
+    let (disks, point) = match Source::parse(word)? {
+        Source::Path(path) => (vec![image(&path, None, options)?], None),
+        Source::Raw(path) => (vec![image(&path, Some(Format::Raw), options)?], None),
+        Source::Nbd(uri) => (vec![nbd(uri)?], None),
+        Source::Point { machine, point, disk } => {
+            let (disks, point) = super::repository::disks(context, &machine, &point, disk.as_deref())?;
+            (disks, Some(point))
+        }
     };
     let disks = keep(disks, &options.disk, word)?;
-    Ok(Selection { word: word.to_owned(), disks })
+    Ok(Selection { word: word.to_owned(), disks, point })
 }
 
 fn image(path: &Path, format: Option<Format>, options: &SourceOptions) -> Result<SelectedDisk> {

@@ -1,17 +1,40 @@
-//! `forget`: deletes restore points.
+//! `forget`: gives restore points up and deletes the files that nothing needs any more.
+//!
+//! Invariants
+//! - What is lost is said before it is asked, and nothing is changed before the answer.
+//! - The last complete point of a machine goes only with `--even-last`.
+//! - A point that is read keeps its files until its lease ends; that is said, and is no failure.
+
+use std::time::Instant;
+
+use aquifer_formats::repo::{
+    LeaseObserver, Machine, Point, PointState, Repository,
+    keeper::{self, LastPoint},
+};
+use serde::Serialize;
 
 use crate::{
     cli::{Confirm, DryRun},
+    confirm::confirm,
     context::Context,
-    fail::Result,
+    fail::{Code, Fail, Result},
+    repository,
+    source::Source,
+    units,
 };
 
 /// Options of `forget`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The points, as MACHINE@POINT; may be several
-    #[arg(value_name = "MACHINE@POINT", required = true)]
+    #[arg(value_name = "MACHINE@POINT", required_unless_present = "interrupted")]
     pub points: Vec<String>,
+    /// Also when no complete point of the machine would be left
+    #[arg(long)]
+    pub even_last: bool,
+    /// Delete what interrupted backups of this machine have written, instead of points
+    #[arg(long, value_name = "MACHINE", conflicts_with = "points")]
+    pub interrupted: Option<String>,
     /// Whether to ask.
     #[command(flatten)]
     pub confirm: Confirm,
@@ -20,6 +43,142 @@ pub struct Args {
     pub dry: DryRun,
 }
 
-pub(super) fn run(_context: &Context, _args: &Args) -> Result<()> {
-    Err(super::not_in_this_build("forget"))
+#[derive(Serialize)]
+struct Forgotten<'a> {
+    machine: &'a str,
+    point: String,
+    created: Option<jiff::Timestamp>,
+    bytes_stored: u64,
+}
+
+pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
+    let repo = if args.dry.dry_run { repository::open(context)? } else { repository::open_to_change(context)? };
+    if let Some(machine) = &args.interrupted {
+        return interrupted(context, args, &repo, machine);
+    }
+    let chosen = choose(&repo, &args.points)?;
+    for (machine, points) in &chosen {
+        check_last(&repo, args, machine, points)?;
+    }
+    let records: Vec<Forgotten<'_>> = chosen
+        .iter()
+        .flat_map(|(machine, points)| {
+            points.iter().map(|point| Forgotten {
+                machine: &machine.name,
+                point: point.id.to_string(),
+                created: point.created(),
+                bytes_stored: point.record.iter().flat_map(|record| &record.disks).map(|disk| disk.file_bytes).sum(),
+            })
+        })
+        .collect();
+    let loss = loss(&records);
+    if args.dry.dry_run {
+        records.iter().for_each(|record| context.out.record("plan", record));
+        context.out.line(loss);
+        return Ok(());
+    }
+    confirm(context, &args.confirm, &loss)?;
+    let last = if args.even_last { LastPoint::MayGo } else { LastPoint::Stays };
+    let mut freed = 0;
+    for (machine, points) in &chosen {
+        let ids: Vec<uuid::Uuid> = points.iter().map(|point| point.id).collect();
+        keeper::forget(&repo, machine, &ids, last)?;
+        let mut observer = LeaseObserver::new();
+        let swept = keeper::sweep(&repo, machine, &mut observer, Instant::now(), &repository::tell)?;
+        freed += swept.bytes;
+        if !swept.leased.is_empty() {
+            context.out.say(format_args!(
+                "files of {} points of {} stay until whoever reads them ends (aquifer leases)",
+                swept.leased.len(),
+                machine.name
+            ));
+        }
+        if !swept.needed.is_empty() {
+            context.out.say(format_args!("newer points of {} still need some of the files", machine.name));
+        }
+    }
+    records.iter().for_each(|record| context.out.record("forgotten", record));
+    context.out.closing("bytes_freed", freed);
+    context.out.line(format_args!("{} points forgotten, {} freed", records.len(), units::bytes(freed)));
+    Ok(())
+}
+
+/// The points, by machine, each once.
+fn choose(repo: &Repository, words: &[String]) -> Result<Vec<(Machine, Vec<Point>)>> {
+    let mut chosen: Vec<(Machine, Vec<Point>)> = Vec::new();
+    for word in words {
+        let (machine, point) = match Source::parse(word)? {
+            Source::Point { machine, point, disk: None } if word.contains('@') => {
+                repository::find(repo, &machine, &point)?
+            }
+            _ => {
+                let what = format!("`{word}` does not name a point; write MACHINE@POINT");
+                return Err(Fail::new(Code::Source, what).help("aquifer points"));
+            }
+        };
+        match chosen.iter_mut().find(|(known, _)| known.id == machine.id) {
+            Some((_, points)) if points.iter().any(|known| known.id == point.id) => {}
+            Some((_, points)) => points.push(point),
+            None => chosen.push((machine, vec![point])),
+        }
+    }
+    Ok(chosen)
+}
+
+/// As the keeper will check it: a dry run refuses what the real one refuses.
+fn check_last(repo: &Repository, args: &Args, machine: &Machine, points: &[Point]) -> Result<()> {
+    if let Some(pinned) = points.iter().find(|point| point.pinned) {
+        return Err(Fail::new(Code::Refused, format!("point {} of {} is pinned", pinned.id, machine.name)));
+    }
+    let complete = |point: &&Point| point.state == PointState::Complete;
+    let all = repo.points(machine)?;
+    let left = all.iter().filter(complete).any(|point| points.iter().all(|going| going.id != point.id));
+    if left || args.even_last || !all.iter().any(|point| point.state == PointState::Complete) {
+        return Ok(());
+    }
+    let what = format!("no complete point of {} would be left", machine.name);
+    Err(Fail::new(Code::Refused, what).help("the same command with --even-last"))
+}
+
+fn loss(records: &[Forgotten<'_>]) -> String {
+    let mut lines = Vec::new();
+    for record in records {
+        let age = record.created.map_or_else(
+            || "of unknown age".to_owned(),
+            |at| {
+                format!(
+                    "taken {} ago",
+                    units::seconds(
+                        u64::try_from(jiff::Timestamp::now().as_second() - at.as_second()).unwrap_or_default()
+                    )
+                )
+            },
+        );
+        let (machine, point) = (record.machine, &record.point);
+        lines.push(format!("lost: {machine}@{point}, {age}, up to {}", units::bytes(record.bytes_stored)));
+    }
+    lines.join("\n")
+}
+
+/// Deletes what interrupted backups have left.
+fn interrupted(context: &Context, args: &Args, repo: &Repository, machine: &str) -> Result<()> {
+    let machine = repo.machine(machine)?;
+    let left = repo.interrupted(&machine)?;
+    if left.is_empty() {
+        context.out.line(format_args!("{} has no interrupted backup", machine.name));
+        return Ok(());
+    }
+    let loss = format!("lost: what {} interrupted backups of {} have read so far", left.len(), machine.name);
+    if args.dry.dry_run {
+        context.out.line(loss);
+        return Ok(());
+    }
+    confirm(context, &args.confirm, &loss)?;
+    let mut freed = 0;
+    for what in &left {
+        freed += keeper::discard(repo, &machine, what, repository::holder("forget"))?.bytes;
+    }
+    context.out.closing("bytes_freed", freed);
+    context.out.line(format_args!("{} freed", units::bytes(freed)));
+    Ok(())
 }

@@ -6,7 +6,7 @@ use aquifer_vdisk::{ChainSpec, Disk};
 use serde::Serialize;
 
 use crate::{
-    context::Context,
+    context::{Context, quoted},
     copy,
     fail::Result,
     host::partition::Table,
@@ -73,12 +73,13 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         print(context, &record);
         context.out.record("disk", &record);
     }
-    context.out.next(format!("aquifer mount {} --run 'qemu-img info \"$uri\"'", args.source));
+    let mount = format!("mount {} --run 'qemu-img info \"$uri\"'", quoted(&args.source));
+    context.out.next(context.invocation(&mount));
     Ok(())
 }
 
 /// The format, as a person names it.
-fn kind_of(selected: &SelectedDisk) -> Result<String> {
+pub(super) fn kind_of(selected: &SelectedDisk) -> Result<String> {
     Ok(match &selected.spec {
         ChainSpec::Image { format: Some(format), .. } => format.to_string(),
         ChainSpec::Image { path, format: None, .. } => {

@@ -1,15 +1,175 @@
-//! `points`: machines and their restore points.
+//! `points`: the machines of the repository and their restore points.
 
-use crate::{context::Context, fail::Result};
+use aquifer_formats::repo::{
+    Machine, Point, PointState,
+    record::{PointDisk, PointKind},
+};
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::{
+    context::Context,
+    fail::{Code, Fail, Result},
+    repository,
+    source::Source,
+    units,
+};
 
 /// Options of `points`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Only this machine or point
+    /// Only this machine, as MACHINE, or this point, as MACHINE@POINT
     #[arg(value_name = "SOURCE")]
     pub source: Option<String>,
 }
 
-pub(super) fn run(_context: &Context, _args: &Args) -> Result<()> {
-    Err(super::not_in_this_build("points"))
+#[derive(Serialize)]
+struct PointRecord<'a> {
+    machine: &'a str,
+    machine_id: String,
+    point: String,
+    created: Option<Timestamp>,
+    state: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    why: Option<&'a str>,
+    kind: Option<PointKind>,
+    parent: Option<String>,
+    pinned: bool,
+    bytes_stored: u64,
+    disks: Vec<DiskRecord<'a>>,
+    allowed_operations: &'static [&'static str],
+}
+
+#[derive(Serialize)]
+struct DiskRecord<'a> {
+    disk: &'a str,
+    size: u64,
+    bytes_data: u64,
+    bytes_stored: u64,
+}
+
+pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
+    let repo = repository::open(context)?;
+    let (machines, only) = match args.source.as_deref().map(Source::parse).transpose()? {
+        None => (repo.machines()?, None),
+        Some(Source::Point { machine, point, .. }) if names_a_point(args) => {
+            let (machine, point) = repository::find(&repo, &machine, &point)?;
+            (vec![machine], Some(point.id))
+        }
+        Some(Source::Point { machine, .. }) => (vec![repo.machine(&machine)?], None),
+        Some(_) => {
+            return Err(
+                Fail::new(Code::Source, "points are listed of machines in the repository").help("aquifer points")
+            );
+        }
+    };
+    let mut shown = 0;
+    for machine in &machines {
+        let points = repo.points(machine)?;
+        let kept: Vec<&Point> = points.iter().filter(|point| only.is_none_or(|id| id == point.id)).collect();
+        context.out.line(format_args!("{}  ({} points)", machine.name, kept.len()));
+        for point in &kept {
+            context.out.record("point", &record(machine, point));
+            context.out.line(sentence(point));
+            if only.is_some() {
+                details(context, point);
+            }
+        }
+        shown += kept.len();
+    }
+    if machines.is_empty() {
+        context.out.say("there are no machines yet");
+        context.out.next(context.invocation("backup MACHINE --disk vda=IMAGE"));
+    }
+    context.out.closing("machines", machines.len());
+    context.out.closing("points", shown);
+    Ok(())
+}
+
+fn names_a_point(args: &Args) -> bool {
+    args.source.as_ref().is_some_and(|word| word.contains('@'))
+}
+
+fn disks(point: &Point) -> &[PointDisk] {
+    point.record.as_ref().map(|record| record.disks.as_slice()).unwrap_or_default()
+}
+
+fn record<'a>(machine: &'a Machine, point: &'a Point) -> PointRecord<'a> {
+    let disks = disks(point);
+    let disks = disks.iter().map(|disk| DiskRecord {
+        disk: disk.name.as_str(),
+        size: disk.size,
+        bytes_data: disk.data_bytes,
+        bytes_stored: disk.file_bytes,
+    });
+    let disks: Vec<DiskRecord<'_>> = disks.collect();
+    PointRecord {
+        machine: &machine.name,
+        machine_id: machine.id.to_string(),
+        point: point.id.to_string(),
+        created: point.created(),
+        state: point.state.name(),
+        why: why(&point.state),
+        kind: point.record.as_ref().map(|record| record.kind),
+        parent: point.record.as_ref().and_then(|record| record.parent).map(|id| id.to_string()),
+        pinned: point.pinned,
+        bytes_stored: disks.iter().map(|disk| disk.bytes_stored).sum(),
+        disks,
+        allowed_operations: allowed(point),
+    }
+}
+
+fn why(state: &PointState) -> Option<&str> {
+    match state {
+        PointState::Complete | PointState::Incomplete => None,
+        PointState::Missing { path } => Some(path),
+        PointState::Corrupted { why } => Some(why),
+    }
+}
+
+/// What can be done with a point in its state.
+fn allowed(point: &Point) -> &'static [&'static str] {
+    match (&point.state, point.pinned) {
+        (PointState::Complete, false) => &["info", "mount", "recover", "map", "diff", "export", "verify", "forget"],
+        (PointState::Complete, true) => &["info", "mount", "recover", "map", "diff", "export", "verify"],
+        (PointState::Corrupted { .. }, false) => &["verify", "forget"],
+        (_, false) => &["forget"],
+        (_, true) => &[],
+    }
+}
+
+fn sentence(point: &Point) -> String {
+    let short: String = point.id.to_string().chars().take(SHORT_ID_CHARS).collect();
+    let created =
+        point.created().map_or_else(|| "unknown".to_owned(), |at| at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string());
+    let kind = match point.record.as_ref().map(|record| record.kind) {
+        Some(PointKind::Full) => "full",
+        Some(PointKind::Increment) => "increment",
+        None => "-",
+    };
+    let stored: u64 = disks(point).iter().map(|disk| disk.file_bytes).sum();
+    let names: Vec<&str> = disks(point).iter().map(|disk| disk.name.as_str()).collect();
+    let pin = if point.pinned { ", pinned" } else { "" };
+    let state = point.state.name();
+    format!("  {short}  {created}  {kind:<9} {:>9}  {state}{pin}  {}", units::bytes(stored), names.join(" "))
+}
+
+/// So many characters of a time-ordered id tell points of one machine apart.
+const SHORT_ID_CHARS: usize = 18;
+
+fn details(context: &Context, point: &Point) {
+    context.out.line(format_args!("    id {}", point.id));
+    for disk in disks(point) {
+        context.out.line(format_args!(
+            "    disk {}: {} of {} hold data, {} stored here, {} older files needed",
+            disk.name,
+            units::bytes(disk.data_bytes),
+            units::bytes(disk.size),
+            units::bytes(disk.file_bytes),
+            disk.needs.len()
+        ));
+    }
+    if let Some(why) = why(&point.state) {
+        context.out.line(format_args!("    {why}"));
+    }
 }

@@ -63,7 +63,7 @@ pub(crate) fn qcow2_chain(dir: &Path, name: &str, seed: u64) -> Vec<u8> {
     for n in 1..3usize {
         let backing = format!("{name}-{}.qcow2", n - 1);
         must("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &backing, "-F", "qcow2", &text(n)]);
-        let at = (n * 4 << 20) + 1000 * n;
+        let at = ((n * 4) << 20) + 1000 * n;
         let write = format!("write -q -P {n} {at} 300000");
         let zero = format!("write -q -z {} 128k", (6 << 20) + n * (1 << 20));
         must("qemu-io", &["-f", "qcow2", "-c", &write, "-c", &zero, &text(n)]);

@@ -1,0 +1,141 @@
+//! The repository as verbs use it: opened as this installation, points held while they are read.
+//!
+//! Invariants
+//! - Whoever reads a point holds a lease on it until the end, beating from a thread of its own.
+//! - A holder names its computer so exactly (boot, process space) that an equal name proves that its
+//!   processes can be seen from here; only then is one ever called dead before its time.
+//!
+//! Not here: what is stored and deleted, and in which order (`aquifer_formats::repo`).
+
+mod hold;
+
+use std::{
+    fs::{self, DirBuilder, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use aquifer_formats::repo::{
+    Liveness, Machine, Point, PointQuery, Repository,
+    record::{Holder, Owner},
+};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+pub use hold::Hold;
+
+use crate::{
+    context::Context,
+    fail::{Code, Fail, Result},
+    source::PointRef,
+};
+
+/// This installation, as `installation.json` in the state folder keeps it.
+#[derive(Debug, Serialize, Deserialize)]
+struct Installation {
+    id: Uuid,
+    name: String,
+}
+
+/// Opens the repository that applies.
+///
+/// # Errors
+/// [`Code::NoRepository`] where none is named or there is none.
+pub fn open(context: &Context) -> Result<Repository> {
+    let dir = context.repo_dir()?;
+    let dir = fs::canonicalize(&dir).unwrap_or(dir);
+    Ok(Repository::open(&dir, me(context)?)?)
+}
+
+/// This installation, made known the first time it is needed.
+pub fn me(context: &Context) -> Result<Owner> {
+    let home = context.home()?;
+    let path = home.join("installation.json");
+    match fs::read(&path) {
+        Ok(bytes) => {
+            let read: Installation = serde_json::from_slice(&bytes).map_err(|e| {
+                Fail::new(Code::Corrupt, "the record of this installation is damaged").at(path.display()).cause(e)
+            })?;
+            Ok(Owner { id: read.id, name: read.name })
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Owner { id: Uuid::nil(), name: host_name() }),
+        Err(error) => Err(Fail::io(path.display(), "read", &error)),
+    }
+}
+
+/// As [`me`], written down where that has not been done yet.
+pub fn me_for_good(context: &Context) -> Result<Owner> {
+    let known = me(context)?;
+    if !known.id.is_nil() {
+        return Ok(known);
+    }
+    let home = context.home()?;
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(&home);
+    made.map_err(|e| Fail::io(home.display(), "create", &e))?;
+    let new = Installation { id: Uuid::new_v4(), name: known.name };
+    let text = serde_json::to_vec_pretty(&new).map_err(|e| Fail::new(Code::Bug, e.to_string()))?;
+    let path = home.join("installation.json");
+    let written = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+    match written.and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all())) {
+        Ok(()) => Ok(Owner { id: new.id, name: new.name }),
+        // Another command was first.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => me(context),
+        Err(error) => Err(Fail::io(path.display(), "write", &error)),
+    }
+}
+
+/// Opens the repository to change it.
+pub fn open_to_change(context: &Context) -> Result<Repository> {
+    let dir = context.repo_dir()?;
+    let dir = fs::canonicalize(&dir).unwrap_or(dir);
+    Ok(Repository::open(&dir, me_for_good(context)?)?)
+}
+
+/// The machine and point a SOURCE word names.
+pub fn find(repo: &Repository, machine: &str, point: &PointRef) -> Result<(Machine, Point)> {
+    let machine = repo.machine(machine)?;
+    let query = match point {
+        PointRef::Latest(back) => PointQuery::Latest(*back),
+        PointRef::At(time) => PointQuery::At(*time),
+        PointRef::Id(id) => PointQuery::Id(id.clone()),
+    };
+    let point = repo.resolve(&machine, &query)?;
+    Ok((machine, point))
+}
+
+/// This process, as leases name it.
+pub fn holder(verb: &str) -> Holder {
+    Holder { name: format!("aquifer {verb}"), host: host_exactly(), process: std::process::id(), session: None }
+}
+
+/// What can be seen of a holder from here.
+pub fn tell(holder: &Holder) -> Liveness {
+    if holder.host != host_exactly() {
+        return Liveness::Unknown;
+    }
+    let proc = PathBuf::from(format!("/proc/{}", holder.process));
+    if !proc.exists() {
+        return Liveness::Dead;
+    }
+    // The number may have been given to another program since.
+    let ours = fs::read_link("/proc/self/exe").ok();
+    match fs::read_link(proc.join("exe")) {
+        Ok(theirs) if Some(&theirs) == ours.as_ref() => Liveness::Alive,
+        _ => Liveness::Unknown,
+    }
+}
+
+fn host_name() -> String {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = name.trim();
+    if name.is_empty() { "localhost".to_owned() } else { name.to_owned() }
+}
+
+/// The computer's name with its boot and the process space: equal only where processes are shared.
+fn host_exactly() -> String {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let boot = boot.trim().split('-').next().unwrap_or_default().to_owned();
+    let space = fs::metadata(Path::new("/proc/self/ns/pid")).map(|meta| meta.ino()).unwrap_or_default();
+    format!("{} ({boot}/{space})", host_name())
+}

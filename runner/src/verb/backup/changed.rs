@@ -1,0 +1,151 @@
+//! Where a disk may have changed since its last point.
+//!
+//! Invariants
+//! - A bitmap that is missing, in use, not kept up or of another disk is no reason to fail: everything
+//!   is read and compared instead, and the reason is said.
+//! - A bitmap that is believed is still tested: blocks outside it are sampled, and one that differs from
+//!   the parent proves that the bitmap belongs to another point.
+//! - What lies past the end of the parent's disk has always changed.
+
+use std::sync::Arc;
+
+use aquifer_formats::{
+    Layer,
+    aql::Reader,
+    gate::Gate,
+    qcow2::{BitmapTrust, Qcow2},
+    repo::record::Found,
+};
+use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Delta, Disk};
+
+use super::{Args, Wanted};
+use crate::{
+    context::Context,
+    copy,
+    fail::{Code, Fail, Result},
+    source::connect,
+};
+
+/// Blocks outside a bitmap that are compared with the parent.
+const SAMPLES: u64 = 128;
+
+/// What to read of a disk.
+pub(super) struct Look {
+    /// How it was found out; travels with the point.
+    pub(super) found: Found,
+    /// The ranges; everything where there are none.
+    pub(super) ranges: Option<Delta>,
+}
+
+/// Decides what to read of `wanted`, which stands on `parent`.
+pub(super) fn look(context: &Context, args: &Args, wanted: &Wanted, parent: Option<&Reader>) -> Result<Look> {
+    let Some(parent) = parent else {
+        return Ok(Look { found: Found::Everything, ranges: None });
+    };
+    let Some(name) = &args.bitmap else {
+        return Ok(Look { found: Found::Comparison, ranges: None });
+    };
+    match changed_by(context, wanted, name, parent)? {
+        Ok(look) => Ok(look),
+        Err(reason) => {
+            let size = crate::units::bytes(copy::used_bytes(&wanted.disk)?);
+            let what = format!("{}: {reason}; all of it ({size}) is read and compared instead", wanted.name);
+            context.out.warn(Code::WarnFallback, what, Some("aquifer explain W_COMPARED"));
+            Ok(Look { found: Found::Comparison, ranges: None })
+        }
+    }
+}
+
+/// What a bitmap says, or why it is not believed.
+fn changed_by(context: &Context, wanted: &Wanted, name: &str, parent: &Reader) -> Result<Result<Look, String>> {
+    let (found, dirty) = match &wanted.selected.spec {
+        ChainSpec::Image { path, .. } if wanted.format == "qcow2" => {
+            let image = Qcow2::open(Gate::default().enter(path)?.storage())?;
+            match qcow2_bitmap(&image, name)? {
+                Ok(dirty) => (Found::Bitmap { name: name.to_owned() }, dirty),
+                Err(reason) => return Ok(Err(reason)),
+            }
+        }
+        ChainSpec::Nbd { uri } => match connect::dirty(uri, name)? {
+            Ok(dirty) => (Found::DirtyContext { name: name.to_owned() }, dirty),
+            Err(reason) => return Ok(Err(reason)),
+        },
+        _ => return Ok(Err(format!("a {} source has no bitmaps", wanted.format))),
+    };
+    let size = wanted.disk.size();
+    let block = u64::from(parent.block_bytes());
+    let mut ranges = dirty.clip(0..size);
+    if size > parent.size() {
+        // The last block of the parent's disk may be one that both share.
+        ranges.insert(parent.size() / block * block..size);
+    }
+    let ranges = ranges.round_out(block).clip(0..size);
+    if let Some(at) = contradiction(context, wanted, parent, &ranges)? {
+        let reason = format!("bitmap `{name}` does not mention offset {at}, which has changed since the last point");
+        return Ok(Err(reason));
+    }
+    Ok(Ok(Look { found, ranges: Some(ranges) }))
+}
+
+fn qcow2_bitmap(image: &Qcow2, name: &str) -> Result<Result<Delta, String>> {
+    let bitmaps = image.bitmaps()?;
+    let Some(bitmap) = bitmaps.iter().find(|bitmap| bitmap.name == name) else {
+        let names: Vec<&str> = bitmaps.iter().map(|bitmap| bitmap.name.as_str()).collect();
+        return Ok(Err(format!("there is no bitmap `{name}` (there are: {})", names.join(", "))));
+    };
+    let why = match bitmap.trust {
+        BitmapTrust::Consistent => None,
+        BitmapTrust::InUse => Some("was not closed by its writer"),
+        BitmapTrust::NotKeptUp => Some("was not kept up by a later writer of the image"),
+        BitmapTrust::NotUnderstood => Some("is of a kind that is not understood"),
+    };
+    if let Some(why) = why {
+        return Ok(Err(format!("bitmap `{name}` {why}")));
+    }
+    let mut dirty = Delta::new();
+    image.dirty_ranges(bitmap, &mut |offset, len| dirty.insert(offset..offset.saturating_add(len)))?;
+    Ok(Ok(dirty))
+}
+
+/// A place outside `ranges` that differs from the parent, where sampling finds one.
+fn contradiction(context: &Context, wanted: &Wanted, parent: &Reader, ranges: &Delta) -> Result<Option<u64>> {
+    let block = u64::from(parent.block_bytes());
+    let both = parent.size().min(wanted.disk.size());
+    let outside = Delta::full(both).subtract(ranges);
+    let blocks = outside.bytes() / block;
+    if blocks == 0 {
+        return Ok(None);
+    }
+    let old = old_disk(context, parent)?;
+    let stride = (blocks / SAMPLES).max(1);
+    let mut number = 0;
+    let (mut a, mut b) = (Vec::new(), Vec::new());
+    for range in outside.iter() {
+        let mut at = range.start;
+        while at < range.end {
+            if number % stride == stride / 2 {
+                let len = usize::try_from(block.min(range.end - at)).unwrap_or_default();
+                a.resize(len, 0);
+                b.resize(len, 0);
+                old.read(at, &mut a)?;
+                wanted.disk.read(at, &mut b)?;
+                if a != b {
+                    return Ok(Some(at));
+                }
+            }
+            number += 1;
+            at += block;
+        }
+    }
+    Ok(None)
+}
+
+/// The parent's disk, by its own map.
+fn old_disk(context: &Context, parent: &Reader) -> Result<Disk> {
+    let path = std::path::PathBuf::from(parent.label());
+    let cache: Arc<BlockCache> = context.cache()?;
+    let spec = ChainSpec::Native { path };
+    let refuse = |uri: &str| connect::layer(uri);
+    let chain: Chain = aquifer_vdisk::open_chain(&spec, cache, &refuse).map_err(Fail::from)?;
+    Ok(Disk::read_only("parent", Arc::new(chain)))
+}

@@ -1,0 +1,63 @@
+//! The machine's description as it travels with the point.
+
+use aquifer_formats::repo::{
+    DiskName,
+    record::{DiskDescription, Firmware, MachineDescription, NicDescription},
+};
+
+use super::{Args, Wanted};
+use crate::{
+    context::Context,
+    fail::{Code, Result},
+    machine::{Described, DescribedDisk, FirmwareKind},
+};
+
+/// Puts together what is known: the file's word where there is one, and the disks that are stored.
+pub(super) fn describe(context: &Context, args: &Args, wanted: &[Wanted]) -> Result<MachineDescription> {
+    let said = match &args.description {
+        Some(path) => Described::read(path)?,
+        None => Described::default(),
+    };
+    let disks = wanted.iter().map(|disk| {
+        let known = said.disks.iter().find(|known| known.name == disk.name.as_str());
+        DiskDescription {
+            name: disk.name.clone(),
+            size: Some(disk.disk.size()),
+            bus: known.and_then(|known| known.bus.clone()),
+            boot_order: known.and_then(|known| known.boot_order),
+        }
+    });
+    let disks: Vec<DiskDescription> = disks.collect();
+    for left in said.disks.iter().filter(|known| wanted.iter().all(|disk| disk.name.as_str() != known.name)) {
+        context.out.warn(Code::WarnSkipped, left_out(left), Some(&format!("add --disk {}=SOURCE", left.name)));
+    }
+    Ok(MachineDescription {
+        name: said.name.unwrap_or_else(|| args.machine.clone()),
+        uuid: said.uuid,
+        firmware: said.firmware.map(|kind| match kind {
+            FirmwareKind::Bios => Firmware::Bios,
+            FirmwareKind::Uefi => Firmware::Uefi,
+        }),
+        machine_type: said.machine_type,
+        cpus: said.cpus,
+        memory_bytes: said.memory,
+        disks: in_order(disks, &said.disks),
+        nics: said
+            .nics
+            .into_iter()
+            .map(|nic| NicDescription { mac: nic.mac, network: nic.network, model: nic.model })
+            .collect(),
+    })
+}
+
+fn left_out(disk: &DescribedDisk) -> String {
+    let source = disk.source.as_deref().map(|source| format!(" ({source})")).unwrap_or_default();
+    format!("the machine's disk {}{source} is not backed up", disk.name)
+}
+
+/// The order of the description, then that of the command line.
+fn in_order(mut disks: Vec<DiskDescription>, said: &[DescribedDisk]) -> Vec<DiskDescription> {
+    let place = |name: &DiskName| said.iter().position(|known| known.name == name.as_str()).unwrap_or(usize::MAX);
+    disks.sort_by_key(|disk| place(&disk.name));
+    disks
+}

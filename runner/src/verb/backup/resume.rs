@@ -1,0 +1,172 @@
+//! Going on with an interrupted backup.
+//!
+//! Invariants
+//! - Blocks are taken over unread only if every file of every source is provably the one of the first
+//!   run: same inode, size and times of change. Otherwise everything is read again; the writer stores
+//!   again only what differs.
+//! - A block device and an NBD export prove nothing about themselves.
+
+use std::{
+    fs::{self, DirBuilder},
+    os::unix::fs::{DirBuilderExt, MetadataExt},
+    path::PathBuf,
+};
+
+use aquifer_formats::{
+    aql::WriterOptions,
+    repo::{Machine, Point, Repository, Transaction, keeper},
+};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{Args, Wanted};
+use crate::{
+    context::Context,
+    fail::{Code, Fail, Result},
+    repository,
+};
+
+/// The sources of a run, kept in the state folder until it is committed.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Sources {
+    began: Timestamp,
+    disks: Vec<Source>,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Source {
+    disk: String,
+    bitmap: Option<String>,
+    files: Vec<FileState>,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct FileState {
+    path: String,
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+/// How a point is begun.
+pub(super) struct Begun<'r> {
+    /// The point under way.
+    pub(super) transaction: Transaction<'r>,
+    /// When the sources looked as they do now, if they are provably unchanged since an interrupted run.
+    pub(super) same_since: Option<Timestamp>,
+    /// How layers are written.
+    pub(super) options: WriterOptions,
+}
+
+/// Begins a point, or goes on with the one that was interrupted.
+pub(super) fn begin<'r>(
+    context: &Context,
+    args: &Args,
+    repo: &'r Repository,
+    machine: &Machine,
+    parent: Option<&Point>,
+    wanted: &[Wanted],
+) -> Result<Begun<'r>> {
+    let now = sources_of(args, wanted);
+    let parent_id = parent.map(|point| point.id);
+    let left = repo.interrupted(machine)?;
+    if let Some(what) = left.iter().rev().find(|what| what.record.parent == parent_id) {
+        let then = recorded(context, what.record.id);
+        let same = matches!((&then, &now), (Some(then), Some(now)) if then.disks == now.disks);
+        // What a bitmap mentioned then and does not mention now would keep the content of then.
+        if same || args.bitmap.is_none() {
+            let options = repo.writer_options();
+            let transaction = repo.resume(machine, what, repository::holder("backup"))?;
+            let how = if same { "the source has not changed" } else { "the source is read again" };
+            context.out.say(format_args!("going on with the interrupted point {}: {how}", what.record.id));
+            return Ok(Begun { transaction, same_since: then.filter(|_| same).map(|then| then.began), options });
+        }
+        keeper::discard(repo, machine, what, repository::holder("backup"))?;
+        forget(context, what.record.id);
+    }
+    afresh(context, repo, machine, parent, now)
+}
+
+/// Gives up what an interrupted run has stored, and begins a new point.
+pub(super) fn begin_afresh<'r>(
+    context: &Context,
+    args: &Args,
+    repo: &'r Repository,
+    machine: &Machine,
+    stale: Transaction<'_>,
+    wanted: &[Wanted],
+) -> Result<Begun<'r>> {
+    let (id, parent) = (stale.id(), stale.parent().cloned());
+    stale.interrupt()?;
+    context.out.say(format_args!("the interrupted point {id} is of an earlier state of the disks; it is given up"));
+    if let Some(what) = repo.interrupted(machine)?.iter().find(|what| what.record.id == id) {
+        keeper::discard(repo, machine, what, repository::holder("backup"))?;
+        forget(context, id);
+    }
+    afresh(context, repo, machine, parent.as_ref(), sources_of(args, wanted))
+}
+
+fn afresh<'r>(
+    context: &Context,
+    repo: &'r Repository,
+    machine: &Machine,
+    parent: Option<&Point>,
+    now: Option<Sources>,
+) -> Result<Begun<'r>> {
+    let transaction = repo.begin(machine, parent, repository::holder("backup"))?;
+    if let Some(now) = now {
+        keep(context, transaction.id(), &now)?;
+    }
+    Ok(Begun { transaction, same_since: None, options: repo.writer_options() })
+}
+
+/// The sources' present state, where all of them can be told by their files.
+fn sources_of(args: &Args, wanted: &[Wanted]) -> Option<Sources> {
+    let mut disks = Vec::new();
+    for disk in wanted {
+        let files = disk.chain.layers().iter().map(|layer| file_state(layer.label())).collect::<Option<Vec<_>>>()?;
+        disks.push(Source { disk: disk.name.as_str().to_owned(), bitmap: args.bitmap.clone(), files });
+    }
+    Some(Sources { began: Timestamp::now(), disks })
+}
+
+fn file_state(path: &str) -> Option<FileState> {
+    let meta = fs::metadata(path).ok().filter(fs::Metadata::is_file)?;
+    Some(FileState {
+        path: path.to_owned(),
+        device: meta.dev(),
+        inode: meta.ino(),
+        size: meta.len(),
+        modified: (meta.mtime(), meta.mtime_nsec()),
+        changed: (meta.ctime(), meta.ctime_nsec()),
+    })
+}
+
+fn place(context: &Context, point: Uuid) -> Result<PathBuf> {
+    Ok(context.home()?.join("backup").join(format!("{point}.json")))
+}
+
+fn keep(context: &Context, point: Uuid, sources: &Sources) -> Result<()> {
+    let path = place(context, point)?;
+    let folder = path.parent().unwrap_or(&path);
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
+    made.map_err(|e| Fail::io(folder.display(), "create", &e))?;
+    let text = serde_json::to_vec(sources).map_err(|e| Fail::new(Code::Bug, e.to_string()))?;
+    fs::write(&path, text).map_err(|e| Fail::io(path.display(), "write", &e))
+}
+
+/// What was kept; anything unreadable is as good as nothing.
+fn recorded(context: &Context, point: Uuid) -> Option<Sources> {
+    serde_json::from_slice(&fs::read(place(context, point).ok()?).ok()?).ok()
+}
+
+/// Drops the record of a point that is committed or given up.
+pub(super) fn forget(context: &Context, point: Uuid) {
+    if let Ok(path) = place(context, point) {
+        // A record that stays costs a few bytes and is never looked at again.
+        let _ = fs::remove_file(path);
+    }
+}
