@@ -1,7 +1,7 @@
 //! What one read costs inside the process: the map, the cache, a cold block, opening a deep chain.
 //! Doors and peers are measured by `scripts/bench`.
 //!
-//! Images are made by `qemu-img` and `qemu-io` and by the native writer, in a temporary folder.
+//! Images are made by `qemu-img` and `qemu-io` and by the native writer, once, in the target folder.
 
 use std::{
     hint::black_box,
@@ -64,8 +64,20 @@ fn chain(path: &Path, cache_bytes: u64) -> Chain {
     open_chain(&spec, Arc::new(BlockCache::new(cache_bytes)), &none).expect("a chain")
 }
 
+/// A folder that `make` has filled, now or in an earlier run.
+fn made(name: &str, make: impl FnOnce(&Path)) -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    if !dir.join("done").exists() {
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir_all(&dir).expect("a folder");
+        make(&dir);
+        std::fs::write(dir.join("done"), []).expect("a mark");
+    }
+    dir
+}
+
 /// A full of compressed blocks and increments of 24 blocks each, as qcow2 and as native points.
-fn corpus(dir: &Path) -> [(&'static str, PathBuf); 4] {
+fn corpus(dir: &Path) {
     let mut dice = Dice(1);
     let raw: Vec<u8> = (0..DISK / BLOCK).flat_map(|_| block(&mut dice)).collect();
     std::fs::write(dir.join("disk.raw"), &raw).expect("a raw disk");
@@ -102,18 +114,18 @@ fn corpus(dir: &Path) -> [(&'static str, PathBuf); 4] {
         run("qemu-io", dir, &["-f", "qcow2", &top], &script);
         writer.finish().expect("an increment");
     }
-    let tip = DEPTH - 1;
-    [
-        ("qcow2 depth 1", dir.join("0.qcow2")),
-        ("qcow2 depth 128", dir.join(format!("{tip}.qcow2"))),
-        ("native depth 1", folder(0).join("disk.aql")),
-        ("native depth 128", folder(tip).join("disk.aql")),
-    ]
 }
 
 fn reads(c: &mut Criterion) {
-    let dir = tempfile::tempdir().expect("a folder");
-    for (name, path) in corpus(dir.path()) {
+    let dir = made("read_path-1", corpus);
+    let tip = DEPTH - 1;
+    let chains = [
+        ("qcow2 depth 1", dir.join("0.qcow2")),
+        ("qcow2 depth 128", dir.join(format!("{tip}.qcow2"))),
+        ("native depth 1", dir.join("point0/disk.aql")),
+        ("native depth 128", dir.join(format!("point{tip}/disk.aql"))),
+    ];
+    for (name, path) in chains {
         let mut group = c.benchmark_group(name);
         let (hot, cold) = (chain(&path, 2 * DISK), chain(&path, 0));
         hot.prefetch(0, DISK);
@@ -136,17 +148,19 @@ fn reads(c: &mut Criterion) {
 }
 
 /// A TiB in 100 layers, each with one percent of the first window written.
-fn opening(c: &mut Criterion) {
-    let dir = tempfile::tempdir().expect("a folder");
+fn wide(dir: &Path) {
     let mut dice = Dice(3);
     for n in 0..100 {
         let (top, below) = (format!("{n}.qcow2"), format!("{}.qcow2", n - 1));
         let backing = if n == 0 { vec![] } else { vec!["-F", "qcow2", "-b", &below] };
-        run("qemu-img", dir.path(), &[&["create", "-q", "-f", "qcow2"], &backing[..], &[&top, "1T"]].concat(), "");
+        run("qemu-img", dir, &[&["create", "-q", "-f", "qcow2"], &backing[..], &[&top, "1T"]].concat(), "");
         let script: String = (0..82).map(|_| format!("write -q -z {} {BLOCK}\n", dice.below(8192) * BLOCK)).collect();
-        run("qemu-io", dir.path(), &["-f", "qcow2", &top], &script);
+        run("qemu-io", dir, &["-f", "qcow2", &top], &script);
     }
-    let tip = dir.path().join("99.qcow2");
+}
+
+fn opening(c: &mut Criterion) {
+    let tip = made("wide-1", wide).join("99.qcow2");
     let mut group = c.benchmark_group("1 TiB in 100 layers");
     group.bench_function("open", |b| b.iter(|| chain(&tip, 0)));
     group.bench_function("open to first byte", |b| b.iter(|| chain(&tip, 0).read(0, &mut [0; 4096]).expect("good")));
