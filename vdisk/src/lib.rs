@@ -24,6 +24,7 @@ pub mod hydrate;
 mod map;
 pub mod open;
 pub mod overlay;
+pub mod readahead;
 mod sync;
 
 pub use cache::{BlockCache, CacheStats};
@@ -35,3 +36,4 @@ pub use extent::{Extent, ExtentKind};
 pub use hydrate::{HydrateProgress, HydrateState, Hydrated, Hydrator, Pace};
 pub use open::{ChainSpec, Connect, open_chain};
 pub use overlay::{LocalProgress, Overlay, OverlayFiles, OverlayOf, OverlayOptions, Settling};
+pub use readahead::Readahead;

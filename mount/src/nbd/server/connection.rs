@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aquifer_vdisk::Disk;
+use aquifer_vdisk::{Disk, Readahead};
 
 use super::{
     Hub,
@@ -118,6 +118,7 @@ pub(super) struct Connection {
     batch: Batch,
     payload: Vec<u8>,
     gap: Duration,
+    readahead: Readahead,
 }
 
 /// Bytes received and not yet used.
@@ -217,6 +218,7 @@ impl Connection {
             },
             payload: Vec::new(),
             gap: Duration::MAX,
+            readahead: Readahead::default(),
         }
     }
 
@@ -350,12 +352,25 @@ impl Connection {
     }
 
     fn read(&mut self, request: &Request) -> Result<(), End> {
-        let mode = self.shared.mode();
-        let Request { cookie, offset, len, .. } = *request;
+        let Request { offset, len, .. } = *request;
         if len == 0 {
             self.done(request);
             return Ok(());
         }
+        // Only for a client that waits for each answer: others keep the decoders busy themselves.
+        let alone = self.batch.requests == 0 && self.shared.flight.is_empty();
+        let ahead = self.readahead.after(offset, len).filter(|_| alone);
+        self.read_here_or_there(request)?;
+        if let Some(range) = ahead {
+            self.send_batch()?;
+            work::submit_ahead(&self.shared, range);
+        }
+        Ok(())
+    }
+
+    fn read_here_or_there(&mut self, request: &Request) -> Result<(), End> {
+        let mode = self.shared.mode();
+        let Request { cookie, offset, len, .. } = *request;
         if len <= READ_INLINE_MAX {
             let head = DataHead { cookie, request: offset, offset, len, done: true };
             let data = self.batch.data(mode, head).ok_or(End::Protocol("answer does not fit"))?;

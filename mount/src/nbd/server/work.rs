@@ -6,9 +6,12 @@
 //!   chunk of data, never before.
 //! - FLUSH and FUA wait in a pool of their own, which no read can fill.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use aquifer_vdisk::{Error, Zeroing};
@@ -203,6 +206,11 @@ pub(super) fn submit_other(shared: &Arc<Shared>, request: Request, permit: Permi
             finish(shared, &request, permit, Ok(()));
         }),
     }
+}
+
+/// Decodes what a client that reads in order will want next. Nobody waits for it.
+pub(super) fn submit_ahead(shared: &Arc<Shared>, range: Range<u64>) {
+    submit(&shared.hub.slow, shared, move |shared, _| shared.disk().prefetch(range.start, range.end - range.start));
 }
 
 /// The range and the contexts a BLOCK_STATUS payload picks; `None` where it is malformed.
