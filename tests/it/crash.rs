@@ -96,39 +96,40 @@ fn read_all(disk: &Disk) -> Vec<u8> {
 struct Life {
     base: Vec<Image>,
     told: Vec<aquifer_tests::faults::Told>,
-    /// (things told when it ended, guest while it ran, guest once it had ended).
-    acts: Vec<(usize, Guest, Guest, Act)>,
+    steps: Vec<Step>,
+}
+
+struct Step {
+    /// How much had been told when the act ended.
+    ends: usize,
+    /// What the guest knew while it ran, and once it had ended.
+    during: Guest,
+    after: Guest,
+    act: Act,
 }
 
 /// One life of random acts on a world; the disk is dropped as if killed.
-fn live(
-    bench: &Bench,
-    world: &World,
-    disk: &Disk,
-    guest: &mut Guest,
-    dice: &mut Rng,
-) -> Vec<(usize, Guest, Guest, Act)> {
-    let mut acts = Vec::new();
+fn live(bench: &Bench, world: &World, disk: &Disk, guest: &mut Guest, dice: &mut Rng) -> Vec<Step> {
+    let (mut steps, mut drained) = (Vec::new(), false);
     for _ in 0..4 + dice.below(20) {
         let act = Act::any(dice, guest.sectors());
         let bytes = guest.begin(act);
         let during = guest.clone();
         perform(disk, act, &bytes).unwrap_or_else(|e| panic!("{act:?}: {e}"));
-        let drained = act == Act::Drain && disk.local().expect("local").absent == 0;
-        if act == Act::Flush || drained {
+        let whole = act == Act::Drain && disk.local().expect("local").absent == 0;
+        if act == Act::Flush || whole {
             guest.flushed();
         }
-        acts.push((world.told_len(), during, guest.clone(), act));
+        drained |= whole;
         if drained {
-            let image = &world.now()[0];
             let mut raw = vec![0; bench.chain.size() as usize];
-            image.read(0, &mut raw);
-            assert_eq!(raw, read_all(disk), "after a drain disk.raw alone is the disk");
+            world.now()[0].read(0, &mut raw);
+            guest.judge_live(&raw);
         }
+        steps.push(Step { ends: world.told_len(), during, after: guest.clone(), act });
     }
-    let found = read_all(disk);
-    guest.judge_live(&found);
-    acts
+    guest.judge_live(&read_all(disk));
+    steps
 }
 
 trait JudgeLive {
@@ -159,20 +160,13 @@ fn check(bench: &Bench, files: Vec<Image>, guest: &Guest) -> Result<Vec<u8>, Str
 fn crash_everywhere(bench: &Bench, life: &Life, seed: u64, dice: &mut Rng) -> u64 {
     let mut point = CrashPoint::new(life.base.clone());
     let mut states = 0;
-    let mut acts = life.acts.iter().peekable();
-    let mut judge = None;
     for at in 0..=life.told.len() {
-        // What has ended before this point counts as acknowledged.
-        while let Some((_, _, after, _)) = acts.next_if(|(ends, ..)| *ends <= at) {
-            judge = Some(after.clone());
-        }
-        let inside = acts.peek().filter(|(ends, ..)| *ends > at).map(|(_, during, ..)| during);
-        // Between two acts the stricter knowledge holds; inside one, what it may leave.
-        let starts_inside = life.acts.iter().all(|(ends, ..)| *ends != at);
-        let guest = if starts_inside { inside.or(judge.as_ref()) } else { judge.as_ref().or(inside) };
-        if let Some(guest) = guest {
+        // Between two acts the stricter knowledge holds: the first of them was acknowledged.
+        let ended = life.steps.iter().rev().find(|s| s.ends == at).map(|s| &s.after);
+        let running = || life.steps.iter().find(|s| s.ends > at).map(|s| &s.during);
+        if let Some(guest) = ended.or_else(running) {
             states += crash_here(bench, &point, guest, dice).unwrap_or_else(|(mask, torn, what)| {
-                let trace: Vec<_> = life.acts.iter().map(|(ends, _, _, act)| (ends, act)).collect();
+                let trace: Vec<_> = life.steps.iter().map(|s| (s.ends, s.act)).collect();
                 panic!("seed {seed}, point {at}, mask {mask:x}, torn {torn:x}: {what}\n{trace:?}")
             });
         }
@@ -228,37 +222,22 @@ fn lives(seed: u64) -> u64 {
     let mut guest = Guest::new(origin.clone());
     let bench = Bench::new(&origin, &mut dice);
     let world = World::new(vec![Image::default(); 3]);
-    let mut disk = bench.create(&world);
-    let mut world = World::new(world.now());
-    drop(std::mem::replace(&mut disk, bench.open(&world).expect("opens")));
-    let mut states = 0;
+    drop(bench.create(&world));
+    let (mut files, mut states) = (world.now(), 0);
     for _ in 0..1 + dice.below(3) {
-        let (base, skip) = (world.now(), world.told_len());
-        let _ = skip;
-        let acts = live(&bench, &world, &disk, &mut guest, &mut dice);
+        let world = World::new(files.clone());
+        let disk = bench.open(&world).expect("opens");
+        let steps = live(&bench, &world, &disk, &mut guest, &mut dice);
         drop(disk);
-        let mut life = Life { base, told: world.told(), acts };
-        // The world's own start was told before the life began.
-        let opened = life.told.len() - life.acts.last().map_or(0, |(ends, ..)| *ends).min(life.told.len());
-        debug_assert_eq!(opened, 0);
-        life.told.drain(..skip);
-        life.acts.iter_mut().for_each(|(ends, ..)| *ends -= skip);
+        // Opening is part of the life: what it wrote may be lost like anything else.
+        let life = Life { base: files, told: world.told(), steps };
         states += crash_everywhere(&bench, &life, seed, &mut dice);
-        // The next life begins after a crash at the end of this one.
         let mut point = CrashPoint::new(life.base);
         life.told.iter().for_each(|told| point.pass(told));
-        let files = point.crash(dice.next_u64(), dice.next_u64() & dice.next_u64(), &mut dice);
+        files = point.crash(dice.next_u64(), dice.next_u64() & dice.next_u64(), &mut dice);
         states += crash_recovery(&bench, files.clone(), &guest, seed, &mut dice);
         let found = check(&bench, files.clone(), &guest).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
         guest.accept(&found);
-        world = World::new(files);
-        disk = bench.open(&world).expect("opens");
-        // What recovery did is synced: the next life starts from it.
-        world = World::new(world.now());
-        disk = {
-            drop(disk);
-            bench.open(&world).expect("opens again")
-        };
     }
     states
 }
@@ -267,7 +246,7 @@ fn lives(seed: u64) -> u64 {
 fn no_crash_loses_a_flush_or_forgets_a_change() {
     let (started, mut states) = (Instant::now(), 0);
     let first = std::env::var("AQUIFER_TEST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
-    for seed in first..first + u64::from(cases(250)) {
+    for seed in first..first + u64::from(cases(400)) {
         states += lives(seed);
     }
     println!("{states} crash states in {:?}", started.elapsed());

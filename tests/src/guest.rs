@@ -27,6 +27,10 @@ pub fn number(sector: &[u8]) -> Option<u64> {
     sector.chunks_exact(8).all(|part| part == first.to_le_bytes()).then_some(first)
 }
 
+fn below(dice: &mut Rng, end: usize) -> usize {
+    usize::try_from(dice.below(end as u64)).unwrap()
+}
+
 /// What a guest does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Act {
@@ -62,15 +66,16 @@ pub enum Act {
 }
 
 impl Act {
-    /// Any act on a disk of `sectors` sectors.
+    /// Any act on a disk of `sectors` sectors, half of them on its first few blocks, so that they meet.
     pub fn any(dice: &mut Rng, sectors: usize) -> Self {
-        let mut range = |longest: u64| {
-            let first = dice.below(sectors as u64) as usize;
-            let count = 1 + dice.below(longest) as usize;
-            (first, count.min(sectors - first))
+        let place = if dice.once_in(2) { sectors } else { sectors.min(48) };
+        let mut range = |longest: usize| {
+            let first = below(dice, place);
+            (first, (1 + below(dice, longest)).min(sectors - first))
         };
         let ((first, count), (few_first, few)) = (range(40), range(10));
-        let (block, blocks) = (first - first % 8, count.next_multiple_of(8).min(sectors - (first - first % 8)));
+        let block = first - first % 8;
+        let blocks = count.next_multiple_of(8).min(sectors - block);
         match dice.below(20) {
             0..=3 => Self::Write { first: few_first, count: few },
             4..=6 => Self::Write { first: block, count: blocks.min(16) },

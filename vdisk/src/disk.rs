@@ -7,11 +7,20 @@
 //!
 //! Not here: wire formats, queues, threads.
 
-use std::{sync::Arc, time::Duration};
+mod source;
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use arc_swap::ArcSwapOption;
 
-use crate::{Chain, Delta, Error, Extent, ExtentKind, LocalProgress, Overlay, Result, overlay::Run};
+pub use self::source::Parked;
+use self::source::Patience;
+use crate::{
+    Chain, Delta, Error, Extent, ExtentKind, LocalProgress, Overlay, Result, hydrate::demand::Demand, overlay::Run,
+};
 
 /// One virtual disk.
 #[derive(Debug)]
@@ -21,7 +30,12 @@ pub struct Disk {
     /// `None` once everything is local and the source has been let go.
     chain: ArcSwapOption<Chain>,
     overlay: Option<Overlay>,
+    demand: Arc<Demand>,
+    patience: Patience,
 }
+
+/// How long a guest's read waits for a source that is away, unless [`Disk::set_patience`] says otherwise.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// What a zeroing request allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,21 +46,11 @@ pub enum Zeroing {
     KeepSpace,
 }
 
-/// A range that waits for a source which does not answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Parked {
-    /// Start on the disk in bytes.
-    pub offset: u64,
-    /// Length in bytes.
-    pub len: u64,
-    /// How long it has been waiting.
-    pub waited: Duration,
-}
-
 impl Disk {
     /// A read-only disk.
     pub fn read_only(name: impl Into<String>, chain: Arc<Chain>) -> Self {
-        Self { name: name.into(), size: chain.size(), chain: ArcSwapOption::new(Some(chain)), overlay: None }
+        let size = chain.size();
+        Self::new(name.into(), size, Some(chain), None)
     }
 
     /// A disk that takes writes into `overlay`.
@@ -59,7 +63,7 @@ impl Disk {
             let what = format!("the overlay has {} bytes, the chain {size}", overlay.size());
             return Err(Error::WrongOverlay { path: name, what });
         }
-        Ok(Self { name, size, chain: ArcSwapOption::new(Some(chain)), overlay: Some(overlay) })
+        Ok(Self::new(name, size, Some(chain), Some(overlay)))
     }
 
     /// A disk whose overlay holds everything already: no source is needed.
@@ -72,7 +76,14 @@ impl Disk {
             let what = format!("{absent} bytes are not local yet, the source is still needed");
             return Err(Error::WrongOverlay { path: name, what });
         }
-        Ok(Self { name, size: overlay.size(), chain: ArcSwapOption::new(None), overlay: Some(overlay) })
+        let size = overlay.size();
+        Ok(Self::new(name, size, None, Some(overlay)))
+    }
+
+    fn new(name: String, size: u64, chain: Option<Arc<Chain>>, overlay: Option<Overlay>) -> Self {
+        let patience = Patience::new(if overlay.is_some() { PATIENCE } else { Duration::ZERO });
+        let demand = Arc::new(Demand::new(size));
+        Self { name, size, chain: ArcSwapOption::new(chain), overlay, demand, patience }
     }
 
     /// Name, as exports and messages give it.
@@ -98,6 +109,15 @@ impl Disk {
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.check_range(offset, buf.len() as u64)?;
         let Some(overlay) = &self.overlay else { return self.read_chain(offset, buf) };
+        let started = self.demand.is_timed().then(Instant::now);
+        self.read_parts(overlay, offset, buf)?;
+        if let Some(started) = started {
+            self.demand.note_read(started.elapsed());
+        }
+        Ok(())
+    }
+
+    fn read_parts(&self, overlay: &Overlay, offset: u64, buf: &mut [u8]) -> Result<()> {
         let (mut at, mut rest) = (offset, buf);
         while !rest.is_empty() {
             let (kind, len) = overlay.part(at, rest);
@@ -108,7 +128,10 @@ impl Disk {
                     let failed = |e| aquifer_formats::Error::io(overlay.raw().label(), "read", at, e);
                     overlay.raw().read_at(at, front).map_err(failed)?;
                 }
-                Run::Absent => self.read_chain(at, front)?,
+                Run::Absent => {
+                    self.demand.note_fault(at, len as u64);
+                    self.read_chain(at, front)?;
+                }
             }
             at += len as u64;
             rest = tail;
@@ -134,7 +157,13 @@ impl Disk {
                     let failed = |e| aquifer_formats::Error::io(overlay.raw().label(), "read", at, e);
                     overlay.raw().read_now(at, front).map_err(failed)?
                 }
-                Run::Absent => self.chain_now(at, front)?,
+                Run::Absent => {
+                    let ready = self.chain_now(at, front)?;
+                    if ready {
+                        self.demand.note_fault(at, len as u64);
+                    }
+                    ready
+                }
             };
             if !ready {
                 return Ok(false);
@@ -276,13 +305,15 @@ impl Disk {
     }
 
     /// How long reads of a source that fails with I/O errors are tried again before they fail with
-    /// [`Error::SourceAway`]. 300 s unless set. Damage fails at once. Zero also lets go of all reads that
-    /// wait now, for an orderly stop.
-    pub fn set_patience(&self, _patience: Duration) {}
+    /// [`Error::SourceAway`]. Unless set 300 s, and zero without an overlay. Damage fails at once. Zero also
+    /// lets go of all reads that wait now, for an orderly stop.
+    pub fn set_patience(&self, patience: Duration) {
+        self.patience.set(patience);
+    }
 
     /// Reads that wait for the source now.
     pub fn parked(&self) -> Vec<Parked> {
-        Vec::new()
+        self.patience.parked()
     }
 
     /// After a failed sync: the ranges whose acknowledged-but-unflushed or half-written bytes are in
@@ -292,10 +323,17 @@ impl Disk {
     }
 
     fn read_chain(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        match self.chain.load().as_ref() {
-            Some(chain) => chain.read(offset, buf),
-            None => Err(self.not_local(buf.len() as u64)),
+        let Some(chain) = self.chain() else { return self.read_detached(offset, buf) };
+        self.patience.with(offset, buf.len() as u64, || chain.read(offset, buf))
+    }
+
+    /// What was absent when it was looked at may be local by now, and the chain gone since.
+    fn read_detached(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let overlay = self.overlay()?;
+        if overlay.run(offset, buf.len() as u64).0 == Run::Absent {
+            return Err(self.not_local(buf.len() as u64));
         }
+        self.read_parts(overlay, offset, buf)
     }
 
     fn chain_now(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
@@ -312,6 +350,16 @@ impl Disk {
     /// The chain, as long as it is needed.
     pub(crate) fn chain(&self) -> Option<Arc<Chain>> {
         self.chain.load_full()
+    }
+
+    /// What the guest waits for.
+    pub(crate) fn demand(&self) -> Arc<Demand> {
+        Arc::clone(&self.demand)
+    }
+
+    /// The first byte from `from` on that is absent.
+    pub(crate) fn next_absent(&self, from: u64) -> Option<u64> {
+        self.overlay.as_ref()?.next_absent(from)
     }
 
     pub(crate) fn overlay(&self) -> Result<&Overlay> {

@@ -2,132 +2,171 @@
 //!
 //! Invariants
 //! - A block is stored only while it is absent, under its lock: the guest's write always wins.
-//! - What is reported as local after a crash was durable before it.
+//! - What is reported as local after a restart was durable before it; at most what was copied since the
+//!   last seal (128 MiB, 10 s) is copied again.
+//! - The guest comes first: its faults and their neighbours before everything else, and the bulk copy
+//!   yields while the guest's reads are slow, down to a floor.
+//! - Threads run at the lowest scheduling priority a thread can give itself.
 //!
 //! Not here: how blocks are stored (`Overlay`), where they come from (`Chain`).
 
+pub(crate) mod demand;
+mod pace;
+mod progress;
 mod step;
+mod worker;
 
-use std::{ops::Range, sync::Arc, time::Duration};
+use std::{
+    ops::Range,
+    sync::Arc,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
 
+use parking_lot::Mutex;
+
+pub use pace::Pace;
+pub use progress::{HydrateProgress, HydrateState};
 pub use step::Hydrated;
 
+use self::worker::Shared;
+pub(crate) use self::worker::is_transient;
 use crate::{Disk, Result};
 
-/// How fast to hydrate, and what to spare.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Pace {
-    /// Threads that read and store.
-    pub workers: usize,
-    /// Most bytes each second, `None` for as fast as it goes.
-    pub rate_bytes: Option<u64>,
-    /// The bulk copy yields while guest reads take longer than this.
-    pub latency_target: Option<Duration>,
-    /// Bytes each second the bulk copy keeps even then, so that it ends.
-    pub floor_bytes: u64,
-}
-
-impl Default for Pace {
-    fn default() -> Self {
-        Self { workers: 2, rate_bytes: None, latency_target: Some(Duration::from_millis(5)), floor_bytes: 8 << 20 }
-    }
-}
-
-/// What the hydrator is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HydrateState {
-    /// Copying.
-    Running,
-    /// Held by [`Hydrator::pause`].
-    Paused,
-    /// The source does not answer; tried again by itself.
-    SourceAway,
-    /// No space left beside the overlay; tried again by itself.
-    NoSpace,
-    /// Gave up on some ranges (damage in the source) or on the overlay (a failed sync).
-    Failed,
-    /// Stopped by [`Hydrator::stop`] before all was local.
-    Stopped,
-    /// Everything is local and durable.
-    Done,
-}
-
-/// How far hydration is.
-#[derive(Clone, Debug, PartialEq)]
-pub struct HydrateProgress {
-    /// What it is doing.
-    pub state: HydrateState,
-    /// Size of the disk in bytes.
-    pub total: u64,
-    /// Bytes of it that are local.
-    pub local: u64,
-    /// Bytes of it the chain holds data for; `None` until that is known.
-    pub used: Option<u64>,
-    /// Bytes of those that are local.
-    pub used_local: Option<u64>,
-    /// Bytes each second, over the last minute of running.
-    pub rate_bytes: u64,
-    /// Time to the end at that rate; `None` while unknown (under 10 s of running, or standing still).
-    pub eta: Option<Duration>,
-    /// Ranges that could not be copied because the source is damaged there, as `(offset, len)`.
-    pub damaged: Vec<(u64, u64)>,
-    /// The last error, for people.
-    pub error: Option<String>,
-}
+const WORKERS_MAX: usize = 64;
 
 /// A running hydration. Dropping it stops it.
 #[derive(Debug)]
 pub struct Hydrator {
-    disk: Arc<Disk>,
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Hydrator {
     /// Starts worker threads. They take guest faults first, then their neighbours, then what
-    /// [`Hydrator::replay`] asked for, then everything.
+    /// [`Hydrator::replay`] asked for, then everything. When all is local and durable, the disk lets go
+    /// of its chain.
     ///
     /// # Errors
-    /// The disk has no overlay.
-    pub fn start(disk: Arc<Disk>, _pace: Pace) -> Result<Self> {
+    /// [`crate::Error::ReadOnly`]: the disk has no overlay.
+    pub fn start(disk: Arc<Disk>, pace: Pace) -> Result<Self> {
         disk.local()?;
-        Ok(Self { disk })
+        let demand = disk.demand();
+        demand.set_target(pace.latency_target);
+        let shared = Arc::new(Shared::new(disk, demand, pace));
+        let mut threads: Vec<_> = (0..pace.workers.clamp(1, WORKERS_MAX))
+            .map(|_| {
+                let shared = Arc::clone(&shared);
+                std::thread::spawn(move || {
+                    yield_to_guests();
+                    shared.run();
+                })
+            })
+            .collect();
+        let surveyed = Arc::clone(&shared);
+        threads.push(std::thread::spawn(move || {
+            yield_to_guests();
+            surveyed.survey();
+        }));
+        Ok(Self { shared, threads: Mutex::new(threads) })
     }
 
-    /// Ranges a machine read early in an earlier boot, in that order.
-    pub fn replay(&self, _ranges: &[Range<u64>]) {}
+    /// Ranges a machine read early in an earlier boot (see [`Hydrator::trace`]), in that order.
+    pub fn replay(&self, ranges: &[Range<u64>]) {
+        self.shared.replay(ranges);
+    }
+
+    /// Where the guest has waited for the source so far, in order.
+    pub fn trace(&self) -> Vec<Range<u64>> {
+        self.shared.demand.trace()
+    }
 
     /// Holds the copy; what is being copied is finished.
-    pub fn pause(&self) {}
+    pub fn pause(&self) {
+        self.set_paused(true);
+    }
 
     /// Goes on after [`Hydrator::pause`].
-    pub fn resume(&self) {}
+    pub fn resume(&self) {
+        self.set_paused(false);
+    }
 
-    /// Changes the pace.
-    pub fn set_pace(&self, _pace: Pace) {}
+    fn set_paused(&self, paused: bool) {
+        let mut state = self.shared.state.lock();
+        state.paused = paused;
+        let running = !paused && state.phase == HydrateState::Running;
+        state.meter.set_running(running, Instant::now());
+        drop(state);
+        self.shared.demand.wake();
+    }
+
+    /// Changes the pace, except for the number of workers.
+    pub fn set_pace(&self, pace: Pace) {
+        self.shared.demand.set_target(pace.latency_target);
+        self.shared.state.lock().pace = pace;
+        self.shared.demand.wake();
+    }
 
     /// Changes the highest rate in bytes each second, `None` for no limit.
-    pub fn set_rate(&self, _rate_bytes: Option<u64>) {}
+    pub fn set_rate(&self, rate_bytes: Option<u64>) {
+        self.shared.state.lock().pace.rate_bytes = rate_bytes;
+        self.shared.demand.wake();
+    }
 
     /// How far it is.
     pub fn progress(&self) -> HydrateProgress {
-        let local = self.disk.local().unwrap_or_default();
-        HydrateProgress {
-            state: HydrateState::Stopped,
-            total: local.total(),
-            local: local.local(),
-            used: None,
-            used_local: None,
-            rate_bytes: 0,
-            eta: None,
-            damaged: Vec::new(),
-            error: None,
+        self.shared.progress()
+    }
+
+    /// Ends the threads, and makes durable what has been copied. Steps on their way are finished.
+    pub fn stop(&self) {
+        {
+            let mut state = self.shared.state.lock();
+            state.stopping = true;
+            self.shared.set_phase(&mut state, HydrateState::Stopped);
+        }
+        self.shared.demand.wake();
+        let threads = std::mem::take(&mut *self.threads.lock());
+        if threads.is_empty() {
+            return;
+        }
+        for thread in threads {
+            // It has no result; a panic of it has been reported where it happened.
+            let _ended = thread.join();
+        }
+        if self.shared.state.lock().phase == HydrateState::Stopped {
+            // What is not durable is copied again; the next flush meets the error.
+            let _sealed = self.shared.disk.seal();
         }
     }
 
-    /// Ends the threads. What has been copied is made durable.
-    pub fn stop(&self) {}
-
     /// Waits until hydration has ended or `timeout` has passed, and tells the state then.
-    pub fn wait(&self, _timeout: Option<Duration>) -> HydrateState {
-        self.progress().state
+    pub fn wait(&self, timeout: Option<Duration>) -> HydrateState {
+        let until = timeout.and_then(|t| Instant::now().checked_add(t));
+        let mut state = self.shared.state.lock();
+        while !state.phase.is_final() {
+            match until {
+                None => self.shared.ended.wait(&mut state),
+                Some(until) => {
+                    if self.shared.ended.wait_until(&mut state, until).timed_out() {
+                        break;
+                    }
+                }
+            }
+        }
+        state.phase
     }
+}
+
+impl Drop for Hydrator {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Lowers the priority of the calling thread: a guest's read should not wait for a copy's decode.
+fn yield_to_guests() {
+    // On Linux the priority of a "process" id that is a thread's is the thread's. A refusal changes
+    // only who waits for whom.
+    let _refused = rustix::process::setpriority_process(Some(rustix::thread::gettid()), 10);
 }

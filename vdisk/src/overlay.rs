@@ -238,6 +238,11 @@ impl Overlay {
         self.core.collect(|state| state == region::BlockState::Absent)
     }
 
+    /// The first byte from `from` on that is not local.
+    pub(crate) fn next_absent(&self, from: u64) -> Option<u64> {
+        self.core.next_absent(from)
+    }
+
     /// Ranges in doubt since a sync failed.
     pub(crate) fn doubt(&self) -> Delta {
         self.core.doubt()

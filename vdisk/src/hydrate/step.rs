@@ -138,7 +138,11 @@ mod tests {
             let end = 4096 * (1 + next(10)) - next(3) * 512;
             while at < end {
                 let len = (512 * (1 + next(20))).min(end - at);
-                let kind = [ExtentKind::Data, ExtentKind::Zero, ExtentKind::Hole][next(3) as usize];
+                let kind = match next(3) {
+                    0 => ExtentKind::Data,
+                    1 => ExtentKind::Zero,
+                    _ => ExtentKind::Hole,
+                };
                 Extent::push(&mut extents, Extent { offset: at, len, kind });
                 at += len;
             }

@@ -272,6 +272,19 @@ impl Core {
         out
     }
 
+    /// The first byte from `from` on that is absent.
+    pub(super) fn next_absent(&self, from: u64) -> Option<u64> {
+        let mut at = from;
+        while at < self.of.size {
+            let (run, len) = self.run(at, REGION_BYTES);
+            if run == Run::Absent {
+                return Some(at);
+            }
+            at += len;
+        }
+        None
+    }
+
     /// What recovery may find of a region.
     pub(super) fn durable_line(&self, region: u32) -> Line {
         self.stripe(region).read().view(region).durable_line()

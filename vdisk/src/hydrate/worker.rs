@@ -1,0 +1,381 @@
+//! The threads that hydrate: what comes next, what to do when it fails, when it is done.
+//!
+//! Order: guest faults, their neighbours, the replayed trace, then everything from the start of the disk.
+//!
+//! Invariants
+//! - A range that failed is tried again until it is local, found damaged, or hydration is stopped.
+//! - `Done` is reported only after everything is local *and* durable, and the source has been let go.
+//! - A failed sync of the overlay ends hydration: nothing it does could become durable any more.
+//!
+//! Not here: how a range is copied (`step`), how fast (`pace`).
+
+use std::{
+    collections::VecDeque,
+    ops::Range,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::{
+    demand::Demand,
+    pace::{Buckets, Pace},
+    progress::{HydrateProgress, HydrateState, Meter},
+    step::STEP_BYTES,
+};
+use crate::{Delta, Disk, Error, ExtentKind, Result};
+
+/// Copied bytes after which they are made durable, with their marks.
+const SEAL_BYTES: u64 = 128 << 20;
+/// Time after which they are in any case.
+const SEAL_AFTER: Duration = Duration::from_secs(10);
+/// First and longest pause before something that failed is tried again.
+const RETRY: Range<Duration> = Duration::from_millis(200)..Duration::from_secs(5);
+/// Metadata is read this far at once to learn what is used.
+const SURVEY_BYTES: u64 = 64 << 20;
+
+/// What all threads of one hydrator share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) disk: Arc<Disk>,
+    pub(super) demand: Arc<Demand>,
+    pub(super) state: Mutex<State>,
+    /// Told when `state.phase` has changed.
+    pub(super) ended: Condvar,
+}
+
+/// See [`Shared`].
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) pace: Pace,
+    pub(super) paused: bool,
+    pub(super) stopping: bool,
+    pub(super) phase: HydrateState,
+    pub(super) meter: Meter,
+    trace: VecDeque<Range<u64>>,
+    buckets: Buckets,
+    /// Where the bulk copy goes on.
+    cursor: u64,
+    /// Ranges that threads are at.
+    busy: usize,
+    /// Failed ranges, to be tried again.
+    again: Vec<Range<u64>>,
+    retry_at: Option<Instant>,
+    retry_pause: Duration,
+    damaged: Delta,
+    error: Option<String>,
+    used: Option<u64>,
+    /// Copied since the last seal, and since when.
+    unsealed: u64,
+    unsealed_since: Instant,
+    sealing: bool,
+}
+
+/// What a thread does next.
+enum Next {
+    Copy(Range<u64>),
+    Seal,
+    Wait(Duration),
+    /// Nothing is absent any more, or what is cannot be copied.
+    Finish,
+    Quit,
+}
+
+impl Shared {
+    pub(super) fn new(disk: Arc<Disk>, demand: Arc<Demand>, pace: Pace) -> Self {
+        let now = Instant::now();
+        let state = State {
+            pace,
+            paused: false,
+            stopping: false,
+            phase: HydrateState::Running,
+            meter: Meter::new(now),
+            trace: VecDeque::new(),
+            buckets: Buckets::new(),
+            cursor: 0,
+            busy: 0,
+            again: Vec::new(),
+            retry_at: None,
+            retry_pause: RETRY.start,
+            damaged: Delta::new(),
+            error: None,
+            used: None,
+            unsealed: 0,
+            unsealed_since: now,
+            sealing: false,
+        };
+        Self { disk, demand, state: Mutex::new(state), ended: Condvar::new() }
+    }
+
+    /// The life of one thread.
+    pub(super) fn run(&self) {
+        let mut buf = Vec::new();
+        loop {
+            match self.next() {
+                Next::Copy(range) => self.copy(range, &mut buf),
+                Next::Seal => self.seal(),
+                Next::Wait(limit) => self.demand.wait(limit),
+                Next::Finish => self.finish(),
+                Next::Quit => return,
+            }
+        }
+    }
+
+    fn next(&self) -> Next {
+        let mut state = self.state.lock();
+        let now = Instant::now();
+        if state.stopping || state.phase.is_final() {
+            return Next::Quit;
+        }
+        if let Some(at) = state.retry_at {
+            if now < at {
+                return Next::Wait(at - now);
+            }
+            state.retry_at = None;
+        }
+        let seal_due = state.unsealed >= SEAL_BYTES
+            || state.unsealed > 0 && now.duration_since(state.unsealed_since) >= SEAL_AFTER;
+        if seal_due && !state.sealing {
+            state.sealing = true;
+            return Next::Seal;
+        }
+        if state.paused {
+            return Next::Wait(Duration::from_secs(1));
+        }
+        let urgent = self.demand.take().or_else(|| state.trace.pop_front());
+        if let Some(range) = urgent {
+            state.busy += 1;
+            return Next::Copy(range);
+        }
+        let Some(range) = self.bulk(&mut state) else {
+            // The last one to find nothing, once nobody is at anything, ends it.
+            return if state.busy == 0 && !state.sealing { Next::Finish } else { Next::Wait(RETRY.start) };
+        };
+        let pace = state.pace;
+        if let Err(wait) = state.buckets.take(range.end - range.start, &pace, self.demand.slow_for(), now) {
+            state.again.push(range);
+            return Next::Wait(wait);
+        }
+        state.busy += 1;
+        Next::Copy(range)
+    }
+
+    /// The next range of the bulk copy.
+    fn bulk(&self, state: &mut State) -> Option<Range<u64>> {
+        if let Some(range) = state.again.pop() {
+            return Some(range);
+        }
+        let from = self.disk.next_absent(state.cursor)?;
+        let to = (from - from % STEP_BYTES + STEP_BYTES).min(self.disk.size());
+        state.cursor = to;
+        Some(from..to)
+    }
+
+    fn copy(&self, range: Range<u64>, buf: &mut Vec<u8>) {
+        let result = self.disk.hydrate_with(range.start, range.end - range.start, buf);
+        let now = Instant::now();
+        let mut state = self.state.lock();
+        state.busy -= 1;
+        match result {
+            Ok(done) => {
+                state.meter.add(done.copied, now);
+                if state.unsealed == 0 {
+                    state.unsealed_since = now;
+                }
+                // Marks alone are cheap to find again, but have to be stored once.
+                state.unsealed += done.copied.max(u64::from(done.local > 0));
+                state.recovered();
+            }
+            Err(e) => self.note_error(&mut state, range, &e, now),
+        }
+    }
+
+    fn note_error(&self, state: &mut State, range: Range<u64>, e: &Error, now: Instant) {
+        state.error = Some(e.to_string());
+        match e {
+            Error::Format(inner) if !is_transient(inner) => self.narrow(state, range),
+            Error::SyncFailed { .. } | Error::ReadOnly { .. } | Error::OutOfRange { .. } => {
+                self.set_phase(state, HydrateState::Failed);
+            }
+            _ => {
+                let phase =
+                    if matches!(e, Error::NoSpace { .. }) { HydrateState::NoSpace } else { HydrateState::SourceAway };
+                state.again.push(range);
+                state.retry_at = Some(now + state.retry_pause);
+                state.retry_pause = (state.retry_pause * 2).min(RETRY.end);
+                self.set_phase(state, phase);
+            }
+        }
+    }
+
+    /// A range with damage somewhere is cut until the damage stands alone.
+    fn narrow(&self, state: &mut State, range: Range<u64>) {
+        const LEAST: u64 = crate::overlay::OVERLAY_BLOCK_BYTES;
+        let len = range.end - range.start;
+        if len <= LEAST {
+            return state.damaged.insert(range);
+        }
+        let middle = range.start + (len / 2).next_multiple_of(LEAST);
+        state.again.push(middle.min(range.end)..range.end);
+        state.again.push(range.start..middle.min(range.end));
+        state.again.retain(|r| r.start < r.end);
+    }
+
+    fn seal(&self) {
+        let covered = {
+            let mut state = self.state.lock();
+            std::mem::take(&mut state.unsealed)
+        };
+        let result = self.disk.seal();
+        let mut state = self.state.lock();
+        state.sealing = false;
+        if let Err(e) = result {
+            state.unsealed += covered;
+            let now = Instant::now();
+            state.unsealed_since = now;
+            self.note_error(&mut state, 0..0, &e, now);
+        }
+    }
+
+    /// Nothing is left to copy: makes it durable and lets the source go.
+    fn finish(&self) {
+        {
+            let mut state = self.state.lock();
+            if state.phase.is_final() || state.sealing || state.busy > 0 {
+                return;
+            }
+            state.sealing = true;
+        }
+        let result = self.disk.seal().and_then(|()| self.disk.detach_chain());
+        let mut state = self.state.lock();
+        (state.sealing, state.unsealed) = (false, 0);
+        match result {
+            Ok(true) => {
+                state.error = None;
+                self.set_phase(&mut state, HydrateState::Done);
+            }
+            Ok(false) if !state.damaged.is_empty() => self.set_phase(&mut state, HydrateState::Failed),
+            // A range was skipped that is still absent: once more from the start.
+            Ok(false) => state.cursor = 0,
+            Err(e) => self.note_error(&mut state, 0..0, &e, Instant::now()),
+        }
+    }
+
+    pub(super) fn set_phase(&self, state: &mut State, phase: HydrateState) {
+        if state.phase.is_final() || state.phase == phase {
+            return;
+        }
+        state.phase = phase;
+        let running = phase == HydrateState::Running && !state.paused;
+        state.meter.set_running(running, Instant::now());
+        self.ended.notify_all();
+        if phase.is_final() {
+            self.demand.wake();
+        }
+    }
+
+    pub(super) fn replay(&self, ranges: &[Range<u64>]) {
+        let size = self.disk.size();
+        let inside = ranges.iter().map(|r| r.start.min(size)..r.end.min(size)).filter(|r| r.start < r.end);
+        self.state.lock().trace.extend(inside);
+        self.demand.wake();
+    }
+
+    /// Marks what the chain has no data for as local, and counts what it has data for.
+    pub(super) fn survey(&self) {
+        let (mut used, mut at) = (0, 0);
+        while at < self.disk.size() {
+            if self.wait_while_held() {
+                return;
+            }
+            match self.disk.survey(at, SURVEY_BYTES) {
+                Ok(data) => (used, at) = (used + data, at.saturating_add(SURVEY_BYTES)),
+                Err(Error::Format(e)) if is_transient(&e) => self.demand.wait(RETRY.end),
+                // Whoever copies meets the error with its range; what is used stays unknown.
+                Err(_) => return,
+            }
+        }
+        let mut state = self.state.lock();
+        state.used = Some(used);
+        if state.unsealed == 0 {
+            (state.unsealed, state.unsealed_since) = (1, Instant::now());
+        }
+    }
+
+    /// Waits while paused; `true` if it is over.
+    fn wait_while_held(&self) -> bool {
+        loop {
+            let state = self.state.lock();
+            if state.stopping || state.phase.is_final() {
+                return true;
+            }
+            if !state.paused {
+                return false;
+            }
+            drop(state);
+            self.demand.wait(Duration::from_secs(1));
+        }
+    }
+
+    pub(super) fn progress(&self) -> HydrateProgress {
+        let local = self.disk.local().unwrap_or_default();
+        let state = self.state.lock();
+        let now = Instant::now();
+        // Once surveyed, whatever is still absent is data.
+        let used_local = state.used.map(|used| used.saturating_sub(local.absent));
+        let left = local.absent;
+        HydrateProgress {
+            state: if state.paused && !state.phase.is_final() { HydrateState::Paused } else { state.phase },
+            total: local.total(),
+            local: local.local(),
+            used: state.used,
+            used_local,
+            copied: state.meter.copied(),
+            rate_bytes: state.meter.rate(now),
+            eta: state.used.and_then(|_| state.meter.eta(left, now)),
+            damaged: state.damaged.iter().map(|r| (r.start, r.end - r.start)).collect(),
+            error: state.error.clone(),
+        }
+    }
+}
+
+impl State {
+    /// Something has worked: whatever was away is back.
+    fn recovered(&mut self) {
+        self.retry_pause = RETRY.start;
+        if matches!(self.phase, HydrateState::SourceAway | HydrateState::NoSpace) {
+            self.phase = HydrateState::Running;
+            self.error = None;
+            self.meter.set_running(!self.paused, Instant::now());
+        }
+    }
+}
+
+/// Whether reading again may help: an I/O error, other than that a file is too short.
+pub(crate) fn is_transient(e: &aquifer_formats::Error) -> bool {
+    matches!(e, aquifer_formats::Error::Io { source, .. } if source.kind() != std::io::ErrorKind::UnexpectedEof)
+}
+
+impl Disk {
+    /// Marks what a range has no data for as local; returns how many bytes of it the chain has data for,
+    /// in whole overlay blocks.
+    fn survey(&self, offset: u64, len: u64) -> Result<u64> {
+        let Some(chain) = self.chain() else { return Ok(0) };
+        let end = offset.saturating_add(len).min(self.size());
+        let mut extents = Vec::new();
+        chain.extents(offset, end - offset, &mut extents)?;
+        let data: Delta = extents
+            .iter()
+            .filter(|e| e.kind == ExtentKind::Data)
+            .map(|e| e.offset..e.offset + e.len)
+            .collect::<Delta>()
+            .round_out(crate::overlay::OVERLAY_BLOCK_BYTES)
+            .clip(offset..end);
+        let empty = std::iter::once(offset..end).collect::<Delta>().subtract(&data);
+        for range in empty.iter() {
+            self.overlay()?.fill_zero(range.start, range.end - range.start)?;
+        }
+        Ok(data.bytes())
+    }
+}
