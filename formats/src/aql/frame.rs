@@ -119,6 +119,14 @@ pub(crate) fn parse_header(bytes: &[u8]) -> Result<(FrameInfo, u32), String> {
     Ok((info, header.check.get()))
 }
 
+/// The payload of a whole frame, if it has the `check` of its own header.
+pub(crate) fn checked_payload(frame: &[u8]) -> Result<&[u8], String> {
+    let (_, said) = parse_header(frame)?;
+    let (header, payload) = frame.split_at_checked(FRAME_HEADER_BYTES).unwrap_or_default();
+    let check = crc32c::crc32c_append(crc32c::crc32c(payload), identity(header));
+    if check == said { Ok(payload) } else { Err(format!("checksum is {check:08x}, the header says {said:08x}")) }
+}
+
 /// What a pointer expects of the frame it names.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Expected {

@@ -207,9 +207,9 @@ on_disk! {
 on_disk! {
     /// One block in a leaf page.
     EntryBytes, 16, ENTRY_FIELDS {
-        /// `state:4 | slot:12 | offset:48`, from the high bits down; offset of the frame header
+        /// `state:4, slot:12, offset:48`, from the high bits down; offset of the frame header
         place: U64,
-        /// `stored bytes:24 | codec:4 | flags:4`, from the high bits down; flag 1: the frame was written for another block
+        /// `stored bytes:24, codec:4, flags:4`, from the high bits down; flag 1: the frame was written for another block
         form: U32,
         /// the frame's `check`
         check: U32,

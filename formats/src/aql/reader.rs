@@ -490,7 +490,7 @@ pub(crate) fn read_root_copy(storage: &dyn Storage, seal: &SealInfo, copy: u64) 
     if !fits {
         return Err(odd(format!("the frame is {info:?}")));
     }
-    let payload = scratch.get(super::layout::FRAME_HEADER_BYTES..).unwrap_or_default();
+    let payload = frame::checked_payload(&scratch).map_err(odd)?;
     let raw = usize::try_from(seal.root_raw).unwrap_or(usize::MAX);
     let mut out = Vec::new();
     decode_meta(seal.root_codec, payload, raw, &mut out).map_err(odd)?;

@@ -327,25 +327,21 @@ impl SealInfo {
 
 /// Reads the seal: the first copy that is whole. With neither, the error of the second.
 pub(crate) fn read_seal(storage: &dyn Storage) -> Result<SealInfo> {
-    let [first, second] = read_seals(storage)?;
-    first.or(second)
+    read_seal_copy(storage, 0).or_else(|_| read_seal_copy(storage, 1))
 }
 
-/// Reads both copies of the seal, for whoever checks redundancy.
-pub(crate) fn read_seals(storage: &dyn Storage) -> Result<[Result<SealInfo>; 2]> {
+/// Reads one copy of the seal.
+pub(crate) fn read_seal_copy(storage: &dyn Storage, copy: u32) -> Result<SealInfo> {
     let path = storage.label();
     let len = storage.len().map_err(|e| Error::io(path, "stat", 0, e))?;
     let need = FRAMES_START + 2 * PAGE_BYTES;
     if len < need {
         return Err(Error::Truncated { path: path.into(), len, need, what: "a native layer".into() });
     }
-    let read = |copy: u32| {
-        let at = len - 2 * PAGE_BYTES + u64::from(copy) * PAGE_BYTES;
-        let mut page = [0; PAGE_LEN];
-        storage.read_at(at, &mut page).map_err(|e| Error::io(path, "read", at, e))?;
-        SealInfo::parse(path, at, len, copy, page)
-    };
-    Ok([read(0), read(1)])
+    let at = len - 2 * PAGE_BYTES + u64::from(copy) * PAGE_BYTES;
+    let mut page = [0; PAGE_LEN];
+    storage.read_at(at, &mut page).map_err(|e| Error::io(path, "read", at, e))?;
+    SealInfo::parse(path, at, len, copy, page)
 }
 
 /// Whether a file ends in a valid seal. Anything else that can be read is "no".

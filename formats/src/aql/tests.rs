@@ -1,36 +1,20 @@
 //! Tests of the native layer: writer against reader, with a `Vec<u8>` as the oracle.
 
+use std::sync::Arc;
+
 use super::*;
 use crate::{Content, Layer, Storage, storage::MemoryStorage};
 
+mod damage;
+mod document;
+mod oracle;
 mod support;
+mod torn;
+mod writing;
 
-use support::{Chain, options, pattern, read_all};
+use support::{Chain, key, options, pattern, read_all, read_into};
 
-#[test]
-fn a_full_reads_back() {
-    let mut chain = Chain::new();
-    let bytes = pattern(1, 300_000);
-    let point = chain.full(&bytes, options());
-    assert_eq!(read_all(&point), bytes);
-    assert_eq!(point.size(), 300_000);
-}
-
-#[test]
-fn an_increment_stores_only_what_changed() {
-    let mut chain = Chain::new();
-    let mut bytes = pattern(1, 1 << 20);
-    let first = chain.full(&bytes, options());
-    bytes[100_000] ^= 1;
-    let second = chain.increment(&first, &bytes, options());
-    assert_eq!(read_all(&second), bytes);
-    let stats = second.stats();
-    assert_eq!((stats.blocks_written, stats.blocks_unchanged), (1, stats.blocks_given - 1));
-    let third = chain.increment(&second, &bytes, options());
-    assert_eq!(third.stats().blocks_written, 0);
-    assert_eq!(read_all(&third), bytes);
-    assert_eq!(delta(&second, &third).expect("delta"), vec![]);
-    let grain = u64::from(second.block_bytes());
-    let start = 100_000 / grain * grain;
-    assert_eq!(delta(&first, &third).expect("delta"), vec![start..start + grain]);
+/// How many times the usual number of cases is run.
+fn scale() -> u32 {
+    std::env::var("AQUIFER_TEST_SCALE").ok().and_then(|s| s.parse().ok()).unwrap_or(1)
 }

@@ -12,7 +12,7 @@ use super::{
     key::ContentKey,
     layout::LEAF_ENTRIES,
     reader::{Reader, read_root_copy},
-    seal::{read_seals, read_superblock},
+    seal::{read_seal_copy, read_superblock},
 };
 use crate::{BlockRef, Content, Error, Layer, Result};
 
@@ -97,12 +97,9 @@ impl Verify<'_> {
                 if identity == *reader.identity() { Ok(()) } else { Err(other) }
             };
             note(read_superblock(storage).and_then(same), &none);
-            match read_seals(storage) {
-                Ok(seals) => seals.into_iter().for_each(|seal| note(seal.map(|_| ()), &none)),
-                Err(e) => note(Err(e), &all),
-            }
             for copy in 0..2 {
-                note(read_root_copy(storage, reader.seal_info(), copy).map(|_| ()), &none);
+                note(read_seal_copy(storage, copy).map(|_| ()), &none);
+                note(read_root_copy(storage, reader.seal_info(), copy.into()).map(|_| ()), &none);
             }
         }
         for slot in reader.root().layers.keys() {

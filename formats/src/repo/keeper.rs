@@ -1,5 +1,5 @@
 //! The only place that deletes anything from a repository, in two functions:
-//! [`delete_layer` and [`delete_record`](self), both private, both below.
+//! `delete_layer` and `delete_record`, both private, both below.
 //!
 //! Invariants
 //! - A layer file goes only when its point is given up in the newest generation, no retained point needs

@@ -2,7 +2,11 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex},
+    io,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use super::*;
@@ -12,6 +16,58 @@ use crate::Error;
 #[derive(Clone, Default)]
 pub(super) struct Chain {
     pub(super) files: Arc<Mutex<BTreeMap<String, Arc<dyn Storage>>>>,
+    opened: Arc<AtomicU64>,
+    reads: Arc<AtomicU64>,
+}
+
+/// Counts reads.
+#[derive(Debug)]
+struct Counted {
+    inner: MemoryStorage,
+    reads: Arc<AtomicU64>,
+}
+
+impl Storage for Counted {
+    fn label(&self) -> &str {
+        self.inner.label()
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        self.inner.read_at(offset, buf)
+    }
+
+    fn read_now(&self, offset: u64, buf: &mut [u8]) -> io::Result<bool> {
+        self.inner.read_now(offset, buf)
+    }
+
+    fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
+        self.inner.write_at(offset, buf)
+    }
+
+    fn allocated(&self, offset: u64, len_max: u64) -> io::Result<(bool, u64)> {
+        self.inner.allocated(offset, len_max)
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.inner.punch(offset, len)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.inner.set_len(len)
+    }
+
+    fn start_writeback(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.inner.start_writeback(offset, len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.inner.sync()
+    }
 }
 
 pub(super) fn key() -> ContentKey {
@@ -56,13 +112,17 @@ impl Chain {
 
     pub(super) fn storage(&self, name: &str) -> Arc<dyn Storage> {
         let mut files = self.files.lock().expect("lock");
-        let make = || Arc::new(MemoryStorage::new(name, Vec::new())) as Arc<dyn Storage>;
+        let make = || -> Arc<dyn Storage> {
+            let inner = MemoryStorage::new(name, Vec::new());
+            Arc::new(Counted { inner, reads: Arc::clone(&self.reads) })
+        };
         Arc::clone(files.entry(name.to_owned()).or_insert_with(make))
     }
 
     pub(super) fn resolver(&self) -> Resolver {
-        let files = Arc::clone(&self.files);
+        let (files, opened) = (Arc::clone(&self.files), Arc::clone(&self.opened));
         Resolver::custom("memory", move |name| {
+            opened.fetch_add(1, Ordering::Relaxed);
             let files = files.lock().expect("lock");
             let missing = || Error::ChainBroken { path: name.hint.into(), what: "missing".into() };
             files.get(name.hint).cloned().ok_or_else(missing)
@@ -77,24 +137,38 @@ impl Chain {
         format!("{:04}.aql", self.files.lock().expect("lock").len())
     }
 
-    pub(super) fn full(&mut self, bytes: &[u8], options: WriterOptions) -> Arc<Reader> {
+    /// Reads and opened files while `f` runs.
+    pub(super) fn count(&self, f: impl FnOnce()) -> (u64, u64) {
+        let now = || (self.reads.load(Ordering::Relaxed), self.opened.load(Ordering::Relaxed));
+        let before = now();
+        f();
+        (now().0 - before.0, now().1 - before.1)
+    }
+
+    /// Writes a point into the next file.
+    pub(super) fn point(
+        &mut self,
+        new: NewLayer,
+        options: WriterOptions,
+        give: impl FnOnce(&mut Writer),
+    ) -> Arc<Reader> {
         let name = self.next_name();
-        let new = NewLayer::full(bytes.len() as u64, key());
         let mut writer = Writer::create(self.storage(&name), new, options).expect("create");
-        writer.put(0, bytes).expect("put");
+        give(&mut writer);
         writer.finish().expect("finish");
         Arc::new(self.open(&name).expect("open"))
     }
 
-    /// An increment on the newest file of `parent`, given whole.
+    pub(super) fn full(&mut self, bytes: &[u8], options: WriterOptions) -> Arc<Reader> {
+        let new = NewLayer::full(bytes.len() as u64, key());
+        self.point(new, options, |writer| writer.put(0, bytes).expect("put"))
+    }
+
+    /// An increment on `parent`, given whole.
     pub(super) fn increment(&mut self, parent: &Arc<Reader>, bytes: &[u8], options: WriterOptions) -> Arc<Reader> {
-        let name = self.next_name();
         let mut new = NewLayer::increment(Arc::clone(parent), parent.label(), key());
         new.virtual_size = bytes.len() as u64;
-        let mut writer = Writer::create(self.storage(&name), new, options).expect("create");
-        writer.put(0, bytes).expect("put");
-        writer.finish().expect("finish");
-        Arc::new(self.open(&name).expect("open"))
+        self.point(new, options, |writer| writer.put(0, bytes).expect("put"))
     }
 }
 
