@@ -163,6 +163,11 @@ impl FuseMount {
             Audience::OwnerAndRoot => SessionACL::RootAndOwner,
         };
         config.n_threads = Some(LOOPS);
+        // Threads made from here on must not wait for their own writes when memory is short. Without the
+        // privilege that is at risk only where the disks are used on this very host.
+        if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
+            tracing::debug!(%error, "PR_SET_IO_FLUSHER");
+        }
         let shared = Arc::new(OnceLock::new());
         let files = Files::new(shared.clone());
         let session = Session::new(files, &dir, &config).map_err(|e| Error::io(&dir, "mount", e))?;

@@ -95,6 +95,14 @@ impl Client {
         self.order(&Request::Drain { disk: disk.map(str::to_owned) })
     }
 
+    /// Records that the hypervisor writes `disk.raw` itself from now on.
+    ///
+    /// # Errors
+    /// As [`Client::set`].
+    pub fn hand_over(&self, disk: &str) -> Result<()> {
+        self.order(&Request::HandOver { disk: disk.to_owned() })
+    }
+
     /// Closes the source for good.
     ///
     /// # Errors
@@ -220,7 +228,7 @@ fn offline_disk(spec: &Spec, disk: &super::DiskSpec) -> DiskStatus {
         used: None,
         overlay: None,
         hydration: None,
-        fetched: None,
         parked: Vec::new(),
+        doubtful: Vec::new(),
     }
 }

@@ -52,6 +52,11 @@ pub enum Request {
         #[serde(default)]
         disk: Option<String>,
     },
+    /// Somebody else (the hypervisor) writes `disk.raw` from now on.
+    HandOver {
+        /// Which disk.
+        disk: String,
+    },
     /// Close the source for good; refused while anything is absent.
     DetachSource,
     /// End the door in order.

@@ -103,9 +103,29 @@ pub enum Error {
         /// What is wrong.
         what: String,
     },
+    /// The session has no disk of that name.
+    #[error("no disk `{name}` in this session")]
+    NoDisk {
+        /// What was asked for.
+        name: String,
+    },
+    /// Clients are connected, and they were to be respected.
+    #[error("{connections} NBD clients connected, {files}")]
+    Clients {
+        /// NBD connections.
+        connections: u64,
+        /// Whether files are open.
+        files: &'static str,
+    },
     /// The disk, its chain or its overlay.
     #[error(transparent)]
     Disk(#[from] aquifer_vdisk::Error),
+    /// The NBD door.
+    #[error(transparent)]
+    Nbd(#[from] crate::nbd::Error),
+    /// The FUSE door.
+    #[error(transparent)]
+    Fuse(#[from] crate::fuse::Error),
     /// The door keeps dying.
     #[error("door ended {times} times within {seconds} s, last {how}: see {log}")]
     KeepsDying {
@@ -133,20 +153,20 @@ impl Error {
 
     /// The stable code of this error, as the control socket and the command line give it.
     pub fn code(&self) -> &str {
+        use aquifer_vdisk::Error as Disk;
         match self {
-            Self::Io { .. } => "E_IO",
-            Self::State { .. } => "E_STATE",
-            Self::Busy { .. } => "E_BUSY",
-            Self::BadFile { .. } => "E_SESSION_FILE",
-            Self::SocketPath { .. } => "E_SOCKET_PATH",
-            Self::OtherChain { .. } => "E_OTHER_CHAIN",
-            Self::NoSession { .. } => "E_NO_SESSION",
+            Self::State { .. } | Self::NotRunning { .. } | Self::Disk(Disk::NotLocal { .. }) => "E_STATE",
+            Self::Busy { .. } | Self::Clients { .. } | Self::Disk(Disk::Busy { .. }) => "E_BUSY",
+            Self::BadFile { .. } => "E_CORRUPT",
+            Self::SocketPath { .. } | Self::OtherChain { .. } | Self::Disk(Disk::WrongOverlay { .. }) => "E_REFUSED",
+            Self::NoSession { .. } | Self::NoDisk { .. } => "E_NOT_FOUND",
             Self::Ambiguous { .. } => "E_AMBIGUOUS",
-            Self::NotRunning { .. } => "E_DOOR_DOWN",
             Self::Door { code, .. } => code,
-            Self::Protocol { .. } => "E_PROTOCOL",
-            Self::Disk(_) => "E_DISK",
-            Self::KeepsDying { .. } => "E_DOOR_DYING",
+            Self::Protocol { .. } => "E_NET",
+            Self::Disk(Disk::NoSpace { .. }) => "E_CAPACITY",
+            Self::Disk(Disk::SourceAway { .. }) => "E_REPO_OFFLINE",
+            Self::Io { .. } | Self::Disk(_) | Self::Nbd(_) | Self::Fuse(_) => "E_IO",
+            Self::KeepsDying { .. } => "E_FAILED",
         }
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! - [`Spec`], [`State`], [`Folder`]: what a session is, where it stands, where that is kept.
 //! - [`Registry`]: a user's sessions by name and id.
+//! - [`serve`]: the process that is the session; [`Hooks`] is how a runner joins it.
+//! - [`supervise`]: the small process that starts it again when it dies.
 //! - [`Client`]: status and orders, from outside.
 //!
 //! Invariants
@@ -14,17 +16,27 @@
 
 mod client;
 pub mod control;
+mod disks;
 pub mod error;
 pub mod folder;
+mod listen;
+mod live;
 mod registry;
+mod serve;
 pub mod spec;
 mod state;
 pub mod status;
+mod supervise;
+mod watch;
 
 pub use client::Client;
+pub use disks::hexadecimal;
 pub use error::{Error, Result};
 pub use folder::{Event, Folder, OwnerLock};
+pub use live::Live;
 pub use registry::{Pointer, Registry};
+pub use serve::{Confine, Happening, Hooks, NoHooks, Serving, serve};
 pub use spec::{Access, DiskSpec, Hydrate, Options, Preallocate, Spec, check_socket_path, is_name};
 pub use state::State;
 pub use status::Status;
+pub use supervise::{Policy, leave_terminal, spawn_detached, supervise};

@@ -57,6 +57,12 @@ pub enum Door {
         cache: CacheStatus,
         /// What the process may still do.
         confinement: Confinement,
+        /// NBD connections open now.
+        connections: u64,
+        /// Bytes read by NBD clients since the door started.
+        bytes_read: u64,
+        /// Bytes written by NBD clients since the door started.
+        bytes_written: u64,
     },
     /// No process serves the session; figures come from the session's files.
     NotRunning,
@@ -71,8 +77,10 @@ pub struct CacheStatus {
     pub bytes: u64,
     /// Reads answered from it.
     pub hits: u64,
-    /// Reads that had to decode.
-    pub misses: u64,
+    /// Blocks that had to be decoded.
+    pub decodes: u64,
+    /// Bytes decoded since the door started: what was fetched from compressed sources.
+    pub decoded_bytes: u64,
 }
 
 /// One disk of a session.
@@ -95,11 +103,12 @@ pub struct DiskStatus {
     /// Background copying; absent where there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hydration: Option<HydrationStatus>,
-    /// Bytes fetched from the source since the door started.
-    pub fetched: Option<u64>,
     /// Reads that wait for a source that is away.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parked: Vec<Parked>,
+    /// After a failed sync, the ranges whose latest bytes are in doubt, as offset and length.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub doubtful: Vec<(u64, u64)>,
 }
 
 /// Where a disk's bytes are. The four add up to the disk's size.
@@ -123,7 +132,7 @@ impl OverlayStatus {
 }
 
 /// Background copying.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HydrationStatus {
     /// What it is doing.
     pub phase: Phase,
@@ -135,6 +144,12 @@ pub struct HydrationStatus {
     pub rate: u64,
     /// Seconds to the end at that rate; absent under ten seconds of measurement.
     pub eta_s: Option<u64>,
+    /// Ranges that could not be copied because the source is damaged there, as offset and length.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub damaged: Vec<(u64, u64)>,
+    /// The last error.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 /// What hydration is doing.
@@ -145,8 +160,10 @@ pub enum Phase {
     Running,
     /// Somebody paused it.
     Paused,
-    /// The source is away.
+    /// The source is away; tried again by itself.
     Waiting,
+    /// No space left beside the overlay; tried again by itself.
+    NoSpace,
     /// All is local.
     Done,
     /// It gave up; the reason is in the events.
@@ -162,8 +179,6 @@ pub struct Parked {
     pub len: u64,
     /// How long it has waited, seconds.
     pub waited_s: u64,
-    /// The source's last error.
-    pub cause: String,
 }
 
 impl Status {

@@ -1,0 +1,143 @@
+//! Opens a session's disks: chain, overlay, and whether the two belong together.
+//!
+//! Invariants
+//! - A chain that is not the one the session was started on is refused before anything is served.
+//! - An overlay appears under its final name complete or not at all; what a crash left unfinished was
+//!   never served and is made anew.
+//! - A disk whose overlay holds everything is opened without its source.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use aquifer_formats::{
+    Storage,
+    storage::{Access as FileAccess, FileStorage},
+};
+use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Connect, Disk, Overlay, OverlayOf, OverlayOptions, open_chain};
+
+use super::{
+    Access, DiskSpec, Error, Preallocate, Result, Spec,
+    folder::{make_private_dir, sync_dir},
+};
+
+/// Opens one disk of `spec`.
+///
+/// # Errors
+/// [`Error::OtherChain`]; [`Error::Disk`] for what is wrong with source or overlay.
+pub(super) fn open(spec: &Spec, disk: &DiskSpec, cache: &Arc<BlockCache>, connect: Connect<'_>) -> Result<Arc<Disk>> {
+    if spec.options.access == Access::ReadOnly {
+        let chain = chain_of(disk, cache, connect)?;
+        return Ok(Arc::new(Disk::read_only(&disk.name, chain)));
+    }
+    let of = OverlayOf { size: disk.size, chain: digits(&disk.fingerprint).unwrap_or_default() };
+    let mut options = OverlayOptions::default();
+    if let Some(bytes) = spec.options.journal_bytes {
+        options.journal_bytes = bytes;
+    }
+    let dir = spec.disk_dir(&disk.name);
+    if dir.exists() {
+        let overlay = Overlay::open(&dir, of, options)?;
+        if overlay.local().absent == 0 {
+            return Ok(Arc::new(Disk::detached(&disk.name, overlay)?));
+        }
+        let chain = chain_of(disk, cache, connect)?;
+        return Ok(Arc::new(Disk::writable(&disk.name, chain, overlay)?));
+    }
+    // The source first: nothing is made for one that cannot be read.
+    let chain = chain_of(disk, cache, connect)?;
+    create_overlay(&dir, of, options, spec.options.preallocate)?;
+    let overlay = Overlay::open(&dir, of, options)?;
+    Ok(Arc::new(Disk::writable(&disk.name, chain, overlay)?))
+}
+
+fn chain_of(disk: &DiskSpec, cache: &Arc<BlockCache>, connect: Connect<'_>) -> Result<Arc<Chain>> {
+    let chain = open_chain(&disk.chain, cache.clone(), connect)?;
+    let found = hexadecimal(&chain.fingerprint()?);
+    let same = found.eq_ignore_ascii_case(&disk.fingerprint);
+    if !same || chain.size() != disk.size {
+        return Err(Error::OtherChain {
+            disk: disk.name.clone(),
+            expected: format!("{} of {} bytes", disk.fingerprint, disk.size),
+            found: format!("{found} of {} bytes", chain.size()),
+        });
+    }
+    Ok(Arc::new(chain))
+}
+
+fn create_overlay(dir: &Path, of: OverlayOf, options: OverlayOptions, preallocate: Preallocate) -> Result<()> {
+    let parent = dir.parent().unwrap_or(dir);
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    // Names of disks never begin with a dot.
+    let draft = parent.join(format!(".{name}.new"));
+    if draft.exists() {
+        fs::remove_dir_all(&draft).map_err(|e| Error::io(&draft, "remove", e))?;
+    }
+    make_private_dir(&draft)?;
+    let made = fill_overlay(&draft, of, options, preallocate);
+    if made.is_err() {
+        let _ = fs::remove_dir_all(&draft);
+        return made;
+    }
+    sync_dir(&draft)?;
+    fs::rename(&draft, dir).map_err(|e| Error::io(dir, "create", e))?;
+    sync_dir(parent)
+}
+
+fn fill_overlay(draft: &Path, of: OverlayOf, options: OverlayOptions, preallocate: Preallocate) -> Result<()> {
+    drop(Overlay::create(draft, of, options)?);
+    if preallocate == Preallocate::Full {
+        let path = Overlay::raw_path(draft);
+        let raw = FileStorage::open(&path, FileAccess::ReadWrite).map_err(aquifer_vdisk::Error::from)?;
+        let reserved = raw.reserve(0, of.size).and_then(|()| raw.sync());
+        reserved.map_err(|e| match e.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT) => {
+                let what = format!("the {} bytes of the disk", of.size);
+                Error::Disk(aquifer_vdisk::Error::NoSpace { path: path.display().to_string(), what })
+            }
+            _ => Error::io(&path, "reserve", e),
+        })?;
+    }
+    Ok(())
+}
+
+/// A disk's `disk.raw`, for passthrough.
+pub(super) fn raw_file(spec: &Spec, disk: &DiskSpec) -> Option<File> {
+    File::open(Overlay::raw_path(&spec.disk_dir(&disk.name))).ok()
+}
+
+/// Folders a chain is read from.
+pub(super) fn source_folders(chain: &ChainSpec) -> Vec<PathBuf> {
+    let (path, more) = match chain {
+        ChainSpec::Image { path, allow_backing, .. } => (path, allow_backing.as_slice()),
+        ChainSpec::Native { path } => (path, &[][..]),
+        ChainSpec::Nbd { .. } => return Vec::new(),
+    };
+    let mut out: Vec<PathBuf> = more.to_vec();
+    let real = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+    for file in [path, &real] {
+        let Some(folder) = file.parent() else { continue };
+        // The points of a repository's machine stand on each other, in folders side by side.
+        let repository = folder.ancestors().take(8).find(|a| a.join("aquifer.json").is_file());
+        out.push(repository.unwrap_or(folder).to_path_buf());
+    }
+    out
+}
+
+/// Bytes as hexadecimal digits.
+pub fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// 64 hexadecimal digits as bytes.
+fn digits(text: &str) -> Option<[u8; 32]> {
+    let mut out = [0; 32];
+    let text = text.as_bytes();
+    for (index, byte) in out.iter_mut().enumerate() {
+        let pair = std::str::from_utf8(text.get(index * 2..index * 2 + 2)?).ok()?;
+        *byte = u8::from_str_radix(pair, 16).ok()?;
+    }
+    (text.len() == 64).then_some(out)
+}

@@ -1,0 +1,91 @@
+//! Looks at a served session several times a second and lets its state follow what is so.
+//!
+//! Invariants
+//! - Each change is told once.
+//! - A state that the runner has moved meanwhile is left alone: a refused transition is not an error here.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use aquifer_vdisk::{HydrateState, Hydrator};
+
+use super::{
+    Error, State,
+    live::Live,
+    serve::{Happening, Hooks},
+};
+
+/// How often a deadline is turned into a rate anew.
+const PACE_EVERY: Duration = Duration::from_secs(5);
+
+/// How often the record is read where nothing seems to have changed.
+const READ_EVERY: Duration = Duration::from_millis(500);
+
+/// How long reads must have waited before that is news.
+const AWAY_AFTER: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
+pub(super) struct Watcher {
+    was_local: bool,
+    was_away: bool,
+    had_failed: bool,
+    paced: Instant,
+    read: Instant,
+    seen: (bool, bool),
+}
+
+impl Watcher {
+    pub(super) fn new(is_local: bool) -> Self {
+        let now = Instant::now();
+        Self { was_local: is_local, was_away: false, had_failed: false, paced: now, read: now, seen: (false, false) }
+    }
+
+    pub(super) fn look(&mut self, live: &Arc<Live>, hooks: &dyn Hooks) {
+        let states: Vec<HydrateState> =
+            live.disks.iter().filter_map(|d| Some(d.hydrator.lock().as_ref().map(Hydrator::progress)?.state)).collect();
+        let failed = states.contains(&HydrateState::Failed);
+        if failed && !self.had_failed {
+            live.tell(hooks, Happening::HydrationFailed, None);
+        }
+        self.had_failed = failed;
+        let parked = live.disks.iter().flat_map(|d| d.disk.parked()).any(|p| p.waited >= AWAY_AFTER);
+        let away = parked || states.contains(&HydrateState::SourceAway);
+        if away != self.was_away {
+            self.was_away = away;
+            live.tell(hooks, if away { Happening::SourceAway } else { Happening::SourceBack }, None);
+        }
+        let local = live.is_local();
+        if local && !self.was_local {
+            live.tell(hooks, Happening::AllLocal, None);
+        }
+        self.was_local = local;
+        let copying = states.iter().any(|s| matches!(s, HydrateState::Running));
+        self.follow(live, away, copying);
+        if self.paced.elapsed() >= PACE_EVERY {
+            self.paced = Instant::now();
+            live.keep_pace();
+        }
+    }
+
+    /// Mounted, Migrating and Interrupted are what is so.
+    fn follow(&mut self, live: &Arc<Live>, away: bool, copying: bool) {
+        // Others move the state too, but nobody waits for this to notice at once.
+        if self.seen == (away, copying) && self.read.elapsed() < READ_EVERY {
+            return;
+        }
+        (self.seen, self.read) = ((away, copying), Instant::now());
+        let Ok(record) = live.folder.load() else { return };
+        let (next, why) = match record.state {
+            State::Mounted | State::Migrating if away => (State::Interrupted, "source_away"),
+            State::Interrupted if !away => (State::Mounted, "source_back"),
+            State::Mounted if copying => (State::Migrating, "hydrate"),
+            _ => return,
+        };
+        match live.folder.transition(next, why, None) {
+            Ok(_) | Err(Error::State { .. }) => {}
+            Err(error) => tracing::warn!(%error, "a state was not recorded"),
+        }
+    }
+}
