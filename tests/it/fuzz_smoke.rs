@@ -156,6 +156,42 @@ fn qcow2_seeds(folder: &Path) {
     fs::rename(&path, folder.join("seed9")).expect("rename");
 }
 
+/// Blocks in every encoding, behind the three bytes that say how to ask for them.
+fn codec_seeds(folder: &Path) {
+    let raw: Vec<u8> = (0..40_000u32).flat_map(|i| (i / 3).to_le_bytes()).take(64 << 10).collect();
+    let mut deflate = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::fast());
+    std::io::Write::write_all(&mut deflate, &raw).expect("memory");
+    let mut flushed = zstd::stream::write::Encoder::new(Vec::new(), 3).expect("encoder");
+    for part in raw.chunks(16 << 10) {
+        std::io::Write::write_all(&mut flushed, part).expect("memory");
+        std::io::Write::flush(&mut flushed).expect("memory");
+    }
+    let encoded = [
+        (0, raw.clone()),
+        (1, lz4_flex::block::compress(&raw)),
+        (2, zstd::bulk::compress(&raw, 3).expect("memory")),
+        (2, flushed.finish().expect("memory")),
+        (3, deflate.finish().expect("memory")),
+    ];
+    for (number, (how, stored)) in encoded.iter().enumerate() {
+        // 64 KiB is 256 << 8.
+        fs::write(folder.join(number.to_string()), [&[*how, 100, 8], &stored[..]].concat()).expect("write");
+    }
+}
+
+#[test]
+fn codecs_survive_hostile_bytes() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    codec_seeds(folder.path());
+    run_bounded("fuzz_smoke::codec_child", folder.path());
+}
+
+#[test]
+#[ignore = "run by its parent test, in a bounded process"]
+fn codec_child() {
+    mutate_and_run(fuzz::codec, cases(1500));
+}
+
 #[test]
 fn qcow2_survives_hostile_bytes() {
     let folder = tempfile::tempdir().expect("temporary folder");

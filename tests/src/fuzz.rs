@@ -6,7 +6,9 @@
 use std::sync::Arc;
 
 use aquifer_formats::{
-    Content, Layer,
+    Codec, Content, Layer,
+    codec::{self, Tail},
+    probe::{Format, probe},
     qcow2::{BitmapTrust, Qcow2, Qcow2Layer},
     storage::MemoryStorage,
 };
@@ -15,6 +17,22 @@ use crate::rng::Rng;
 
 /// Most blocks that are decoded of one input; one hostile table can name the same one a thousand times.
 const UNPACKS_MAX: usize = 64;
+
+/// Any bytes as a stored block: the first says how it is encoded, the next two how it is asked for.
+pub fn codec(data: &[u8]) {
+    let Some((&[how, need, size], stored)) = data.split_first_chunk::<3>() else { return };
+    let codec = [Codec::Raw, Codec::Lz4, Codec::Zstd, Codec::Deflate][usize::from(how & 3)];
+    let tail = if how & 4 == 0 { Tail::Exact } else { Tail::Ignored };
+    let raw_len = 256 << (size % 13);
+    let need = raw_len * usize::from(need) / 255;
+    let mut out = b"what another tenant left".to_vec();
+    match codec::decode(codec, stored, raw_len, need, tail, &mut out) {
+        Ok(()) => assert!(out.len() >= need && out.len() <= raw_len, "{} for {need} of {raw_len}", out.len()),
+        Err(_) => assert!(out.is_empty(), "bytes left of a block that failed"),
+    }
+    assert!(out.capacity() <= 2 * raw_len.max(64), "{} allocated for {raw_len}", out.capacity());
+    assert_ne!(probe(&MemoryStorage::new("fuzz", data.to_vec())).expect("memory reads"), Some(Format::Raw));
+}
 
 /// Any bytes as a qcow2 image: header, snapshots, bitmaps, maps, blocks.
 pub fn qcow2(data: &[u8]) {
