@@ -28,7 +28,7 @@ pub use snapshot::Snapshot;
 
 use std::sync::Arc;
 
-use crate::{Error, Gate, Passage, Result, Storage, raw::next_file_id};
+use crate::{Error, Gate, Passage, Result, Storage, raw::file_id};
 use header::Header;
 use table::{Table, TableFile};
 
@@ -51,7 +51,8 @@ impl Qcow2 {
     pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
         let len = storage.len().map_err(|e| Error::io(storage.label(), "stat", 0, e))?;
         let header = Header::read(storage.as_ref(), len)?;
-        Ok(Self { file: TableFile { storage, len, id: next_file_id() }, header })
+        let id = file_id(&*storage);
+        Ok(Self { file: TableFile { storage, len, id }, header })
     }
 
     /// The file this image falls back to, if it names one.

@@ -18,6 +18,11 @@ pub fn next_file_id() -> u64 {
 /// What a hole is told in, in bytes.
 const GRAIN_BYTES: u64 = 4096;
 
+/// Identity of a file for [`Layer::file_id`]: that of its state where the storage can tell, else one of its own.
+pub fn file_id(storage: &dyn Storage) -> u64 {
+    storage.identity().unwrap_or_else(next_file_id)
+}
+
 /// A file taken byte for byte.
 #[derive(Debug)]
 pub struct RawLayer {
@@ -33,7 +38,8 @@ impl RawLayer {
     /// [`Error::Io`] if the length cannot be read.
     pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
         let size = storage.len().map_err(|e| Error::io(storage.label(), "stat", 0, e))?;
-        Ok(Self { storage, size, id: next_file_id() })
+        let id = file_id(&*storage);
+        Ok(Self { storage, size, id })
     }
 }
 

@@ -26,6 +26,10 @@ pub trait Storage: Debug + Send + Sync {
     /// Name for messages: a path or a URI.
     fn label(&self) -> &str;
 
+    /// Identity of the stored bytes, where the storage can tell: equal ones mean the same file in the
+    /// same state, so what was decoded from it may be shared. `None` where nothing proves that.
+    fn identity(&self) -> Option<u64>;
+
     /// Length in bytes.
     fn len(&self) -> io::Result<u64>;
 

@@ -11,6 +11,7 @@ use std::{
 use aquifer_formats::{Content, Layer};
 use aquifer_tests::{
     oracle::{Oracle, cases},
+    rng::Rng,
     synthetic::{Kind, Plan, Synthetic, Write},
 };
 use aquifer_vdisk::{BlockCache, Chain, Delta, Extent, ExtentKind, delta_between};
@@ -300,6 +301,43 @@ fn one_decode_however_many_wait() {
     let stats = chain.cache().stats();
     assert_eq!((stats.decodes, stats.hits + stats.waits), (1, 7));
     assert_eq!(stats.decoded_bytes, 16384, "only as far as was asked for");
+}
+
+#[test]
+fn many_readers_of_a_fresh_chain_see_one_disk() {
+    for round in 0..u64::from(cases(8)) {
+        let mut disk = Oracle::new(0);
+        let kinds = [Kind::Packed, Kind::Plain, Kind::Zero];
+        let layers: Vec<_> = (0..20u64)
+            .map(|salt| {
+                let writes: Vec<_> = (0..6)
+                    .map(|i| ((salt * 131 + i * 977 + round) * 4096, 30_000, kinds[(salt + i) as usize % 3]))
+                    .collect();
+                Arc::new(Synthetic::build(layer(2 * MIB, &writes), salt + 1, &mut disk))
+            })
+            .collect();
+        let (chain, start) = (chain(&layers, 300_000), Barrier::new(6));
+        std::thread::scope(|scope| {
+            for reader in 0..6u64 {
+                let (chain, start, disk) = (&chain, &start, &disk);
+                scope.spawn(move || {
+                    let mut rng = Rng::new(round * 100 + reader);
+                    start.wait();
+                    for _ in 0..300 {
+                        let at = rng.below(2 * MIB);
+                        let mut part = vec![0xAA; (1 + rng.below(9000)).min(2 * MIB - at) as usize];
+                        let done = rng.once_in(3) && chain.read_now(at, &mut part).expect("in range");
+                        if !done {
+                            chain.read(at, &mut part).expect("a good chain");
+                        }
+                        assert!(part == disk.read(at as usize, part.len()), "{at}+{}", part.len());
+                    }
+                });
+            }
+        });
+        assert!(chain.cache().stats().resident_bytes <= 300_000);
+        assert_eq!(chain.map_bytes(), 2 * MIB / 4096 * 8, "one window, once");
+    }
 }
 
 #[test]

@@ -228,6 +228,39 @@ fn snapshots_raw_and_refusals() {
     assert!(refused(&image(&path("t.qcow2"))).contains("format"), "not guessed for a backing file either");
 }
 
+#[test]
+fn snapshots_of_one_image_differ_where_their_tables_do() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let path = dir.path().join("s.qcow2");
+    let cache = Arc::new(BlockCache::new(MIB));
+    std::fs::write(dir.path().join("base.raw"), vec![5; MIB as usize]).expect("a base");
+    for backing in [&[][..], &["-F", "raw", "-b", "base.raw"]] {
+        img(&[&["create", "-q", "-f", "qcow2"], backing, &[text(&path), "2M"]].concat());
+        io(&path, "qcow2", &["write -P 1 0 256k".into(), "write -c -P 2 1M 64k".into()]);
+        img(&["snapshot", "-c", "one", text(&path)]);
+        io(&path, "qcow2", &["write -P 3 64k 64k".into(), "write -z 512k 64k".into(), "write -P 4 1500k 1k".into()]);
+        img(&["snapshot", "-c", "two", text(&path)]);
+        img(&["resize", "-q", "-f", "qcow2", text(&path), "3M"]);
+        io(&path, "qcow2", &["write -P 6 2500k 64k".into(), "discard 0 64k".into()]);
+        let points: Vec<Chain> = [Some("one"), Some("two"), None]
+            .into_iter()
+            .map(|name| {
+                let snapshot = name.map(str::to_owned);
+                let spec = ChainSpec::Image { path: path.clone(), format: None, allow_backing: Vec::new(), snapshot };
+                open(&spec, &cache).expect("a good chain")
+            })
+            .collect();
+        for old in &points {
+            for new in &points {
+                let delta = assert_delta_leads(old, new);
+                assert!(delta.bytes() <= 64 * KIB * 5 + MIB, "only where the tables differ: {delta:?}");
+            }
+        }
+        let written = delta_between(&points[0], &points[1]).expect("good tables");
+        assert!(written.contains(64 * KIB) && !written.contains(0) && !written.contains(MIB), "{written:?}");
+    }
+}
+
 /// Points of a native chain as a repository lays them out, with the bytes of each.
 fn native_points(dir: &Path, count: u64, compression: Compression, dice: &mut Rng) -> Vec<(PathBuf, Vec<u8>)> {
     let (key, mut size) = (ContentKey::generate(), 3 * MIB + 700);

@@ -95,6 +95,10 @@ impl Storage for HeldStorage {
         self.inner.label()
     }
 
+    fn identity(&self) -> Option<u64> {
+        None
+    }
+
     fn len(&self) -> io::Result<u64> {
         self.inner.len()
     }

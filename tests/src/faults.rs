@@ -262,6 +262,10 @@ impl Storage for FaultStorage {
         &self.label
     }
 
+    fn identity(&self) -> Option<u64> {
+        None
+    }
+
     fn len(&self) -> io::Result<u64> {
         Ok(self.world.state().files[self.file].len)
     }

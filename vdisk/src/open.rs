@@ -4,19 +4,11 @@
 //! - The first file is named by a person; every other one passes the [`Gate`], and its format is the
 //!   one its overlay records. Only the first file's format is ever probed, and never as `raw`.
 //! - Depth and cycles are bounded by the gate.
-//! - A file that several chains of this process stand on is one layer to all of them, as long as its
-//!   size and times on disk say that it is the same.
 //! - A chain opens completely or not at all: a missing file is an error before anything is served.
 //!
 //! Not here: the client side of NBD. It lives further up, so whoever opens a chain brings it.
 
-use std::{
-    collections::HashMap,
-    fs::Metadata,
-    os::unix::fs::MetadataExt,
-    path::PathBuf,
-    sync::{Arc, LazyLock, Weak},
-};
+use std::{path::PathBuf, sync::Arc};
 
 use aquifer_formats::{
     Error as FormatError, Layer, aql,
@@ -25,7 +17,6 @@ use aquifer_formats::{
     qcow2::{Backing, Qcow2},
     raw::RawLayer,
 };
-use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use crate::{BlockCache, Chain, Result};
@@ -116,7 +107,7 @@ fn image_layers(
         let name = snapshot.take();
         match (format, name) {
             (Format::Raw, None) => {
-                layers.push(shared(&at, format, None, || Ok(Arc::new(RawLayer::open(at.storage())?)))?);
+                layers.push(Arc::new(RawLayer::open(at.storage())?));
                 return Ok(layers);
             }
             (Format::Qcow2, _) => {}
@@ -124,14 +115,10 @@ fn image_layers(
             (other, None) => return Err(unread(&at, other.name()).into()),
         }
         let image = Qcow2::open(at.storage())?;
-        let open = || -> aquifer_formats::Result<Arc<dyn Layer>> {
-            Ok(Arc::new(match name {
-                Some(name) => image.snapshot(name)?,
-                None => image.active_through(gate, &at)?,
-            }))
-        };
-        // A data file passes the gate each time; such a layer is not shared with those who may not name it.
-        layers.push(if image.data_file().is_some() { open()? } else { shared(&at, format, name, open)? });
+        layers.push(Arc::new(match name {
+            Some(name) => image.snapshot(name)?,
+            None => image.active_through(gate, &at)?,
+        }));
         let Some(backing) = image.backing() else { return Ok(layers) };
         let next = gate.follow(&at, &backing.name)?;
         format = recorded(&at, backing)?;
@@ -151,51 +138,6 @@ fn recorded(image: &Passage, backing: &Backing) -> Result<Format> {
         Ok(format) => Ok(format),
         Err(unknown) => Err(refused(format!("it names {shown:?}: {unknown}")).into()),
     }
-}
-
-/// A file in one state, and what is seen in it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct LayerKey {
-    device: u64,
-    inode: u64,
-    size: u64,
-    changed: [i64; 4],
-    format: Format,
-    snapshot: Option<String>,
-}
-
-impl LayerKey {
-    /// `None` for what may change without telling: a block device.
-    fn of(file: &Passage, format: Format, snapshot: Option<&str>) -> Option<Self> {
-        let meta = file.file().file().metadata().ok().filter(Metadata::is_file)?;
-        let changed = [meta.mtime(), meta.mtime_nsec(), meta.ctime(), meta.ctime_nsec()];
-        let snapshot = snapshot.map(str::to_owned);
-        Some(Self { device: meta.dev(), inode: meta.ino(), size: meta.len(), changed, format, snapshot })
-    }
-}
-
-/// The layer of this very file that another chain of this process has open, or a new one. Sharing it
-/// shares decoded blocks and tables, and lets deltas see that two chains stand on the same layer.
-fn shared(
-    file: &Passage,
-    format: Format,
-    snapshot: Option<&str>,
-    open: impl FnOnce() -> aquifer_formats::Result<Arc<dyn Layer>>,
-) -> Result<Arc<dyn Layer>> {
-    static OPEN: LazyLock<Mutex<HashMap<LayerKey, Weak<dyn Layer>>>> = LazyLock::new(Mutex::default);
-    let Some(key) = LayerKey::of(file, format, snapshot) else { return Ok(open()?) };
-    if let Some(layer) = OPEN.lock().get(&key).and_then(Weak::upgrade) {
-        return Ok(layer);
-    }
-    // Opened without the lock: a slow file holds up nobody else. Of two at once the first is kept.
-    let layer = open()?;
-    let mut open_layers = OPEN.lock();
-    if let Some(first) = open_layers.get(&key).and_then(Weak::upgrade) {
-        return Ok(first);
-    }
-    open_layers.retain(|_, layer| layer.strong_count() > 0);
-    open_layers.insert(key, Arc::downgrade(&layer));
-    Ok(layer)
 }
 
 fn label(file: &Passage) -> String {

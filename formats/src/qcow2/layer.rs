@@ -16,7 +16,7 @@ use super::{
 use crate::{
     BlockRef, Codec, Content, Error, FileSlot, Layer, Result, Storage,
     codec::{self, DecodeError, Tail},
-    raw::next_file_id,
+    raw::file_id,
 };
 
 /// Slot of the image file, and of the external data file.
@@ -62,7 +62,8 @@ impl Qcow2Layer {
             None => (file.storage.clone(), file.len, file.id, IMAGE),
             Some(storage) => {
                 let len = storage.len().map_err(|e| Error::io(storage.label(), "stat", 0, e))?;
-                (storage, len, next_file_id(), DATA)
+                let id = file_id(&*storage);
+                (storage, len, id, DATA)
             }
         };
         let storage = ZeroTail::fill_up(storage, len, geometry.cluster_bytes());

@@ -42,6 +42,10 @@ impl Storage for ZeroTail {
         self.inner.label()
     }
 
+    fn identity(&self) -> Option<u64> {
+        self.inner.identity()
+    }
+
     fn len(&self) -> io::Result<u64> {
         Ok(self.padded_len)
     }

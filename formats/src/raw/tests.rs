@@ -17,6 +17,10 @@ impl Storage for Sparse {
         "sparse"
     }
 
+    fn identity(&self) -> Option<u64> {
+        self.inner.identity()
+    }
+
     fn len(&self) -> io::Result<u64> {
         self.inner.len()
     }

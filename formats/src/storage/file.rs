@@ -3,9 +3,9 @@
 //! Not here: folder durability (`rename`, create-only put), which belongs to whoever owns the folder.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{File, Metadata, OpenOptions},
     io,
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::Path,
 };
 
@@ -71,6 +71,22 @@ impl FileStorage {
 impl Storage for FileStorage {
     fn label(&self) -> &str {
         &self.label
+    }
+
+    /// Device, inode, length and times of a regular file. A block device can change without telling.
+    fn identity(&self) -> Option<u64> {
+        let meta = self.file.metadata().ok().filter(Metadata::is_file)?;
+        let times = [meta.mtime(), meta.mtime_nsec(), meta.ctime(), meta.ctime_nsec()];
+        let mut hash = blake3::Hasher::new_derive_key("aquifer 2026 file state");
+        for number in [meta.dev(), meta.ino(), meta.len()] {
+            hash.update(&number.to_le_bytes());
+        }
+        for number in times {
+            hash.update(&number.to_le_bytes());
+        }
+        let mut identity = [0; 8];
+        hash.finalize_xof().fill(&mut identity);
+        Some(u64::from_le_bytes(identity))
     }
 
     fn len(&self) -> io::Result<u64> {

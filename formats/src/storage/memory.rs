@@ -36,6 +36,10 @@ impl Storage for MemoryStorage {
         &self.label
     }
 
+    fn identity(&self) -> Option<u64> {
+        None
+    }
+
     fn len(&self) -> io::Result<u64> {
         Ok(self.bytes.read().len() as u64)
     }

@@ -8,7 +8,7 @@
 
 use std::{ops::Range, sync::Arc};
 
-use aquifer_formats::{Error, Layer, aql};
+use aquifer_formats::{Content, Error, Layer, aql};
 
 use super::Delta;
 use crate::{Chain, Result};
@@ -29,6 +29,13 @@ pub fn delta_between(old: &Chain, new: &Chain) -> Result<Delta> {
     }
     let same = |(a, b): &(&Arc<dyn Layer>, &Arc<dyn Layer>)| same_layer(a, b);
     let common = old.layers().iter().rev().zip(new.layers().iter().rev()).take_while(same).count();
+    let above = |chain: &'_ Chain| chain.layers().len() - common;
+    if let ([a, ..], [b, ..]) = (old.layers(), new.layers())
+        && (above(old), above(new)) == (1, 1)
+        && same_files(&**a, &**b)
+    {
+        return two_tables(&**a, &**b, common > 0);
+    }
     let mut delta = Delta::new();
     for chain in [old, new] {
         let mut visible = new.size();
@@ -44,11 +51,39 @@ pub fn delta_between(old: &Chain, new: &Chain) -> Result<Delta> {
     Ok(delta)
 }
 
-/// Whether two layers are the same table over the same file. Two internal snapshots of one file are not.
+/// Whether two layers are the same table over the same files. Two internal snapshots of one file are not.
 fn same_layer(a: &Arc<dyn Layer>, b: &Arc<dyn Layer>) -> bool {
-    let same_file = || a.file_id(0) == b.file_id(0) && a.size() == b.size();
     let same_table = || matches!((a.fingerprint(), b.fingerprint()), (Ok(a), Ok(b)) if a == b);
-    Arc::ptr_eq(a, b) || (same_file() && same_table())
+    Arc::ptr_eq(a, b) || (a.size() == b.size() && same_files(&**a, &**b) && same_table())
+}
+
+/// Whether two layers draw from the same files: their own, and the one beside it that a format may have.
+fn same_files(a: &dyn Layer, b: &dyn Layer) -> bool {
+    (0..2).all(|slot| a.file_id(slot) == b.file_id(slot))
+}
+
+/// Two tables over one file, as internal snapshots are: equal where they name the same stored bytes.
+/// `stands` says whether there are layers below, which both fall back to.
+fn two_tables(old: &dyn Layer, new: &dyn Layer, stands: bool) -> Result<Delta> {
+    let mut delta = Delta::new();
+    let mut at = 0;
+    while at < new.size() {
+        let (after, mut len) = new.lookup(at, new.size() - at)?;
+        let before = match old.size().checked_sub(at).filter(|left| *left > 0) {
+            Some(left) => {
+                let (before, n) = old.lookup(at, left.min(len))?;
+                len = n;
+                before
+            }
+            None => Content::Zero,
+        };
+        let zeros = |content| content == Content::Zero || (content == Content::Absent && !stands);
+        if before != after && !(zeros(before) && zeros(after)) {
+            delta.insert(at..at + len);
+        }
+        at += len;
+    }
+    Ok(delta)
 }
 
 /// Where in `range` a layer says anything.

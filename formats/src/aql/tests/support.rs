@@ -32,6 +32,10 @@ impl Storage for Counted {
         self.inner.label()
     }
 
+    fn identity(&self) -> Option<u64> {
+        self.inner.identity()
+    }
+
     fn len(&self) -> io::Result<u64> {
         self.inner.len()
     }

@@ -72,6 +72,10 @@ impl Storage for Guarded {
         self.file.label()
     }
 
+    fn identity(&self) -> Option<u64> {
+        None
+    }
+
     fn len(&self) -> io::Result<u64> {
         self.file.len()
     }
