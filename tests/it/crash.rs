@@ -4,93 +4,16 @@
 //! Every crash point of a random history; there all subsets of the unsynced writes (up to 12, else random
 //! ones), whole or torn at 512 bytes; lives that go on after a crash; crashes during recovery.
 
-use std::{sync::Arc, time::Instant};
+use std::time::Instant;
 
-use aquifer_formats::raw::RawLayer;
 use aquifer_tests::{
     faults::{CrashPoint, Image, World},
-    guest::{Act, Guest, SECTOR, sector},
+    guest::{Act, Guest},
     oracle::cases,
+    rig::{Rig, perform, read_all},
     rng::Rng,
 };
-use aquifer_vdisk::{BlockCache, Chain, Disk, Overlay, OverlayFiles, OverlayOf, OverlayOptions, Settling, Zeroing};
-
-const FILES: [&str; 3] = ["disk.raw", "map", "journal"];
-
-/// One disk under test: the chain below never changes.
-struct Bench {
-    chain: Arc<Chain>,
-    options: OverlayOptions,
-}
-
-impl Bench {
-    fn new(origin: &[u64], dice: &mut Rng) -> Self {
-        let mut image = Image::default();
-        for (at, number) in origin.iter().enumerate().filter(|(_, n)| **n != 0) {
-            image.write((at * SECTOR) as u64, &sector(*number));
-        }
-        let len = (origin.len() * SECTOR) as u64;
-        let world = World::new(vec![image]);
-        let below = world.file(0, "origin");
-        below.set_len(len).expect("a length");
-        let layer = RawLayer::open(below).expect("a raw layer");
-        let chain = Chain::new(vec![Arc::new(layer)], Arc::new(BlockCache::new(1 << 20))).expect("a chain");
-        // Small enough that halves of the journal switch, pages spill and memory runs out within a history.
-        let options = OverlayOptions {
-            journal_bytes: 4096 + 2 * 4096 * (8 + dice.below(12)),
-            memory_bytes: 64 << 10,
-            spill_bytes: [0, 8 << 10, 32 << 10, 1 << 20][dice.below(4) as usize],
-            settling: Settling::Callers,
-        };
-        Self { chain: Arc::new(chain), options }
-    }
-
-    fn of(&self) -> OverlayOf {
-        OverlayOf { size: self.chain.size(), chain: [7; 32] }
-    }
-
-    fn files(world: &World) -> OverlayFiles {
-        let [raw, map, journal] = FILES;
-        OverlayFiles { raw: world.file(0, raw), map: world.file(1, map), journal: world.file(2, journal) }
-    }
-
-    fn create(&self, world: &World) -> Disk {
-        let overlay = Overlay::create_on(Self::files(world), self.of(), self.options).expect("create");
-        Disk::writable("d", Arc::clone(&self.chain), overlay).expect("a disk")
-    }
-
-    fn open(&self, world: &World) -> aquifer_vdisk::Result<Disk> {
-        let overlay = Overlay::open_on(Self::files(world), self.of(), self.options)?;
-        Disk::writable("d", Arc::clone(&self.chain), overlay)
-    }
-}
-
-fn perform(disk: &Disk, act: Act, bytes: &[u8]) -> aquifer_vdisk::Result<()> {
-    let place = |first: usize, count: usize| ((first * SECTOR) as u64, (count * SECTOR) as u64);
-    match act {
-        Act::Write { first, .. } => disk.write((first * SECTOR) as u64, bytes),
-        Act::Zero { first, count, keep } => {
-            let (offset, len) = place(first, count);
-            disk.write_zeroes(offset, len, if keep { Zeroing::KeepSpace } else { Zeroing::MayTrim })
-        }
-        Act::Flush => disk.flush(),
-        Act::Hydrate { first, count } => {
-            let (offset, len) = place(first, count);
-            disk.hydrate(offset, len).map(|_| ())
-        }
-        Act::Seal => disk.seal(),
-        Act::Drain => match disk.drain() {
-            Err(aquifer_vdisk::Error::NotLocal { .. }) => Ok(()),
-            other => other,
-        },
-    }
-}
-
-fn read_all(disk: &Disk) -> Vec<u8> {
-    let mut out = vec![0; disk.size() as usize];
-    disk.read(0, &mut out).expect("read everything");
-    out
-}
+use aquifer_vdisk::Disk;
 
 /// What happened in one life, with what the guest knew at each point.
 struct Life {
@@ -109,7 +32,7 @@ struct Step {
 }
 
 /// One life on a world; whoever calls drops the disk as if killed.
-fn live(bench: &Bench, world: &World, disk: &Disk, guest: &mut Guest, acts: &[Act]) -> Vec<Step> {
+fn live(rig: &Rig, world: &World, disk: &Disk, guest: &mut Guest, acts: &[Act]) -> Vec<Step> {
     let (mut steps, mut drained) = (Vec::new(), false);
     for act in acts.iter().copied() {
         let bytes = guest.begin(act);
@@ -121,7 +44,7 @@ fn live(bench: &Bench, world: &World, disk: &Disk, guest: &mut Guest, acts: &[Ac
         }
         drained |= whole;
         if drained {
-            let mut raw = vec![0; bench.chain.size() as usize];
+            let mut raw = vec![0; rig.size() as usize];
             world.now()[0].read(0, &mut raw);
             guest.judge_live(&raw);
         }
@@ -131,24 +54,10 @@ fn live(bench: &Bench, world: &World, disk: &Disk, guest: &mut Guest, acts: &[Ac
     steps
 }
 
-trait JudgeLive {
-    fn judge_live(&self, disk: &[u8]);
-}
-
-impl JudgeLive for Guest {
-    /// Without a crash a read finds exactly what was written last.
-    fn judge_live(&self, disk: &[u8]) {
-        for (at, live) in self.live().iter().enumerate() {
-            let found = &disk[at * SECTOR..(at + 1) * SECTOR];
-            assert_eq!(found, sector(*live), "sector {at} without any crash");
-        }
-    }
-}
-
 /// Opens a crashed world and compares; returns the disk as found.
-fn check(bench: &Bench, files: Vec<Image>, guest: &Guest) -> Result<Vec<u8>, String> {
+fn check(rig: &Rig, files: Vec<Image>, guest: &Guest) -> Result<Vec<u8>, String> {
     let world = World::new(files);
-    let disk = bench.open(&world).map_err(|e| format!("does not open: {e}"))?;
+    let disk = rig.open(&world).map_err(|e| format!("does not open: {e}"))?;
     let found = read_all(&disk);
     let dirty = disk.dirty().expect("dirty");
     guest.judge(&found, &|at| dirty.contains(at))?;
@@ -156,7 +65,7 @@ fn check(bench: &Bench, files: Vec<Image>, guest: &Guest) -> Result<Vec<u8>, Str
 }
 
 /// Every crash point of a life. Returns how many states were looked at.
-fn crash_everywhere(bench: &Bench, life: &Life, seed: u64, dice: &mut Rng) -> u64 {
+fn crash_everywhere(rig: &Rig, life: &Life, seed: u64, dice: &mut Rng) -> u64 {
     let mut point = CrashPoint::new(life.base.clone());
     let mut states = 0;
     for at in 0..=life.told.len() {
@@ -164,7 +73,7 @@ fn crash_everywhere(bench: &Bench, life: &Life, seed: u64, dice: &mut Rng) -> u6
         let ended = life.steps.iter().rev().find(|s| s.ends == at).map(|s| &s.after);
         let running = || life.steps.iter().find(|s| s.ends > at).map(|s| &s.during);
         if let Some(guest) = ended.or_else(running) {
-            states += crash_here(bench, &point, guest, dice).unwrap_or_else(|(mask, torn, what)| {
+            states += crash_here(rig, &point, guest, dice).unwrap_or_else(|(mask, torn, what)| {
                 let trace: Vec<_> = life.steps.iter().map(|s| (s.ends, s.act)).collect();
                 panic!("seed {seed}, point {at}, mask {mask:x}, torn {torn:x}: {what}\n{trace:?}")
             });
@@ -176,7 +85,7 @@ fn crash_everywhere(bench: &Bench, life: &Life, seed: u64, dice: &mut Rng) -> u6
     states
 }
 
-fn crash_here(bench: &Bench, point: &CrashPoint, guest: &Guest, dice: &mut Rng) -> Result<u64, (u64, u64, String)> {
+fn crash_here(rig: &Rig, point: &CrashPoint, guest: &Guest, dice: &mut Rng) -> Result<u64, (u64, u64, String)> {
     let open = point.open() as u32;
     let all = if open < 64 { (1u64 << open) - 1 } else { u64::MAX };
     let mut masks: Vec<(u64, u64)> = Vec::new();
@@ -193,19 +102,19 @@ fn crash_here(bench: &Bench, point: &CrashPoint, guest: &Guest, dice: &mut Rng) 
     let states = masks.len() as u64;
     for (mask, torn) in masks {
         let files = point.crash(mask, torn, dice);
-        check(bench, files, guest).map_err(|what| (mask, torn, what))?;
+        check(rig, files, guest).map_err(|what| (mask, torn, what))?;
     }
     Ok(states)
 }
 
 /// Crashes during recovery, and what the next recovery finds.
-fn crash_recovery(bench: &Bench, files: Vec<Image>, guest: &Guest, seed: u64, dice: &mut Rng) -> u64 {
+fn crash_recovery(rig: &Rig, files: Vec<Image>, guest: &Guest, seed: u64, dice: &mut Rng) -> u64 {
     let world = World::new(files.clone());
-    drop(bench.open(&world).expect("opens"));
+    drop(rig.open(&world).expect("opens"));
     let mut point = CrashPoint::new(files);
     let mut states = 0;
     for told in world.told() {
-        states += crash_here(bench, &point, guest, dice)
+        states += crash_here(rig, &point, guest, dice)
             .unwrap_or_else(|(mask, torn, what)| panic!("seed {seed}, in recovery, {mask:x} {torn:x}: {what}"));
         point.pass(&told);
     }
@@ -219,24 +128,24 @@ fn lives(seed: u64) -> u64 {
     let sectors = 8 * (4 + dice.below(28)) as usize - if dice.once_in(3) { dice.below(8) as usize } else { 0 };
     let origin: Vec<u64> = (0..sectors as u64).map(|at| if at / 16 % 3 == 1 { 0 } else { at + 1 }).collect();
     let mut guest = Guest::new(origin.clone());
-    let bench = Bench::new(&origin, &mut dice);
+    let rig = Rig::any(&origin, &mut dice);
     let world = World::new(vec![Image::default(); 3]);
-    drop(bench.create(&world));
+    drop(rig.create(&world));
     let (mut files, mut states) = (world.now(), 0);
     for _ in 0..1 + dice.below(3) {
         let world = World::new(files.clone());
-        let disk = bench.open(&world).expect("opens");
+        let disk = rig.open(&world).expect("opens");
         let acts: Vec<Act> = (0..4 + dice.below(20)).map(|_| Act::any(&mut dice, sectors)).collect();
-        let steps = live(&bench, &world, &disk, &mut guest, &acts);
+        let steps = live(&rig, &world, &disk, &mut guest, &acts);
         drop(disk);
         // Opening is part of the life: what it wrote may be lost like anything else.
         let life = Life { base: files, told: world.told(), steps };
-        states += crash_everywhere(&bench, &life, seed, &mut dice);
+        states += crash_everywhere(&rig, &life, seed, &mut dice);
         let mut point = CrashPoint::new(life.base);
         life.told.iter().for_each(|told| point.pass(told));
         files = point.crash(dice.next_u64(), dice.next_u64() & dice.next_u64(), &mut dice);
-        states += crash_recovery(&bench, files.clone(), &guest, seed, &mut dice);
-        let found = check(&bench, files.clone(), &guest).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        states += crash_recovery(&rig, files.clone(), &guest, seed, &mut dice);
+        let found = check(&rig, files.clone(), &guest).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
         guest.accept(&found);
     }
     states
@@ -247,17 +156,17 @@ fn scripted(acts: &[Act]) -> u64 {
     let mut dice = Rng::new(1);
     let origin: Vec<u64> = (1..=128).collect();
     let mut guest = Guest::new(origin.clone());
-    let mut bench = Bench::new(&origin, &mut dice);
-    bench.options.journal_bytes = 4096 * 17;
-    bench.options.spill_bytes = 1 << 20;
+    let mut rig = Rig::any(&origin, &mut dice);
+    rig.options.journal_bytes = 4096 * 17;
+    rig.options.spill_bytes = 1 << 20;
     let world = World::new(vec![Image::default(); 3]);
-    drop(bench.create(&world));
+    drop(rig.create(&world));
     let base = world.now();
     let world = World::new(base.clone());
-    let disk = bench.open(&world).expect("opens");
-    let steps = live(&bench, &world, &disk, &mut guest, acts);
+    let disk = rig.open(&world).expect("opens");
+    let steps = live(&rig, &world, &disk, &mut guest, acts);
     drop(disk);
-    crash_everywhere(&bench, &Life { base, told: world.told(), steps }, 0, &mut dice)
+    crash_everywhere(&rig, &Life { base, told: world.told(), steps }, 0, &mut dice)
 }
 
 fn flushed_writes(blocks: std::ops::Range<usize>) -> Vec<Act> {

@@ -6,6 +6,7 @@ mod crash;
 mod fuse;
 mod fuzz_smoke;
 mod host;
+mod overlay;
 mod qcow2;
 mod tidy;
 

@@ -174,6 +174,19 @@ impl Guest {
         Ok(())
     }
 
+    /// Compares with a disk read without any crash: exactly what was written last.
+    pub fn judge_live(&self, disk: &[u8]) {
+        for (at, live) in self.live.iter().enumerate() {
+            let found = number(&disk[at * SECTOR..(at + 1) * SECTOR]);
+            assert!(found == Some(*live), "sector {at} holds {found:x?}, not {live:x}");
+        }
+    }
+
+    /// Whether a sector holds something else than at the last flush.
+    pub fn is_unflushed(&self, at: usize) -> bool {
+        self.allowed[at].first() != Some(&self.live[at])
+    }
+
     /// Goes on with a disk as it was found: that is what is there now.
     pub fn accept(&mut self, disk: &[u8]) {
         self.unsure(disk);

@@ -9,5 +9,6 @@ pub mod fuzz;
 pub mod guest;
 pub mod oracle;
 pub mod qemu;
+pub mod rig;
 pub mod rng;
 pub mod synthetic;

@@ -304,6 +304,11 @@ impl Disk {
         Ok(done)
     }
 
+    /// Bytes of guest writes that are only in memory and journal; 0 without an overlay.
+    pub fn memory_bytes(&self) -> u64 {
+        self.overlay.as_ref().map_or(0, Overlay::memory_bytes)
+    }
+
     /// How long reads of a source that fails with I/O errors are tried again before they fail with
     /// [`Error::SourceAway`]. Unless set 300 s, and zero without an overlay. Damage fails at once. Zero also
     /// lets go of all reads that wait now, for an orderly stop.

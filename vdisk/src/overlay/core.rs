@@ -298,24 +298,23 @@ impl Core {
         self.failure.lock().as_ref().map_or(Ok(()), |f| Err(f.error()))
     }
 
-    /// Ranges in doubt since a sync failed.
+    /// Ranges in doubt since a sync failed: those that hung on it, and all that is pending. Bytes that a
+    /// record carries are not: its own sync went well.
     pub(super) fn doubt(&self) -> Delta {
-        self.failure.lock().as_ref().map(|f| f.doubt.clone()).unwrap_or_default()
-    }
-
-    /// Remembers the first failed sync for good; `more` are the ranges the caller was about to make
-    /// durable. Returns what to tell whoever asked. No stripe may be held.
-    pub(super) fn fail(&self, path: &str, cause: &crate::Error, more: Delta) -> crate::Error {
-        let mut doubt = more;
-        let owed = self.owed.iter().flat_map(|o| o.lock().iter().copied().collect::<Vec<_>>());
-        let regions: BTreeSet<u32> = self.pending.lock().iter().copied().chain(owed).collect();
+        let Some(failure) = self.failure.lock().clone() else { return Delta::new() };
+        let regions: BTreeSet<u32> = self.pending.lock().iter().copied().collect();
+        let mut pending = Delta::new();
         for region in regions {
-            let stripe = self.stripe(region).read();
-            if let View::Mixed(mixed) = stripe.view(region) {
-                let blocks = mixed.pending.iter().chain(mixed.pages().map(|(at, _)| at));
-                doubt = doubt.union(&blocks.map(|at| self.range(region, at, 1)).collect());
+            if let View::Mixed(mixed) = self.stripe(region).read().view(region) {
+                pending.extend(mixed.pending.runs().map(|(first, count)| self.range(region, first, count)));
             }
         }
+        failure.doubt.union(&pending)
+    }
+
+    /// Remembers the first failed sync for good; `doubt` are the ranges that hung on it. Returns what to
+    /// tell whoever asked.
+    pub(super) fn fail(&self, path: &str, cause: &crate::Error, doubt: Delta) -> crate::Error {
         let mut failure = self.failure.lock();
         let failure = failure.get_or_insert_with(|| Failure { path: path.to_owned(), cause: cause.to_string(), doubt });
         self.failed.store(true, Ordering::Release);

@@ -1,0 +1,459 @@
+//! Promises D3, D6 and the overlay's manners: a failed sync is final and names what is in doubt; a full
+//! disk reaches the guest and loses nothing; one owner; nothing that is not ours is opened; writes of
+//! whole blocks leave the source alone.
+
+use std::{collections::BTreeSet, path::Path, process::Command, sync::Arc, time::Duration};
+
+use aquifer_tests::{
+    faults::{CrashPoint, Failing, Image, Told, World},
+    guest::{Act, Guest, SECTOR},
+    oracle::cases,
+    rig::{Rig, perform, read_all},
+    rng::Rng,
+};
+use aquifer_vdisk::{Disk, Error, ExtentKind, Overlay, OverlayOf, OverlayOptions, Zeroing};
+
+fn numbers(sectors: u64) -> Vec<u64> {
+    (1..=sectors).collect()
+}
+
+/// A scenario that touches every kind of call, and how far it came with the n-th call failing.
+fn scenario(seed: u64, n: u64, failing: Failing) -> bool {
+    let mut dice = Rng::new(seed);
+    let rig = Rig::any(&numbers(160), &mut dice);
+    let world = Rig::world();
+    drop(rig.create(&world));
+    let base = world.now();
+    let world = World::new(base.clone());
+    world.fail_at(n, failing);
+    let mut guest = Guest::new(numbers(160));
+    let what = format!("seed {seed}, call {n}, {failing:?}");
+    if let Ok(disk) = rig.open(&world) {
+        for _ in 0..60 {
+            attempt(&disk, &world, &mut guest, Act::any(&mut dice, 160), &what);
+        }
+        if world.told().iter().any(|t| matches!(t, Told::Sync { ok: false, .. })) {
+            assert!(matches!(disk.flush(), Err(Error::SyncFailed { .. })), "{what}: a flush after a failed sync");
+            let doubt = disk.doubtful();
+            for at in (0..guest.sectors()).filter(|at| guest.is_unflushed(*at)) {
+                assert!(doubt.contains((at * SECTOR) as u64), "{what}: sector {at} is in doubt and not named");
+            }
+        }
+    }
+    let touched = world.calls() >= n;
+    world.heal();
+    // Once as the next process finds it, and as it may be after a loss of power.
+    let mut point = CrashPoint::new(base);
+    world.told().iter().for_each(|told| point.pass(told));
+    let mut found = vec![world.now()];
+    found.extend((0..3).map(|_| point.crash(dice.next_u64(), dice.next_u64() & dice.next_u64(), &mut dice)));
+    for files in found {
+        let disk = rig.open(&World::new(files)).unwrap_or_else(|e| panic!("{what}: {e}"));
+        let dirty = disk.dirty().expect("dirty");
+        guest.judge(&read_all(&disk), &|at| dirty.contains(at)).unwrap_or_else(|e| panic!("{what}: {e}"));
+    }
+    touched
+}
+
+/// One act that may fail; what may be found afterwards is kept in step.
+fn attempt(disk: &Disk, world: &World, guest: &mut Guest, act: Act, what: &str) {
+    let failed_sync = world.told().iter().any(|t| matches!(t, Told::Sync { ok: false, .. }));
+    let bytes = guest.begin(act);
+    let whole = disk.local().expect("local").absent == 0;
+    match perform(disk, act, &bytes) {
+        Ok(()) if act == Act::Flush || act == Act::Drain && whole => {
+            assert!(!failed_sync, "{what}: {act:?} was acknowledged after a failed sync");
+            guest.flushed();
+        }
+        Ok(()) => {}
+        // The guest is told, so old or new are both right from here on.
+        Err(_) => {
+            let mut now = vec![0; usize::try_from(disk.size()).expect("small")];
+            // The failing call may be this read: it fails once.
+            if disk.read(0, &mut now).is_err() {
+                disk.read(0, &mut now).expect("read again");
+            }
+            guest.unsure(&now);
+        }
+    }
+}
+
+#[test]
+fn whichever_call_fails_nothing_acknowledged_is_lost() {
+    for seed in 1..=u64::from(cases(4)) {
+        for failing in [Failing::Io, Failing::NoSpace, Failing::Short] {
+            let mut n = 1;
+            while scenario(seed, n, failing) {
+                n += 1;
+            }
+            assert!(n > 50, "seed {seed}: the scenario makes only {n} calls");
+        }
+    }
+}
+
+#[test]
+fn a_write_of_whole_blocks_reads_nothing_from_the_source() {
+    let rig = Rig::new(&numbers(512));
+    let disk = rig.create(&Rig::world());
+    let before = rig.source.calls();
+    disk.write(8192, &[1; 3 * 4096]).expect("write");
+    disk.write_zeroes(65536, 16384, Zeroing::MayTrim).expect("zero");
+    disk.flush().expect("flush");
+    let mut out = [0; 3 * 4096];
+    disk.read(8192, &mut out).expect("read");
+    assert_eq!((out, rig.source.calls()), ([1; 3 * 4096], before), "and reading them back neither");
+    disk.write(100, &[2]).expect("write");
+    assert!(rig.source.calls() > before, "part of a block needs the rest of it");
+}
+
+#[test]
+fn a_failed_sync_is_final_even_if_later_ones_would_work() {
+    let rig = Rig::new(&numbers(512));
+    let world = Rig::world();
+    let disk = rig.create(&world);
+    disk.write(0, &[1; 4096]).expect("write");
+    disk.flush().expect("flush");
+    disk.write(8192, &[2; 4096]).expect("write");
+    // The flush writes a record, then syncs.
+    world.fail_at(world.calls() + 2, Failing::Io);
+    assert!(matches!(disk.flush(), Err(Error::SyncFailed { .. })));
+    world.heal();
+    for _ in 0..3 {
+        assert!(matches!(disk.flush(), Err(Error::SyncFailed { .. })));
+    }
+    assert!(matches!(disk.write(0, &[3; 4096]), Err(Error::SyncFailed { .. })));
+    let doubt = disk.doubtful();
+    assert!(doubt.contains(8192) && !doubt.contains(0), "{doubt:?}");
+    let mut out = [0; 4096];
+    disk.read(8192, &mut out).expect("reads go on");
+    assert_eq!(out, [2; 4096]);
+    drop(disk);
+    let disk = rig.open(&world).expect("opens again");
+    disk.flush().expect("and flushes again");
+    disk.read(0, &mut out).expect("read");
+    assert_eq!(out, [1; 4096]);
+}
+
+#[test]
+fn another_chain_size_or_version_is_refused() {
+    let rig = Rig::new(&numbers(512));
+    let world = Rig::world();
+    drop(rig.create(&world));
+    let open = |of| Overlay::open_on(Rig::files(&world), of, rig.options).map(|_| ());
+    let wrong = |result| matches!(result, Err(Error::WrongOverlay { .. }));
+    assert!(wrong(open(OverlayOf { chain: [8; 32], ..rig.of() })));
+    assert!(wrong(open(OverlayOf { size: rig.size() + 512, ..rig.of() })));
+    open(rig.of()).expect("the right one");
+    // A journal of another overlay, of the same disk even, is not replayed.
+    let other = Rig::world();
+    drop(rig.create(&other));
+    let mut files = Rig::files(&world);
+    files.journal = Rig::files(&other).journal;
+    assert!(wrong(Overlay::open_on(files, rig.of(), rig.options).map(|_| ())));
+}
+
+/// Every bit of the headers and every byte of marks and records: the right disk, or an error.
+#[test]
+fn damage_is_found_not_read() {
+    let rig = Rig::new(&numbers(1024));
+    let world = Rig::world();
+    let mut guest = Guest::new(numbers(1024));
+    let disk = rig.create(&world);
+    let acts = [
+        Act::Hydrate { first: 0, count: 256 },
+        Act::Write { first: 16, count: 40 },
+        Act::Flush,
+        Act::Seal,
+        Act::Zero { first: 64, count: 64, keep: false },
+        Act::Flush,
+        Act::Write { first: 300, count: 100 },
+        Act::Flush,
+    ];
+    for act in acts {
+        let bytes = guest.begin(act);
+        perform(&disk, act, &bytes).expect("works");
+    }
+    guest.flushed();
+    drop(disk);
+    let whole = world.now();
+    let mut refused = 0;
+    for file in [1, 2] {
+        for at in interesting(&whole[file]) {
+            let mut files = whole.clone();
+            let mut byte = [0];
+            files[file].read(at, &mut byte);
+            files[file].write(at, &[byte[0] ^ 1 << (at % 8)]);
+            match rig.open(&World::new(files)) {
+                Err(_) => refused += 1,
+                Ok(disk) => {
+                    let dirty = disk.dirty().expect("dirty");
+                    let judged = guest.judge(&read_all(&disk), &|at| dirty.contains(at));
+                    // The end of the journal cannot be told from a record that was never finished.
+                    let last = file == 2 && judged.is_err();
+                    assert!(judged.is_ok() || last && is_last_record(&whole[2], at), "byte {at} of {file}: {judged:?}");
+                }
+            }
+        }
+    }
+    assert!(refused > 20, "only {refused} damages were refused");
+}
+
+/// Places with something in them.
+fn interesting(image: &Image) -> Vec<u64> {
+    let mut page = [0; 4096];
+    let mut out = Vec::new();
+    for start in (0..image.len()).step_by(4096) {
+        image.read(start, &mut page);
+        out.extend((0..4096u64).step_by(7).filter(|at| page[*at as usize] != 0).map(|at| start + at));
+    }
+    out.truncate(40_000);
+    out.into_iter().step_by(6).collect()
+}
+
+/// Whether a place in the journal lies in the record that was written last.
+fn is_last_record(journal: &Image, at: u64) -> bool {
+    let mut last = 0;
+    let mut page = [0; 4096];
+    for start in (4096..journal.len()).step_by(4096) {
+        journal.read(start, &mut page);
+        if page.starts_with(b"AQREC") {
+            last = start;
+        }
+    }
+    at >= last
+}
+
+#[test]
+fn a_folder_has_one_owner() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let of = OverlayOf { size: 1 << 20, chain: [1; 32] };
+    let options = OverlayOptions { journal_bytes: 1 << 20, ..OverlayOptions::default() };
+    let overlay = Overlay::create(dir.path(), of, options).expect("create");
+    match Overlay::open(dir.path(), of, options) {
+        Err(Error::Busy { holder, .. }) => assert_eq!(holder, std::process::id().to_string()),
+        other => panic!("{other:?}"),
+    }
+    drop(overlay);
+    drop(Overlay::open(dir.path(), of, options).expect("free again"));
+    assert!(Overlay::create(dir.path(), of, options).is_err(), "what exists is never made anew");
+    assert_eq!(std::fs::metadata(Overlay::raw_path(dir.path())).expect("stat").len(), 1 << 20);
+}
+
+#[test]
+fn after_a_hand_over_everything_counts_as_dirty() {
+    let rig = Rig::new(&numbers(512));
+    let world = Rig::world();
+    let disk = rig.create(&world);
+    disk.write(8192, &[1; 4096]).expect("write");
+    assert!(matches!(disk.drain(), Err(Error::NotLocal { .. })));
+    disk.hydrate(0, disk.size()).expect("hydrate");
+    disk.drain().expect("drain");
+    assert_eq!(disk.dirty().expect("dirty").bytes(), 4096);
+    // The guest writes through us until it is moved: each write is in the file at once.
+    disk.write(16384, &[3; 512]).expect("write");
+    disk.trim(32768, 8192).expect("trim");
+    disk.hand_over().expect("hand over");
+    drop(disk);
+    // The hypervisor writes the file itself; nothing of ours may touch it again.
+    let raw = Rig::files(&world).raw;
+    raw.write_at(16384, &[9; 4096]).expect("write");
+    raw.write_at(8192, &[9; 4096]).expect("write");
+    let disk = rig.open(&world).expect("opens");
+    let mut out = vec![0; 4096];
+    disk.read(8192, &mut out).expect("read");
+    assert_eq!(out, [9; 4096], "the journal is not replayed over it");
+    assert_eq!(disk.dirty().expect("dirty").bytes(), disk.size());
+}
+
+#[test]
+fn extents_tell_what_is_there() {
+    let mut origin = numbers(2048);
+    origin[..1024].fill(0);
+    let rig = Rig::new(&origin);
+    let disk = rig.create(&Rig::world());
+    disk.write(4096, &[1; 4096]).expect("write");
+    disk.write_zeroes(1 << 19, 65536, Zeroing::MayTrim).expect("zero");
+    disk.hydrate(0, disk.size()).expect("hydrate");
+    disk.flush().expect("flush");
+    let (mut out, mut at) = (Vec::new(), 0);
+    disk.extents(0, disk.size(), &mut out).expect("extents");
+    let all = read_all(&disk);
+    for extent in &out {
+        assert_eq!(extent.offset, at, "{out:?}");
+        at += extent.len;
+        let bytes = &all[extent.offset as usize..(extent.offset + extent.len) as usize];
+        assert!(extent.kind == ExtentKind::Data || bytes.iter().all(|b| *b == 0), "{extent:?} is not zero");
+    }
+    assert_eq!(at, disk.size());
+    let data: u64 = out.iter().filter(|e| e.kind == ExtentKind::Data).map(|e| e.len).sum();
+    assert!(data <= 4096 + (1 << 19) - 65536, "{data} bytes of data are claimed");
+}
+
+#[test]
+fn memory_stays_within_its_bound_without_any_flush() {
+    let rig = Rig {
+        options: OverlayOptions { memory_bytes: 1 << 20, spill_bytes: 256 << 10, ..OverlayOptions::default() },
+        ..Rig::new(&numbers(65536))
+    };
+    let overlay = Overlay::create_on(Rig::files(&Rig::world()), rig.of(), rig.options).expect("create");
+    let disk = Disk::writable("d", Arc::clone(&rig.chain), overlay).expect("a disk");
+    // Hydrated blocks are the ones whose bytes have to wait in memory.
+    disk.hydrate(0, disk.size()).expect("hydrate");
+    disk.seal().expect("seal");
+    let mut dice = Rng::new(5);
+    for _ in 0..8192 {
+        disk.write(dice.below(8192) * 4096, &[7; 4096]).expect("write");
+        assert!(disk.memory_bytes() <= (1 << 20) + 4096, "{}", disk.memory_bytes());
+    }
+}
+
+/// A file system of a few MiB, for as long as it lives.
+struct Tmpfs(tempfile::TempDir);
+
+impl Tmpfs {
+    fn new(bytes: u64) -> Self {
+        let dir = tempfile::tempdir().expect("a folder");
+        mount(&["-t", "tmpfs", "-o", &format!("size={bytes}"), "tmpfs"], dir.path());
+        Self(dir)
+    }
+
+    fn resize(&self, bytes: u64) {
+        mount(&["-o", &format!("remount,size={bytes}")], self.0.path());
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _status = Command::new("umount").arg(self.0.path()).status();
+    }
+}
+
+fn mount(args: &[&str], dir: &Path) {
+    let status = Command::new("mount").args(args).arg(dir).status().expect("mount");
+    assert!(status.success(), "mount {args:?}");
+}
+
+#[test]
+fn a_full_disk_reaches_the_guest_and_the_session_lives() {
+    let tmpfs = Tmpfs::new(12 << 20);
+    let options = OverlayOptions { journal_bytes: 2 << 20, memory_bytes: 1 << 20, ..OverlayOptions::default() };
+    let rig = Rig { options, ..Rig::new(&numbers(65536)) };
+    let overlay = Overlay::create(tmpfs.0.path(), rig.of(), options).expect("create");
+    let disk = Disk::writable("d", Arc::clone(&rig.chain), overlay).expect("a disk");
+    let mut guest = Guest::new(numbers(65536));
+    let mut dice = Rng::new(11);
+    let (mut full, mut flushed) = (0, 0);
+    for round in 0..4000 {
+        let act = match dice.below(8) {
+            0 => Act::Flush,
+            1 => Act::Hydrate { first: 8 * dice.below(8000) as usize, count: 64 },
+            _ => Act::Write { first: 8 * dice.below(8160) as usize, count: 64 },
+        };
+        let bytes = guest.begin(act);
+        match perform(&disk, act, &bytes) {
+            Ok(()) if act == Act::Flush => (flushed, ()) = (flushed + 1, guest.flushed()),
+            Ok(()) => {}
+            Err(Error::NoSpace { .. }) => {
+                full += 1;
+                guest.unsure(&read_all(&disk));
+            }
+            Err(e) => panic!("round {round}: {e}"),
+        }
+        if full > 50 {
+            break;
+        }
+    }
+    assert!(full > 50 && flushed > 5, "{full} times full, {flushed} flushes");
+    guest.judge_live(&read_all(&disk));
+    // There is no space to replay the journal either: that is said, and nothing is lost by it.
+    drop(disk);
+    let reopened = Overlay::open(tmpfs.0.path(), rig.of(), options);
+    if let Err(e) = &reopened {
+        assert!(matches!(e, Error::NoSpace { .. }), "{e}");
+    }
+    drop(reopened);
+    tmpfs.resize(64 << 20);
+    let overlay = Overlay::open(tmpfs.0.path(), rig.of(), options).expect("opens with space");
+    let disk = Disk::writable("d", Arc::clone(&rig.chain), overlay).expect("a disk");
+    let dirty = disk.dirty().expect("dirty");
+    guest.judge(&read_all(&disk), &|at| dirty.contains(at)).expect("nothing acknowledged is lost");
+    disk.hydrate(0, disk.size()).expect("and it goes on");
+    disk.drain().expect("to the end");
+}
+
+#[test]
+fn there_is_no_overlay_without_space_for_map_and_journal() {
+    let tmpfs = Tmpfs::new(3 << 20);
+    let of = OverlayOf { size: 1 << 30, chain: [0; 32] };
+    let result = Overlay::create(tmpfs.0.path(), of, OverlayOptions::default());
+    assert!(matches!(result, Err(Error::NoSpace { .. })), "{result:?}");
+}
+
+/// Many threads write, flush and trim their own blocks beside a hydrating one; then the power is cut.
+#[test]
+fn threads_share_flushes_and_lose_nothing() {
+    const THREADS: usize = 8;
+    const BLOCKS: usize = 64;
+    let dir = tempfile::tempdir().expect("a folder");
+    let sectors = (THREADS * BLOCKS * 8) as u64;
+    let options = OverlayOptions { journal_bytes: 1 << 20, memory_bytes: 1 << 20, ..OverlayOptions::default() };
+    let rig = Rig { options, ..Rig::new(&numbers(sectors)) };
+    let overlay = Overlay::create(dir.path(), rig.of(), options).expect("create");
+    let disk = Arc::new(Disk::writable("d", Arc::clone(&rig.chain), overlay).expect("a disk"));
+    let hydrating = {
+        let disk = Arc::clone(&disk);
+        std::thread::spawn(move || {
+            for at in (0..disk.size()).step_by(65536) {
+                disk.hydrate(at, 65536).expect("hydrate");
+                disk.seal().expect("seal");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        })
+    };
+    let writers: Vec<_> = (0..THREADS)
+        .map(|thread| {
+            let disk = Arc::clone(&disk);
+            std::thread::spawn(move || {
+                let mut dice = Rng::new(thread as u64);
+                let mut written = BTreeSet::new();
+                // Blocks of all threads lie next to one another.
+                let place = |block: usize| ((block * THREADS + thread) * 4096) as u64;
+                for round in 0..400 {
+                    let block = dice.below(BLOCKS as u64) as usize;
+                    disk.write(place(block), &[round as u8 | 1; 4096]).expect("write");
+                    let mut out = [0; 4096];
+                    disk.read(place(block), &mut out).expect("read");
+                    assert_eq!(out, [round as u8 | 1; 4096], "read what was written");
+                    written.insert(block);
+                    if dice.once_in(4) {
+                        disk.flush().expect("flush");
+                    }
+                    if dice.once_in(16) {
+                        disk.trim(place(block), 4096).expect("trim");
+                    }
+                }
+                disk.flush().expect("flush");
+                let mine: Vec<_> = (0..BLOCKS)
+                    .map(|block| {
+                        let mut out = vec![0; 4096];
+                        disk.read(place(block), &mut out).expect("read");
+                        (place(block), out, written.contains(&block))
+                    })
+                    .collect();
+                mine
+            })
+        })
+        .collect();
+    let known: Vec<_> = writers.into_iter().flat_map(|w| w.join().expect("a writer")).collect();
+    hydrating.join().expect("hydration");
+    drop(disk);
+    let overlay = Overlay::open(dir.path(), rig.of(), options).expect("opens");
+    let disk = Disk::writable("d", Arc::clone(&rig.chain), overlay).expect("a disk");
+    let dirty = disk.dirty().expect("dirty");
+    for (at, bytes, written) in known {
+        let mut out = vec![0; 4096];
+        disk.read(at, &mut out).expect("read");
+        assert!(out == bytes, "block at {at}");
+        assert_eq!(dirty.contains(at), written, "block at {at}");
+    }
+}
