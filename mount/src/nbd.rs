@@ -14,6 +14,7 @@
 //! Not here: what a disk holds, and which disks are served (`Session`, the command line).
 
 pub mod address;
+pub mod client;
 pub mod error;
 pub mod export;
 mod link;
@@ -25,6 +26,7 @@ pub mod tls;
 pub mod wire;
 
 pub use address::Address;
+pub use client::{Client, ClientOptions, NbdLayer, Queue};
 pub use error::{Error, Result};
 pub use export::{DirtyContext, Export};
 pub use server::{Limits, Server, ServerBuilder, Stats};

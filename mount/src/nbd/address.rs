@@ -96,6 +96,8 @@ fn uri(rest: &str, unix: bool, tls: bool) -> Result<Address, &'static str> {
     for pair in query.into_iter().flat_map(|query| query.split('&')) {
         match pair.split_once('=') {
             Some(("socket", path)) if unix && socket.is_none() => socket = Some(unescape(path)?),
+            // Whoever connects reads it from the text; it is no part of where the export lives.
+            Some(("tls-certificates", _)) if tls => {}
             _ => return Err("parameter not known, or given twice"),
         }
     }

@@ -54,6 +54,16 @@ impl Socket {
         let _ = shutdown(&self.fd, Shutdown::Both);
     }
 
+    /// How long a receive with [`Wait::Patience`] waits.
+    pub(super) fn set_patience(&self, patience: Duration) {
+        let _ = sockopt::set_socket_timeout(&self.fd, sockopt::Timeout::Recv, Some(patience));
+    }
+
+    /// The descriptor, to wait on.
+    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
     /// Waits until `flags` hold; `false` after `timeout`.
     fn wait(&self, flags: PollFlags, timeout: Option<Duration>) -> io::Result<bool> {
         wait(self.fd.as_fd(), flags, timeout)
@@ -67,16 +77,20 @@ impl Socket {
                     return Err(io::ErrorKind::TimedOut.into());
                 }
             }
-            let flags = if wait == Wait::Forever { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
+            let blocking = matches!(wait, Wait::Forever | Wait::Patience);
+            let flags = if blocking { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
             match recv(&self.fd, &mut *buf, flags) {
                 Ok((n, _)) => return Ok(n),
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) if matches!(wait, Wait::Until(_) | Wait::Forever) => {
+                Err(Errno::AGAIN) => match wait {
+                    Wait::Not => return Err(io::ErrorKind::WouldBlock.into()),
+                    Wait::Patience => return Err(io::ErrorKind::TimedOut.into()),
+                    Wait::Until(_) => {}
                     // A socket handed over in non-blocking mode.
-                    if wait == Wait::Forever {
+                    Wait::Forever => {
                         self.wait(PollFlags::IN, None)?;
                     }
-                }
+                },
                 Err(e) => return Err(e.into()),
             }
         }
@@ -107,6 +121,8 @@ pub(super) enum Wait {
     Not,
     /// Until then; else `TimedOut`.
     Until(Instant),
+    /// As long as [`Socket::set_patience`] allows; else `TimedOut`.
+    Patience,
     /// As long as the connection lives.
     Forever,
 }
