@@ -297,7 +297,7 @@ fn one_decode_however_many_wait() {
             });
         }
     });
-    assert_eq!(layer.unpacks(), 1);
+    assert_eq!((layer.unpacks(), layer.scans()), (1, 1), "one decode, one reading of the table");
     let stats = chain.cache().stats();
     assert_eq!((stats.decodes, stats.hits + stats.waits), (1, 7));
     assert_eq!(stats.decoded_bytes, 16384, "only as far as was asked for");

@@ -80,7 +80,8 @@ pub struct Synthetic {
     bytes: Arc<dyn Storage>,
     file_id: u64,
     unpacks: AtomicU64,
-    unpack_takes: Duration,
+    scans: AtomicU64,
+    takes: Duration,
     bad_blocks: BTreeSet<u64>,
     bad_table: Vec<Range<u64>>,
     wrong_pointer: Option<u64>,
@@ -131,7 +132,8 @@ impl Synthetic {
             bytes,
             file_id: next_file_id(),
             unpacks: AtomicU64::new(0),
-            unpack_takes: Duration::ZERO,
+            scans: AtomicU64::new(0),
+            takes: Duration::ZERO,
             bad_blocks: BTreeSet::new(),
             bad_table: Vec::new(),
             wrong_pointer: None,
@@ -139,10 +141,10 @@ impl Synthetic {
         }
     }
 
-    /// Makes each decode last at least this long.
+    /// Makes each decode and each scan last at least this long.
     #[must_use]
-    pub fn slow(mut self, unpack_takes: Duration) -> Self {
-        self.unpack_takes = unpack_takes;
+    pub fn slow(mut self, takes: Duration) -> Self {
+        self.takes = takes;
         self
     }
 
@@ -175,6 +177,11 @@ impl Synthetic {
     /// How often a block was decoded.
     pub fn unpacks(&self) -> u64 {
         self.unpacks.load(SeqCst)
+    }
+
+    /// How often the table was read for a map.
+    pub fn scans(&self) -> u64 {
+        self.scans.load(SeqCst)
     }
 
     /// Size of encoded blocks in bytes.
@@ -261,6 +268,8 @@ impl Layer for Synthetic {
     }
 
     fn scan(&self, offset: u64, len: u64, each: &mut dyn FnMut(u64, u64, Content)) -> Result<()> {
+        self.scans.fetch_add(1, SeqCst);
+        std::thread::sleep(self.takes);
         scan_by_lookup(self, offset, len, each)
     }
 
@@ -280,7 +289,7 @@ impl Layer for Synthetic {
 
     fn unpack(&self, block: &BlockRef, need: usize, out: &mut Vec<u8>) -> Result<()> {
         self.unpacks.fetch_add(1, SeqCst);
-        std::thread::sleep(self.unpack_takes);
+        std::thread::sleep(self.takes);
         out.clear();
         let damage = |what: &str| Error::BadBlock {
             path: self.label.clone(),
