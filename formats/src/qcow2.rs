@@ -28,7 +28,10 @@ pub use snapshot::Snapshot;
 
 use std::sync::Arc;
 
-use crate::{Error, Gate, Passage, Result, Storage, raw::file_id};
+use crate::{
+    Error, Gate, Passage, Result, Storage,
+    raw::{file_id, next_file_id},
+};
 use header::Header;
 use table::{Table, TableFile};
 
@@ -52,7 +55,7 @@ impl Qcow2 {
         let len = storage.len().map_err(|e| Error::io(storage.label(), "stat", 0, e))?;
         let header = Header::read(storage.as_ref(), len)?;
         let id = file_id(&*storage);
-        Ok(Self { file: TableFile { storage, len, id }, header })
+        Ok(Self { file: TableFile { storage, len, id, tables: next_file_id() }, header })
     }
 
     /// The file this image falls back to, if it names one.

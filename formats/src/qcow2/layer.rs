@@ -104,7 +104,7 @@ impl Qcow2Layer {
 
     /// Hands the piece of an L2 table at `offset` to `work`.
     fn with_piece<R>(&self, offset: u64, keep: Keep, work: impl FnOnce(&[u8]) -> Result<R>) -> Result<R> {
-        let (cache, key) = (PieceCache::shared(), (self.file.id, offset));
+        let (cache, key) = (PieceCache::shared(), (self.file.tables, offset));
         if let Some(bytes) = cache.get(key) {
             return work(&bytes);
         }

@@ -43,7 +43,11 @@ const DUPLICATE: u64 = 1;
 pub(super) struct TableFile {
     pub(super) storage: Arc<dyn Storage>,
     pub(super) len: u64,
+    /// Equal for the same file in the same state, as far as the storage can tell.
     pub(super) id: u64,
+    /// This opening's own: cached tables are not shared with another one, whose file may have been
+    /// changed within one tick of its clock.
+    pub(super) tables: u64,
 }
 
 impl TableFile {
@@ -251,7 +255,7 @@ fn mark_duplicates(entries: &mut [u64]) {
     }
 }
 
-/// A piece of an L2 table: file identity and byte offset.
+/// A piece of an L2 table: the opening it belongs to and its byte offset.
 type PieceKey = (u64, u64);
 
 #[derive(Debug)]
