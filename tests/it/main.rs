@@ -7,6 +7,7 @@ mod fuse;
 mod fuzz_smoke;
 mod host;
 mod overlay;
+mod licences;
 mod qcow2;
 mod tidy;
 
