@@ -75,6 +75,8 @@ make_user_space() {
     printf 'Aquifer test guest, Debian kernel %s, started by %s from its own disk\n\n' "$release" "$firmware" > "$tree/etc/issue"
     echo 'LABEL=aquifer-root / ext4 noatime 0 1' > "$tree/etc/fstab"
     echo 0 > "$tree/etc/last-round"
+    # The shell's history would be a file nobody expects.
+    echo 'export HISTFILE=/tmp/history' > "$tree/etc/profile"
     install -m 755 "$here/guest/rcS" "$tree/etc/init.d/rcS"
     install -m 644 "$here/guest/inittab" "$tree/etc/inittab"
     install -m 755 "$here/guest/churn" "$tree/usr/sbin/churn"
@@ -99,7 +101,7 @@ GRUB
 make_root_file_system() {
     # Owner and times are fixed so that the same inputs give the same disk.
     find "$tree" -exec touch -h -d @1700000000 {} +
-    E2FSPROGS_FAKE_TIME=1700000000 mke2fs -q -t ext4 -L aquifer-root -U 3f1f4b5a-6c0e-4b0e-9a55-a0f1fe000001 \
+    E2FSPROGS_FAKE_TIME=1700000000 mke2fs -q -F -t ext4 -L aquifer-root -U 3f1f4b5a-6c0e-4b0e-9a55-a0f1fe000001 \
         -E "root_owner=0:0,hash_seed=3f1f4b5a-6c0e-4b0e-9a55-a0f1fe000002,lazy_itable_init=0,offset=$((root_start_mib * MIB))" \
         -d "$tree" "$out" "${root_mib}M"
 }
@@ -117,14 +119,25 @@ GRUB
         ext2 part_gpt part_msdos search search_label configfile normal linux serial echo terminal boot minicmd $modules
 }
 
-install_uefi() {
-    sfdisk --quiet --no-tell-kernel --wipe-partitions never "$out" >/dev/null <<PARTS
+partition_uefi() {
+    sfdisk --quiet --no-tell-kernel "$out" <<PARTS
 label: gpt
 label-id: 3F1F4B5A-6C0E-4B0E-9A55-A0F1FE000003
 first-lba: 2048
 start=$((2 * MIB / SECTOR)), size=$((esp_mib * MIB / SECTOR)), type=C12A7328-F81F-11D2-BA4B-00A0C93EC93B, name=esp
 start=$((root_start_mib * MIB / SECTOR)), size=$((root_mib * MIB / SECTOR)), type=4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709, name=root
 PARTS
+}
+
+partition_bios() {
+    sfdisk --quiet --no-tell-kernel "$out" <<PARTS
+label: dos
+label-id: 0xa0f1fe01
+start=$((root_start_mib * MIB / SECTOR)), size=$((root_mib * MIB / SECTOR)), type=83, bootable
+PARTS
+}
+
+install_uefi() {
     grub_image x86_64-efi efi_gop "$scratch/BOOTX64.EFI"
     truncate -s $((esp_mib * MIB)) "$scratch/esp"
     mkfs.vfat -F 16 -n ESP "$scratch/esp" >/dev/null
@@ -134,11 +147,6 @@ PARTS
 }
 
 install_bios() {
-    sfdisk --quiet --no-tell-kernel --wipe-partitions never "$out" >/dev/null <<PARTS
-label: dos
-label-id: 0xa0f1fe01
-start=$((root_start_mib * MIB / SECTOR)), size=$((root_mib * MIB / SECTOR)), type=83, bootable
-PARTS
     grub_image i386-pc biosdisk "$scratch/core.img"
     # The boot sector (without the partition table's bytes) and, right behind it, the core: where each looks for the next.
     dd if=/usr/lib/grub/i386-pc/boot.img of="$out" bs=1 count=440 conv=notrunc status=none
@@ -149,6 +157,7 @@ rm -f "$out"; truncate -s $((size_mib * MIB)) "$out"
 fetch_kernel
 make_user_space
 make_initramfs
+"partition_$firmware"
 make_root_file_system
 "install_$firmware"
 echo "make-guest: $out ($firmware, $size_mib MiB virtual, $(du -m "$out" | cut -f1) MiB used, kernel $release)" >&2

@@ -111,8 +111,14 @@ pub fn decode(
     let done = match codec {
         Codec::Raw => verbatim(stored, raw_len, tail, out),
         Codec::Lz4 => lz4(stored, raw_len, out),
-        Codec::Zstd if need < raw_len => zstd_prefix(stored, raw_len, need, out),
-        Codec::Zstd => zstd_whole(stored, raw_len, tail, out),
+        Codec::Zstd => match zstd_header_len(stored) {
+            // One pass straight into the output beats a partial one through the context's window, so a
+            // frame that is a single block is decoded whole.
+            Some(start) if need < raw_len && zstd_block_end(stored, start).is_some() => {
+                zstd_prefix(stored, raw_len, need, start, out)
+            }
+            _ => zstd_whole(stored, raw_len, tail, out),
+        },
         Codec::Deflate => deflate(stored, raw_len, need, tail, out),
     };
     let done = done.and(match out.len() {
@@ -261,11 +267,17 @@ fn zstd_whole(stored: &[u8], raw_len: usize, tail: Tail, out: &mut Vec<u8>) -> R
 
 /// Decodes zstd block by zstd block and stops once `need` bytes are out. A writer that flushes
 /// inside its frame makes those blocks small (the native format: 16 KiB).
-fn zstd_prefix(stored: &[u8], raw_len: usize, need: usize, out: &mut Vec<u8>) -> Result<(), DecodeError> {
+fn zstd_prefix(
+    stored: &[u8],
+    raw_len: usize,
+    need: usize,
+    header_len: usize,
+    out: &mut Vec<u8>,
+) -> Result<(), DecodeError> {
     out.reserve_exact(raw_len);
     with_zstd(|context| {
         let mut output = OutBuffer::around(out);
-        let mut end = zstd_header_len(stored).unwrap_or(stored.len());
+        let mut end = header_len;
         let mut pos = 0;
         while output.pos() < need {
             end = zstd_block_end(stored, end).unwrap_or(stored.len());

@@ -7,6 +7,7 @@
 
 mod codes;
 mod errno;
+mod machine;
 mod table;
 
 use std::{any::Any, fmt, io};

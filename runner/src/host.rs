@@ -87,6 +87,19 @@ pub enum Power {
     Off,
 }
 
+impl Power {
+    /// In a sentence.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::IoError => "stopped because a disk could not be read or written",
+            Self::Crashed => "crashed",
+            Self::Off => "off",
+        }
+    }
+}
+
 /// Something that happened to a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Happening {

@@ -17,6 +17,7 @@ pub mod host;
 pub mod machine;
 pub mod output;
 pub mod read_ahead;
+pub mod recover;
 pub mod repository;
 pub mod site;
 pub mod source;

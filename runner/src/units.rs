@@ -6,6 +6,8 @@
 
 use std::time::Duration;
 
+use jiff::Timestamp;
+
 use crate::fail::{Code, Fail, Result};
 
 /// `62.1 GiB`.
@@ -127,6 +129,24 @@ pub fn parse_duration(text: &str) -> Result<Duration> {
     value.ok_or_else(|| Fail::new(Code::Unit, format!("`{text}` is not a duration; write for example 30s, 10m or 2h")))
 }
 
+/// Reads `02:00` (the next time the clock here shows that) or an RFC 3339 time with its zone.
+pub fn parse_when(text: &str) -> Result<Timestamp> {
+    if let Ok(at) = text.parse() {
+        return Ok(at);
+    }
+    let now = jiff::Zoned::now();
+    let next = text.parse::<jiff::civil::Time>().ok().filter(|_| text.len() <= 8).and_then(|time| {
+        let today = now.date().to_datetime(time).to_zoned(now.time_zone().clone()).ok()?;
+        if today > now {
+            Some(today)
+        } else {
+            now.date().tomorrow().ok()?.to_datetime(time).to_zoned(now.time_zone().clone()).ok()
+        }
+    });
+    let bad = || Fail::new(Code::Unit, format!("`{text}` is not a time; write 02:00 or 2026-11-21T02:00:00Z"));
+    next.map(|zoned| zoned.timestamp()).ok_or_else(bad)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,5 +179,20 @@ mod tests {
         assert_eq!(bytes(u64::MAX), "15.9 EiB");
         assert_eq!(seconds(372), "00:06:12");
         assert_eq!(seconds(90_000), "1 d 01:00:00");
+    }
+
+    #[test]
+    fn a_clock_time_is_the_next_one() {
+        let now = Timestamp::now();
+        for text in ["00:00", "02:00", "13:37", "23:59:59"] {
+            let at = parse_when(text).expect(text);
+            let ahead = at.duration_since(now).as_secs();
+            // A day with a change of the clocks has 25 hours.
+            assert!((0..=25 * 3600).contains(&ahead), "{text} is {ahead} s ahead");
+        }
+        assert_eq!(parse_when("2026-11-21T02:00:00Z").expect("time").as_second(), 1_795_226_400);
+        for bad in ["2026-11-21T02:00:00", "25:00", "soon", ""] {
+            assert_eq!(parse_when(bad).expect_err(bad).code, Code::Unit);
+        }
     }
 }

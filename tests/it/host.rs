@@ -85,7 +85,7 @@ fn shape() -> Shape {
         firmware: Firmware::Bios,
         memory: 64 << 20,
         cpus: 1,
-        disks: vec![Disk { name: "vda".into(), bus: Bus::Virtio }],
+        disks: vec![Disk { name: "vda".into(), bus: Bus::Virtio, boot_order: None }],
         nics: Vec::new(),
         network: Network::None,
     }

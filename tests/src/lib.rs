@@ -8,6 +8,7 @@ pub mod faults;
 pub mod fuzz;
 pub mod guest;
 pub mod oracle;
+pub mod program;
 pub mod qemu;
 pub mod rig;
 pub mod rng;

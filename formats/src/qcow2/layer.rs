@@ -90,8 +90,8 @@ impl Qcow2Layer {
                 continue;
             };
             let span = self.geometry.piece_span();
-            let number = (at & ((1 << bits) - 1)) / span;
-            let piece_end = (at - at % span).saturating_add(span).min(table_end);
+            let number = (at & ((1 << bits) - 1)) >> span.trailing_zeros();
+            let piece_end = floor(at, span).saturating_add(span).min(table_end);
             let offset = l2 + number * self.geometry.piece_bytes();
             let flow = self.with_piece(offset, keep, |bytes| self.walk_piece(bytes, at, piece_end, offset, each))?;
             if flow.is_break() {
@@ -124,28 +124,28 @@ impl Qcow2Layer {
     {
         let Geometry { cluster_bits, entry_bits, .. } = self.geometry;
         let cluster = self.geometry.cluster_bytes();
-        let base = from - from % self.geometry.piece_span();
-        let entries = (to - base).div_ceil(cluster);
+        let base = floor(from, self.geometry.piece_span());
+        let entries = ((to - base - 1) >> cluster_bits) + 1;
         let bytes = bytes.get(..usize::try_from(entries << entry_bits).unwrap_or(usize::MAX)).unwrap_or(bytes);
         let mut at = from;
         while at < to {
             let index = usize::try_from((at - base) >> cluster_bits).unwrap_or(usize::MAX);
             let byte = index << entry_bits;
-            let zeros = zero_bytes(bytes.get(byte..).unwrap_or_default()) >> entry_bits;
-            if zeros > 0 {
-                let end = (at - at % cluster).saturating_add((zeros as u64) << cluster_bits).min(to);
+            let bad = |what| Error::corrupt(self.file.label(), place + byte as u64, what);
+            let word = |at: usize| bytes.get(at..).and_then(|b| b.first_chunk::<8>()).map(|b| u64::from_be_bytes(*b));
+            let entry = word(byte).ok_or_else(|| bad("L2 entry past its table".into()))?;
+            let bitmap = if entry_bits == 4 { word(byte + 8).unwrap_or_default() } else { 0 };
+            if entry == 0 && bitmap == 0 {
+                let zeros = (zero_bytes(bytes.get(byte..).unwrap_or_default()) >> entry_bits).max(1);
+                let end = floor(at, cluster).saturating_add((zeros as u64) << cluster_bits).min(to);
                 if each(at, end - at, Content::Absent).is_break() {
                     return Ok(ControlFlow::Break(()));
                 }
                 at = end;
                 continue;
             }
-            let bad = |what| Error::corrupt(self.file.label(), place + byte as u64, what);
-            let word = |at: usize| bytes.get(at..).and_then(|b| b.first_chunk::<8>()).map(|b| u64::from_be_bytes(*b));
-            let entry = word(byte).ok_or_else(|| bad("L2 entry past its table".into()))?;
-            let bitmap = if entry_bits == 4 { word(byte + 8).unwrap_or_default() } else { 0 };
             let what = self.geometry.cluster(entry, bitmap).map_err(bad)?;
-            let end = (at - at % cluster).saturating_add(cluster).min(to);
+            let end = floor(at, cluster).saturating_add(cluster).min(to);
             if self.tell_cluster(what, at, end, each)?.is_break() {
                 return Ok(ControlFlow::Break(()));
             }
@@ -159,7 +159,7 @@ impl Qcow2Layer {
     where
         F: FnMut(u64, u64, Content) -> ControlFlow<()>,
     {
-        let skip = from % self.geometry.cluster_bytes();
+        let skip = from - floor(from, self.geometry.cluster_bytes());
         Ok(match what {
             Cluster::Absent => each(from, to - from, Content::Absent),
             Cluster::Zero => each(from, to - from, Content::Zero),
@@ -173,11 +173,12 @@ impl Qcow2Layer {
                     self.check_host(host, from - skip)?;
                 }
                 let part_bytes = self.geometry.cluster_bytes() / 32;
+                let start = from - skip;
                 let mut at = from;
                 while at < to {
-                    let skip = at % self.geometry.cluster_bytes();
-                    let end = (at - at % part_bytes + part_bytes).min(to);
-                    let bit = 1u32 << (skip / part_bytes);
+                    let skip = at - start;
+                    let end = (floor(at, part_bytes) + part_bytes).min(to);
+                    let bit = 1u32 << (skip >> part_bytes.trailing_zeros());
                     let content = match () {
                         () if zero & bit != 0 => Content::Zero,
                         () if allocated & bit != 0 => self.plain(host, skip),
@@ -217,21 +218,21 @@ impl Qcow2Layer {
         // The span is counted in sectors, so the last one may reach past the end of the file.
         let stored = span.min(self.file.len.saturating_sub(host));
         if stored == 0 {
-            let what = format!("the compressed cluster of disk offset {}", at - at % cluster);
+            let what = format!("the compressed cluster of disk offset {}", floor(at, cluster));
             let (path, len) = (self.file.label().into(), self.file.len);
             return Err(Error::Truncated { path, len, need: host.saturating_add(span), what });
         }
         let narrow = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
         let block = BlockRef {
             offset: host,
-            logical: at / cluster,
+            logical: at >> self.geometry.cluster_bits,
             stored_len: narrow(stored),
             raw_len: narrow(cluster),
             check: 0,
             file: IMAGE,
             codec: self.codec,
         };
-        Ok(Content::Packed { block, skip: narrow(at % cluster) })
+        Ok(Content::Packed { block, skip: narrow(at - floor(at, cluster)) })
     }
 
     fn out_of_range(&self, offset: u64, len: u64) -> Error {
@@ -246,13 +247,17 @@ enum Keep {
     Nothing,
 }
 
-/// How many bytes `bytes` begins with that are zero, counted in whole lines of 64 and then whole
-/// words of 16 bytes: most of a table of a sparse disk.
+/// `at`, rounded down to a multiple of `unit`, a power of two. Divisions would be half of a scan's time.
+fn floor(at: u64, unit: u64) -> u64 {
+    at & !(unit - 1)
+}
+
+/// How many bytes `bytes` begins with that are zero, counted in whole lines of 64: most of a table of
+/// a sparse disk.
 fn zero_bytes(bytes: &[u8]) -> usize {
     let (lines, _) = bytes.as_chunks::<64>();
-    let whole = lines.iter().take_while(|line| **line == [0; 64]).count() * 64;
-    let (pairs, _) = bytes.get(whole..).unwrap_or_default().as_chunks::<16>();
-    whole + pairs.iter().take_while(|pair| **pair == [0; 16]).count() * 16
+    // Folding instead of comparing keeps this free of calls, several times as fast.
+    lines.iter().take_while(|line| line.iter().fold(0, |all, byte| all | byte) == 0).count() * 64
 }
 
 /// Whether `next`, which lies right behind `len` bytes of `run`, goes on with it.

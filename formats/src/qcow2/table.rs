@@ -10,7 +10,6 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    hash::{BuildHasher, RandomState},
     sync::{
         Arc, LazyLock,
         atomic::{AtomicBool, Ordering},
@@ -279,13 +278,12 @@ struct Shard {
 pub(super) struct PieceCache {
     shards: [RwLock<Shard>; 16],
     shard_bytes_max: usize,
-    hasher: RandomState,
 }
 
 impl PieceCache {
     pub(super) fn new(bytes_max: usize) -> Self {
         let shards = std::array::from_fn(|_| RwLock::default());
-        Self { shard_bytes_max: bytes_max / shards.len(), shards, hasher: RandomState::new() }
+        Self { shard_bytes_max: bytes_max / shards.len(), shards }
     }
 
     /// The cache of this process.
@@ -294,9 +292,11 @@ impl PieceCache {
         &SHARED
     }
 
+    /// A cheap mix is good enough here: who aims at one shard gets a smaller cache.
     fn shard(&self, key: &PieceKey) -> &RwLock<Shard> {
         let [first, ..] = &self.shards;
-        let index = usize::try_from(self.hasher.hash_one(key) % self.shards.len() as u64).unwrap_or_default();
+        let mixed = (key.0 ^ (key.1 >> 9)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48;
+        let index = usize::try_from(mixed).unwrap_or_default() % self.shards.len();
         self.shards.get(index).unwrap_or(first)
     }
 

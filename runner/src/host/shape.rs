@@ -27,7 +27,7 @@ pub struct Shape {
     pub memory: u64,
     /// Number of processors.
     pub cpus: u32,
-    /// Its disks, in the order it sees them; the first is started from.
+    /// Its disks, in the order it sees them.
     pub disks: Vec<Disk>,
     /// Its network cards.
     pub nics: Vec<Nic>,
@@ -42,6 +42,9 @@ pub struct Disk {
     pub name: String,
     /// What it hangs on.
     pub bus: Bus,
+    /// Place in the order the firmware tries to start from, from 1; where no disk has one, the first is it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_order: Option<u32>,
 }
 
 /// What a disk hangs on. The guest has to have a driver for it: a changed bus may not start.

@@ -1,18 +1,99 @@
-//! `status`: recoveries and mounts, and how far they are.
+//! `status`: recoveries, and how far they are.
 
-use crate::{context::Context, fail::Result};
+use std::time::Duration;
+
+use aquifer_mount::session::{Folder, Registry};
+
+use crate::{
+    context::Context,
+    fail::{Code, Result},
+    output::Form,
+    recover::view::View,
+};
+
+/// How often a watched screen is drawn again.
+const EVERY: Duration = Duration::from_secs(1);
 
 /// Options of `status`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Only this session
+    /// Only this session: a name, an id or the end of one, or its folder
     #[arg(value_name = "SESSION")]
     pub session: Option<String>,
-    /// Go on showing until interrupted
+    /// Go on showing until interrupted; without a terminal, show once
     #[arg(long)]
     pub watch: bool,
 }
 
-pub(super) fn run(_context: &Context, _args: &Args) -> Result<()> {
-    Err(super::not_in_this_build("status"))
+pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
+    let json = context.out.form() == Form::Json;
+    if !args.watch || !(json || context.out.is_terminal()) {
+        return once(context, args, &mut String::new());
+    }
+    let stop = context.stop()?;
+    loop {
+        let mut screen = String::new();
+        once(context, args, &mut screen)?;
+        if !json {
+            // Home, the screen, and nothing of the last one below it.
+            context.out.say(format_args!("\x1b[H\x1b[2J{screen}(Ctrl-C leaves this view; the machines go on)"));
+        }
+        if stop.wait(EVERY) {
+            return Ok(());
+        }
+    }
+}
+
+/// Shows every session; into `screen` where it is watched.
+fn once(context: &Context, args: &Args, screen: &mut String) -> Result<()> {
+    let registry = Registry::new(&context.home()?);
+    let watched = args.watch && context.out.is_terminal();
+    let mut show = |view: &View| {
+        context.out.record("session", view);
+        if watched {
+            screen.push_str(&view.text());
+            screen.push('\n');
+        } else {
+            context.out.line(view.text());
+        }
+    };
+    if let Some(word) = &args.session {
+        let view = View::of(&registry.resolve(word)?)?;
+        show(&view);
+        if let Some(next) = next(&view) {
+            context.out.next(next);
+        }
+        return Ok(());
+    }
+    let pointers = registry.list()?;
+    let mut last = None;
+    for pointer in &pointers {
+        match Folder::open(&pointer.dir).map_err(Into::into).and_then(|folder| View::of(&folder)) {
+            Ok(view) => {
+                show(&view);
+                last = Some(view);
+            }
+            // One session that cannot be looked at does not hide the others.
+            Err(fail) => {
+                let what = format!("{}: {}", pointer.name, fail.what);
+                context.out.warn(Code::WarnSkipped, what, Some(&format!("ls {}", pointer.dir.display())));
+            }
+        }
+    }
+    context.out.closing("sessions", pointers.len());
+    if pointers.is_empty() {
+        context.out.say("no recoveries");
+        context.out.next("aquifer recover SOURCE --into DIR");
+    } else if let Some(next) = last.as_ref().filter(|_| pointers.len() == 1).and_then(next) {
+        context.out.next(next);
+    }
+    Ok(())
+}
+
+fn next(view: &View) -> Option<String> {
+    let name = &view.status.name;
+    if view.allowed_operations.contains(&"keep") {
+        return Some(format!("aquifer finalize {name} --keep"));
+    }
+    view.allowed_operations.contains(&"resume").then(|| format!("aquifer session resume {name}"))
 }

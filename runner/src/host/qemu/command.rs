@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use super::{Accel, FirmwareFiles, nodes, socket};
 use crate::host::{
-    Bus, Door, Error, Network, Nic, Places, Process, Result, Running, Shape, firmware::Firmware, shape::NicModel,
+    Bus, Disk, Door, Error, Network, Nic, Places, Process, Result, Running, Shape, firmware::Firmware, shape::NicModel,
 };
 
 const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
@@ -44,7 +44,7 @@ impl Line {
         line.board(shape);
         line.monitors();
         for (index, (disk, door)) in shape.disks.iter().zip(doors).enumerate() {
-            line.disk(index, disk.bus, &disk.name, door);
+            line.disk(index, disk, door, order(shape, index));
         }
         for (index, nic) in shape.nics.iter().enumerate() {
             line.nic(index, nic, shape.network);
@@ -156,25 +156,24 @@ impl Line {
         self.add("-vnc", joined(&[&"unix:", &escaped(&socket(&self.places, "vnc.sock"))]));
     }
 
-    fn disk(&mut self, index: usize, bus: Bus, name: &str, door: &Door) {
+    fn disk(&mut self, index: usize, disk: &Disk, door: &Door, boot_order: Option<u32>) {
         let [raw, nbd, _] = nodes::names(index);
         self.json("-blockdev", &nodes::door(&nbd, door));
         self.json("-blockdev", &nodes::raw(&raw, &nbd));
-        let serial = serial(name);
-        let mut device = json!({ "drive": raw, "id": format!("dev{index}"), "serial": serial });
-        let more = match bus {
+        let mut device = json!({ "drive": raw, "id": format!("dev{index}") });
+        let more = match disk.bus {
             Bus::Virtio => json!({ "driver": "virtio-blk-pci", "rerror": "stop", "werror": "stop" }),
             Bus::Scsi => {
                 json!({ "driver": "scsi-hd", "bus": "scsi.0", "scsi-id": index, "rerror": "stop", "werror": "stop" })
             }
             Bus::Sata => json!({ "driver": "ide-hd", "rerror": "stop", "werror": "stop" }),
             // NVMe has no such setting: it reports errors to the guest, after the whole of the door's patience.
-            Bus::Nvme => json!({ "driver": "nvme" }),
+            Bus::Nvme => json!({ "driver": "nvme", "serial": format!("disk{index}") }),
         };
         if let (Value::Object(device), Value::Object(more)) = (&mut device, more) {
             device.extend(more);
-            if index == 0 {
-                device.insert("bootindex".into(), json!(0));
+            if let Some(order) = boot_order {
+                device.insert("bootindex".into(), json!(order));
             }
         }
         self.json("-device", &device);
@@ -203,9 +202,12 @@ pub(super) fn sockets(running: &Running) -> impl Iterator<Item = &Path> {
     named.into_iter().map(PathBuf::as_path).chain(running.screen.as_deref())
 }
 
-/// A disk's serial number as the guest sees it: its name, where that fits into the 20 bytes there are.
-fn serial(name: &str) -> String {
-    name.chars().filter(|c| c.is_ascii_alphanumeric() || "._-".contains(*c)).take(20).collect()
+/// A disk's place in the boot order, if it has one.
+fn order(shape: &Shape, index: usize) -> Option<u32> {
+    if shape.disks.iter().all(|disk| disk.boot_order.is_none()) {
+        return (index == 0).then_some(0);
+    }
+    shape.disks.get(index).and_then(|disk| disk.boot_order)
 }
 
 /// A path inside an option of the old kind, where a comma ends a value.

@@ -10,7 +10,7 @@ fn shape() -> Shape {
         firmware: Firmware::Bios,
         memory: MEMORY_DEFAULT,
         cpus: 2,
-        disks: vec![Disk { name: "vda".into(), bus: Bus::Virtio }],
+        disks: vec![Disk { name: "vda".into(), bus: Bus::Virtio, boot_order: None }],
         nics: Vec::new(),
         network: Network::User,
     }
@@ -24,8 +24,8 @@ fn limits_are_said_before_anything_starts() {
         matches!(Qemu.check(&shape), Err(Error::Shape { .. }))
     };
     assert!(Qemu.check(&shape()).is_ok(), "QEMU is installed by scripts/setup.sh");
-    assert!(refused(|s| s.disks = vec![Disk { name: "d".into(), bus: Bus::Virtio }; 25]));
-    assert!(refused(|s| s.disks = vec![Disk { name: "d".into(), bus: Bus::Sata }; 7]));
+    assert!(refused(|s| s.disks = vec![Disk { name: "d".into(), bus: Bus::Virtio, boot_order: None }; 25]));
+    assert!(refused(|s| s.disks = vec![Disk { name: "d".into(), bus: Bus::Sata, boot_order: None }; 7]));
     assert!(refused(|s| s.nics = vec![Nic { mac: "52:54:00:00:00:01".into(), model: Default::default() }; 24]));
     assert!(refused(|s| s.memory = (1 << 30) + 1));
     assert!(refused(|s| s.memory = 0));

@@ -12,7 +12,7 @@ fn line(shape: &Shape) -> Vec<String> {
 }
 
 fn shape(buses: &[Bus]) -> Shape {
-    let disk = |(n, bus): (usize, &Bus)| Disk { name: format!("disk,{n}"), bus: *bus };
+    let disk = |(n, bus): (usize, &Bus)| Disk { name: format!("disk,{n}"), bus: *bus, boot_order: None };
     Shape {
         name: "db01".into(),
         uuid: uuid::Uuid::nil(),
@@ -46,8 +46,6 @@ fn a_name_with_commas_adds_no_option() {
     let args = line(&shape(&[Bus::Virtio]));
     let console = args.iter().find(|a| a.starts_with("socket,id=console")).expect("console");
     assert!(console.contains("path=/run/a,,b/console.sock,logfile=/vm/a,,b/console.log"), "{console}");
-    let disk = args.iter().find(|a| a.contains("\"drive\":")).expect("disk");
-    assert!(disk.contains("\"serial\":\"disk0\""), "{disk}");
 }
 
 #[test]
@@ -57,4 +55,14 @@ fn a_card_without_a_network_has_no_peer() {
     let args = line(&alone);
     assert!(!args.iter().any(|a| a == "-netdev"));
     assert!(args.iter().any(|a| a.contains("virtio-net-pci") && !a.contains("netdev")));
+}
+
+#[test]
+fn the_boot_order_is_the_described_one() {
+    let mut two = shape(&[Bus::Virtio, Bus::Virtio]);
+    two.disks[1].boot_order = Some(1);
+    let args = line(&two);
+    let starts: Vec<bool> =
+        args.iter().filter(|a| a.contains("\"drive\":")).map(|a| a.contains("\"bootindex\":1")).collect();
+    assert_eq!(starts, [false, true]);
 }

@@ -1,0 +1,45 @@
+//! Recoveries: from a source to a running machine, and from there to a machine that needs nobody.
+//!
+//! - [`Plan`]: everything that is known before anything is made, and every reason to refuse.
+//! - [`start`]: the steps, and their undoing.
+//! - [`queue`]: several machines at once, under a limit.
+//! - [`finish`]: keep or discard.
+//!
+//! Invariants
+//! - The overlay stands before the machine starts; no error path deletes one the guest has written to.
+//! - Until the machine runs, a failure leaves the host as it was found.
+//! - A step is said to be done when its effect was seen.
+//!
+//! Not here: what a session's process does (`aquifer_mount::session`), hypervisors (`host`).
+
+pub mod door;
+pub mod finish;
+pub mod follow;
+pub mod plan;
+pub mod queue;
+pub mod record;
+pub mod shape;
+pub mod start;
+pub mod view;
+
+pub use plan::Plan;
+pub use record::Machine;
+
+use crate::{
+    fail::{Code, Fail, Result},
+    host::{Host, qemu::Qemu},
+};
+
+/// The hosts there are.
+pub const HOSTS: [&str; 1] = ["qemu"];
+
+/// The host of that name.
+///
+/// # Errors
+/// [`Code::Usage`] with the names there are.
+pub fn host(name: &str) -> Result<&'static dyn Host> {
+    match name {
+        "qemu" => Ok(&Qemu),
+        _ => Err(Fail::new(Code::Usage, format!("no host is called `{name}`; there is {}", HOSTS.join(", ")))),
+    }
+}

@@ -1,0 +1,241 @@
+//! Everything that is known about a recovery before anything is made.
+//!
+//! Invariants
+//! - Making a plan opens sources read-only and changes nothing; what a dry run refuses, the real run refuses.
+//! - The format of every file, the fingerprint of every chain and the firmware are decided here, once.
+
+use std::{
+    fs,
+    path::{Component, Path, PathBuf},
+};
+
+use aquifer_mount::session::{DiskSpec, Options, Preallocate, is_name};
+use aquifer_vdisk::{Disk, overlay::OverlayOptions};
+
+use super::{
+    record::{Machine, Wanted},
+    shape::{Shaped, Wishes, disk_names, named_firmware, shape},
+};
+use crate::{
+    context::Context,
+    fail::{Code, Fail, Result},
+    host::{Host, firmware},
+    machine::Described,
+    source::{Source, SourceOptions, select},
+    units,
+    verb::NamedSource,
+};
+
+/// Space that must stay free beside what a session reserves, bytes: room to boot and to be told that it fills up.
+const FREE_FLOOR: u64 = 256 << 20;
+
+/// What one machine is to be recovered from and how.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// A SOURCE with all its disks, or one for each disk.
+    pub from: From,
+    /// How sources are read.
+    pub source_options: SourceOptions,
+    /// Its name; from the description, the repository or `into` where nobody said one.
+    pub name: Option<String>,
+    /// Its description.
+    pub described: Option<Described>,
+    /// What the command line says about it.
+    pub wishes: Wishes,
+    /// Folder of the session.
+    pub into: PathBuf,
+    /// How the session behaves.
+    pub options: Options,
+}
+
+/// Where disks come from.
+#[derive(Clone, Debug)]
+pub enum From {
+    /// All disks of one source.
+    Source(String),
+    /// Each from its own.
+    Disks(Vec<NamedSource>),
+}
+
+/// A recovery, decided.
+#[derive(Debug)]
+pub struct Plan {
+    /// Name of the machine and of the session.
+    pub name: String,
+    /// Folder of the session; its parent is real.
+    pub dir: PathBuf,
+    /// Its disks.
+    pub disks: Vec<DiskSpec>,
+    /// How the session behaves.
+    pub options: Options,
+    /// The machine.
+    pub machine: Machine,
+    /// Where it runs.
+    pub host: &'static dyn Host,
+    /// What a person ought to know.
+    pub warnings: Vec<String>,
+}
+
+impl Plan {
+    /// Decides everything about one machine.
+    ///
+    /// # Errors
+    /// Every reason not to begin.
+    pub fn new(context: &Context, host: &'static dyn Host, request: &Request) -> Result<Self> {
+        let found = find_disks(context, request)?;
+        let (dir, space_at) = place(&request.into)?;
+        let mut names: Vec<String> = found.disks.iter().map(|disk| disk.name.clone()).collect();
+        let described = request.described.clone().unwrap_or_default();
+        if matches!(request.from, From::Source(_)) {
+            names = disk_names(&names, &described)?;
+        }
+        let name = machine_name(request, found.machine.as_deref(), &described, &dir)?;
+        let mut disks = Vec::new();
+        let mut opened = Vec::new();
+        let cache = context.cache()?;
+        for (name, selected) in names.iter().zip(&found.disks) {
+            let chain = selected.open_chain(&cache)?;
+            let fingerprint = blake3::Hash::from_bytes(chain.fingerprint()?).to_hex().to_string();
+            disks.push(DiskSpec { name: name.clone(), chain: selected.spec.clone(), size: chain.size(), fingerprint });
+            opened.push(Disk::read_only(name, chain));
+        }
+        let Shaped { mut shape, mut warnings } = shape(&name, &names, &described, &request.wishes);
+        let decision = firmware::decide(named_firmware(&described, &request.wishes), &opened)?;
+        shape.firmware = decision.firmware;
+        warnings.extend(decision.hints.iter().cloned());
+        host.check(&shape)?;
+        check_space(&space_at, &disks, &request.options)?;
+        let machine = Machine {
+            host: host.name().to_owned(),
+            shape,
+            firmware: decision,
+            wanted: Wanted::On,
+            running: None,
+            since: None,
+        };
+        Ok(Self { name, dir, disks, options: request.options.clone(), machine, host, warnings })
+    }
+}
+
+struct Found {
+    disks: Vec<crate::source::SelectedDisk>,
+    /// Name of the machine, where the source knows it.
+    machine: Option<String>,
+}
+
+fn find_disks(context: &Context, request: &Request) -> Result<Found> {
+    match &request.from {
+        From::Source(word) => {
+            let machine = match Source::parse(word)? {
+                Source::Point { machine, .. } => Some(machine),
+                Source::Path(_) | Source::Raw(_) | Source::Nbd(_) => None,
+            };
+            Ok(Found { disks: select(context, word, &request.source_options)?.disks, machine })
+        }
+        From::Disks(named) => {
+            let mut disks: Vec<crate::source::SelectedDisk> = Vec::new();
+            for NamedSource { name, source } in named {
+                if disks.iter().any(|disk| disk.name == *name) {
+                    return Err(Fail::new(Code::Usage, format!("two disks are called `{name}`")));
+                }
+                let mut disk = select(context, source, &request.source_options)?.single()?.clone();
+                disk.name.clone_from(name);
+                disks.push(disk);
+            }
+            Ok(Found { disks, machine: None })
+        }
+    }
+}
+
+fn machine_name(request: &Request, known: Option<&str>, described: &Described, dir: &Path) -> Result<String> {
+    let folder = dir.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+    let name = request.name.as_deref().or(described.name.as_deref()).or(known).unwrap_or(folder);
+    if is_name(name) {
+        return Ok(name.to_owned());
+    }
+    let what = format!("`{name}` cannot be a machine's name: letters, digits, `.`, `_` and `-`, at most 64");
+    Err(Fail::new(Code::Usage, what).help("add --name NAME"))
+}
+
+/// The folder as an absolute path whose existing part has no links, and that existing part.
+fn place(into: &Path) -> Result<(PathBuf, PathBuf)> {
+    let path = std::path::absolute(into).map_err(|e| Fail::io(into.display(), "find", &e))?;
+    let named = || Fail::new(Code::Usage, format!("--into {} is not the name of a folder", into.display()));
+    if path.components().any(|part| part == Component::ParentDir) {
+        return Err(named());
+    }
+    match fs::read_dir(&path).map(|mut entries| entries.next().is_none()) {
+        Ok(true) => {
+            let real = fs::canonicalize(&path).map_err(|e| Fail::io(path.display(), "find", &e))?;
+            return Ok((real.clone(), real));
+        }
+        Ok(false) if path.join("session.json").exists() => {
+            return Err(Fail::new(Code::Exists, format!("{} holds a recovery already", path.display()))
+                .at(path.display())
+                .help(format!("aquifer session resume {}", path.display())));
+        }
+        Ok(false) => {
+            return Err(Fail::new(Code::Exists, format!("{} is not empty", path.display())).at(path.display()));
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(e) => return Err(Fail::io(path.display(), "look into", &e)),
+    }
+    let existing = path.ancestors().find(|p| p.is_dir()).ok_or_else(named)?;
+    let real = fs::canonicalize(existing).map_err(|e| Fail::io(existing.display(), "find", &e))?;
+    let rest = path.strip_prefix(existing).map_err(|_| named())?;
+    Ok((real.join(rest), real))
+}
+
+/// Whether what the session reserves at its start fits.
+fn check_space(at: &Path, disks: &[DiskSpec], options: &Options) -> Result<()> {
+    let journal = options.journal_bytes.unwrap_or(OverlayOptions::default().journal_bytes);
+    let each = |disk: &DiskSpec| {
+        let whole = if options.preallocate == Preallocate::Full { disk.size } else { 0 };
+        // The map: two bits for each 4 KiB.
+        journal.saturating_add(disk.size / (4096 * 4)).saturating_add(whole)
+    };
+    let need = disks.iter().map(each).fold(FREE_FLOOR, u64::saturating_add);
+    let free = rustix::fs::statvfs(at).map_err(|e| Fail::io(at.display(), "look at", &e.into()))?;
+    let free = free.f_bavail.saturating_mul(free.f_frsize);
+    if free >= need {
+        return Ok(());
+    }
+    let what =
+        format!("the recovery needs {} and {} has {} free", units::bytes(need), at.display(), units::bytes(free));
+    Err(Fail::new(Code::Capacity, what).at(at.display()).help("choose another --into DIR, or leave out --preallocate"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_folder_must_be_new_or_empty() {
+        let root = tempfile::tempdir().expect("folder");
+        let real = root.path().canonicalize().expect("real");
+        assert_eq!(place(&root.path().join("a/b")).expect("new"), (real.join("a/b"), real.clone()));
+        assert_eq!(place(root.path()).expect("empty"), (real.clone(), real.clone()));
+        std::os::unix::fs::symlink(&real, root.path().join("link")).expect("link");
+        assert_eq!(place(&root.path().join("link/x")).expect("through a link").0, real.join("x"));
+        assert_eq!(place(root.path()).expect_err("not empty").code, Code::Exists);
+        assert_eq!(place(&root.path().join("nowhere/../x")).expect_err("a way up").code, Code::Usage);
+        fs::write(root.path().join("file"), "x").expect("file");
+        assert!(place(&root.path().join("file/x")).is_err(), "below a file");
+    }
+
+    #[test]
+    fn space_is_asked_for_before_anything_is_made() {
+        let root = tempfile::tempdir().expect("folder");
+        let disk = |size| DiskSpec {
+            name: "vda".into(),
+            chain: aquifer_vdisk::ChainSpec::Nbd { uri: "nbd://x".into() },
+            size,
+            fingerprint: "0".repeat(64),
+        };
+        let options = Options::default();
+        assert!(check_space(root.path(), &[disk(1 << 40)], &options).is_ok(), "an overlay grows");
+        let whole = Options { preallocate: Preallocate::Full, ..options };
+        let fail = check_space(root.path(), &[disk(1 << 60)], &whole).expect_err("an exbibyte");
+        assert_eq!(fail.code, Code::Capacity);
+    }
+}

@@ -1,0 +1,54 @@
+//! Descriptions become shapes: what was said is kept, what was not is filled in, what cannot be is told.
+
+use super::*;
+
+fn described(text: &str) -> Described {
+    Described::parse("test.toml", text).expect("a description")
+}
+
+#[test]
+fn a_machine_nobody_described_has_the_defaults() {
+    let shaped = shape("db01", &["vda".into()], &Described::default(), &Wishes::default());
+    let shape = shaped.shape;
+    assert_eq!((shape.cpus, shape.memory, shape.nics.len()), (2, 4 << 30, 1));
+    assert_eq!(shape.disks, [Disk { name: "vda".into(), bus: Bus::Virtio, boot_order: None }]);
+    assert!(shape.nics[0].mac.starts_with("52:54:00:") && shape.nics[0].mac.len() == 17);
+    assert!(shaped.warnings.is_empty());
+}
+
+#[test]
+fn what_was_said_is_kept_and_wishes_win() {
+    let said = described(
+        "version = 1\nname = \"db01\"\nuuid = \"1b4e28ba-2fa1-11d2-883f-0016d3cca427\"\nfirmware = \"uefi\"\ncpus = 3\n\
+         memory = \"1GiB\"\n[[disk]]\nname = \"sda\"\nbus = \"scsi\"\nboot_order = 2\n[[disk]]\nname = \"sdb\"\nbus = \"ide\"\n\
+         [[nic]]\nmac = \"52:54:00:12:34:56\"\nmodel = \"vmxnet3\"\n",
+    );
+    let wishes = Wishes { cpus: Some(1), memory: Some(1000), ..Wishes::default() };
+    let shaped = shape("db01", &["sda".into(), "sdb".into()], &said, &wishes);
+    assert_eq!(shaped.shape.uuid.to_string(), "1b4e28ba-2fa1-11d2-883f-0016d3cca427");
+    assert_eq!((shaped.shape.cpus, shaped.shape.memory), (1, 1 << 20));
+    assert_eq!(shaped.shape.disks[0].bus, Bus::Scsi);
+    assert_eq!(shaped.shape.disks[0].boot_order, Some(2));
+    assert_eq!(shaped.shape.disks[1].bus, Bus::Sata);
+    assert_eq!(shaped.shape.nics[0].mac, "52:54:00:12:34:56");
+    assert_eq!(shaped.warnings.len(), 2, "{:?}", shaped.warnings);
+    assert_eq!(named_firmware(&said, &wishes), Some(Firmware::Uefi));
+    let bios = Wishes { firmware: Some(Firmware::Bios), ..Wishes::default() };
+    assert_eq!(named_firmware(&said, &bios), Some(Firmware::Bios));
+}
+
+#[test]
+fn a_machine_described_without_cards_has_none() {
+    let said = described("version = 1\nname = \"db01\"\n");
+    assert!(shape("db01", &["vda".into()], &said, &Wishes::default()).shape.nics.is_empty());
+}
+
+#[test]
+fn disks_take_the_names_the_machine_knows() {
+    let names = |all: &[&str]| all.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
+    let said = described("version = 1\n[[disk]]\nname = \"vda\"\n[[disk]]\nname = \"vdb\"\n");
+    assert_eq!(disk_names(&names(&["image"]), &Described::default()).expect("own"), ["image"]);
+    assert_eq!(disk_names(&names(&["vdb"]), &said).expect("some of them"), ["vdb"]);
+    assert_eq!(disk_names(&names(&["a", "b"]), &said).expect("by place"), ["vda", "vdb"]);
+    assert_eq!(disk_names(&names(&["a"]), &said).expect_err("which one?").code, Code::Usage);
+}

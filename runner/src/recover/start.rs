@@ -1,0 +1,202 @@
+//! The steps of a recovery, and their undoing.
+//!
+//! Invariants
+//! - The overlay stands, on disk, before the machine starts.
+//! - A failure before the machine runs takes down what was made, in reverse; what was there before is left as it was.
+//! - Once the machine has been let go nothing is deleted, whatever fails: it may have written.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use aquifer_mount::session::{Client, Folder, Registry, Spec, State, control::Clients};
+use jiff::Timestamp;
+
+use super::{
+    door,
+    plan::Plan,
+    record::{Machine, Wanted, doors, places},
+};
+use crate::{
+    context::Context,
+    fail::{Code, Fail, Result},
+    host::{self, Host, Power, Running},
+};
+
+/// How long a door may take to answer. Opening a deep chain is in it.
+const DOOR_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A recovery whose machine runs.
+#[derive(Clone, Debug)]
+pub struct Started {
+    /// The session.
+    pub spec: Spec,
+    /// The machine.
+    pub running: Running,
+}
+
+/// Carries out a plan.
+///
+/// # Errors
+/// What failed; what was made is gone again, except a folder whose machine may have written to it: that one is named.
+pub fn start(context: &Context, plan: &Plan) -> Result<Started> {
+    let mut undo = Undo::new(plan.host);
+    let folder = prepare(context, plan, &mut undo)?;
+    folder.transition(State::Preparing, "recover", None)?;
+    folder.transition(State::Mounting, "recover", None)?;
+    let client = Client::of(folder.clone());
+    undo.door = Some(client.clone());
+    door::launch(context, &folder)?;
+    client.wait_for_door(DOOR_TIMEOUT).map_err(|error| door::why(&folder, error))?;
+    let spec = folder.load()?;
+    let running = match plan.host.start(&plan.machine.shape, &doors(&spec), &places(&spec)) {
+        Ok(running) => running,
+        Err(error) => {
+            if matches!(error, host::Error::Power { .. }) {
+                undo.keep();
+                Machine::edit(&folder, |m| m.wanted = Wanted::Off)?;
+                let fail = Fail::from(error).at(folder.dir().display());
+                return Err(fail.help(format!("aquifer session resume {}", folder.dir().display())));
+            }
+            return Err(error.into());
+        }
+    };
+    undo.keep();
+    let recorded = running.clone();
+    Machine::edit(&folder, move |machine| {
+        machine.running = Some(recorded);
+        machine.since = Some(Timestamp::now());
+    })?;
+    folder.event(spec.id, "machine_started", None)?;
+    Ok(Started { spec: folder.load()?, running })
+}
+
+/// Makes the folder and the record.
+fn prepare(context: &Context, plan: &Plan, undo: &mut Undo) -> Result<Folder> {
+    undo.will_make(&plan.dir);
+    let runtime = context.runtime_dir()?;
+    let mut spec =
+        Spec::new(&plan.name, &plan.dir, &runtime, plan.disks.clone(), plan.options.clone(), Timestamp::now())?;
+    spec.host = plan.machine.to_json();
+    undo.runtime_dir = Some(spec.runtime_dir.clone());
+    let folder = Folder::create(&spec)?;
+    let registry = Registry::new(&context.home()?);
+    registry.add(&spec)?;
+    undo.registry = Some((registry, spec.id));
+    Ok(folder)
+}
+
+/// Brings a session back whose processes died: its door, and its machine where that ought to run.
+///
+/// # Errors
+/// [`Code::State`] for a session that has ended; whatever fails on the way.
+pub fn resume(context: &Context, folder: &Folder) -> Result<Resumed> {
+    let spec = folder.load()?;
+    if matches!(spec.state, State::Dismounting | State::Stopped) {
+        return Err(Fail::new(Code::State, format!("{} has ended: it is {}", spec.name, spec.state)));
+    }
+    let client = Client::of(folder.clone());
+    let door_started = folder.owner()?.is_none();
+    if door_started {
+        if spec.state == State::Failed {
+            folder.transition(State::Preparing, "resume", None)?;
+            folder.transition(State::Mounting, "resume", None)?;
+        }
+        door::launch(context, folder)?;
+    }
+    client.wait_for_door(DOOR_TIMEOUT).map_err(|error| door::why(folder, error))?;
+    let Some(machine) = Machine::of(&spec)? else { return Ok(Resumed { door_started, machine_started: false }) };
+    let host = super::host(&machine.host)?;
+    let machine_started = match machine.power()? {
+        Power::Off if machine.wanted == Wanted::On => {
+            let running = host.start(&machine.shape, &doors(&spec), &places(&spec))?;
+            Machine::edit(folder, |machine| {
+                machine.running = Some(running);
+                machine.since = Some(Timestamp::now());
+            })?;
+            folder.event(spec.id, "machine_started", Some("after its host or hypervisor ended"))?;
+            true
+        }
+        Power::IoError => {
+            if let Some(running) = &machine.running {
+                host.resume(running)?;
+            }
+            false
+        }
+        Power::Running | Power::Paused | Power::Crashed | Power::Off => false,
+    };
+    Ok(Resumed { door_started, machine_started })
+}
+
+/// What a resume had to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resumed {
+    /// The door had to be started.
+    pub door_started: bool,
+    /// The machine had to be started.
+    pub machine_started: bool,
+}
+
+/// What has been made so far; dropped, it is taken down.
+struct Undo {
+    host: &'static dyn Host,
+    armed: bool,
+    /// Folder of the session, and how much of the way to it is ours.
+    dir: Option<(PathBuf, Option<PathBuf>)>,
+    runtime_dir: Option<PathBuf>,
+    registry: Option<(Registry, uuid::Uuid)>,
+    door: Option<Client>,
+}
+
+impl Undo {
+    fn new(host: &'static dyn Host) -> Self {
+        Self { host, armed: true, dir: None, runtime_dir: None, registry: None, door: None }
+    }
+
+    /// Notes that `dir` is about to be made, with everything on the way to it that is not there yet.
+    fn will_make(&mut self, dir: &Path) {
+        let missing = dir.ancestors().take_while(|p| !p.exists()).last().map(Path::to_path_buf);
+        self.dir = Some((dir.to_path_buf(), missing));
+    }
+
+    /// From here on nothing is deleted.
+    fn keep(&mut self) {
+        self.armed = false;
+    }
+}
+
+impl Drop for Undo {
+    fn drop(&mut self) {
+        if !self.armed {
+            return;
+        }
+        if let Some(client) = &self.door {
+            // A door that never came up has nothing to stop; its supervisor ends with the folder's record.
+            let _ = client.stop(Clients::Disconnect);
+            door::end(client.folder());
+        }
+        if let Some((registry, id)) = &self.registry {
+            let _ = registry.remove(*id);
+        }
+        if let Some((dir, made)) = &self.dir {
+            match made {
+                Some(made) => drop(fs::remove_dir_all(made)),
+                // The folder was there and empty: it stays, empty.
+                None => empty(dir),
+            }
+        }
+        if let Some(dir) = &self.runtime_dir {
+            let _ = fs::remove_dir_all(dir);
+        }
+        tracing::debug!(host = self.host.name(), "recovery undone");
+    }
+}
+
+fn empty(dir: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let _ = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+    }
+}

@@ -1,0 +1,28 @@
+//! The program itself, as its users run it.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+};
+
+/// The binary `aquifer` of this very source, in the profile of the tests. Built if it is not there or is old.
+///
+/// # Panics
+/// It cannot be built.
+pub fn aquifer() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| {
+        let deps = std::env::current_exe().expect("the test knows itself");
+        let profile = deps.ancestors().nth(2).expect("target/PROFILE/deps/TEST");
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--locked", "--offline", "-p", "aquifer", "--bin", "aquifer"]);
+        if profile.file_name().is_some_and(|name| name == "release") {
+            build.arg("--release");
+        }
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
+        let built = build.current_dir(root).status().expect("cargo");
+        assert!(built.success(), "aquifer cannot be built");
+        profile.join("aquifer")
+    })
+}
