@@ -127,6 +127,9 @@ pub enum Verb {
     Completions(verb::completions::Args),
     /// Print or write the manual pages
     Man(verb::man::Args),
+    /// Be the processes of a recovery
+    #[command(hide = true)]
+    Door(verb::door::Args),
 }
 
 /// Help shows the verbs in these groups.

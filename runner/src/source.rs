@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 
+pub(crate) use connect::layer as layer_of_nbd;
 pub use repository::SelectedPoint;
 pub use select::{SelectedDisk, Selection, SourceOptions, select};
 

@@ -10,6 +10,7 @@ pub mod completions;
 pub mod config;
 pub mod diff;
 pub mod doctor;
+pub mod door;
 pub mod events;
 pub mod explain;
 pub mod export;
@@ -61,6 +62,7 @@ impl Verb {
             Verb::Explain(_) => "explain",
             Verb::Completions(_) => "completions",
             Verb::Man(_) => "man",
+            Verb::Door(_) => "door",
         }
     }
 
@@ -90,6 +92,7 @@ impl Verb {
             Verb::Explain(args) => explain::run(context, args),
             Verb::Completions(args) => completions::run(context, args),
             Verb::Man(args) => man::run(context, args),
+            Verb::Door(args) => door::run(context, args),
         }
     }
 }

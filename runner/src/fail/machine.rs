@@ -1,6 +1,6 @@
 //! Codes for what sessions and hosts report.
 
-use aquifer_mount::session;
+use aquifer_mount::{fuse, session};
 
 use super::{At, Code, Fail, table::from_io};
 use crate::host::{self, qmp};
@@ -47,11 +47,28 @@ impl From<session::Error> for Fail {
             }
             E::Door { code, what } => Fail::new(Code::find(&code).unwrap_or(Code::Failed), what),
             E::Protocol { path, what } => Fail::new(Code::Timeout, what).at(path),
+            E::NoDisk { name } => Fail::new(Code::NotFound, format!("the session has no disk `{name}`")),
+            E::Clients { connections, files } => {
+                Fail::new(Code::Busy, format!("{connections} NBD clients are connected, {files}"))
+            }
             E::Disk(error) => error.into(),
+            E::Nbd(error) => error.into(),
+            E::Fuse(error) => error.into(),
             E::KeepsDying { times, seconds, how, log } => {
                 let what = format!("the session's door ended {times} times within {seconds} s");
                 Fail::new(Code::Failed, what).at(&log).cause(how).help(format!("cat {log}"))
             }
+        }
+    }
+}
+
+impl From<fuse::Error> for Fail {
+    fn from(error: fuse::Error) -> Self {
+        use fuse::Error as E;
+        match error {
+            E::Io { path, action, source } => from_io(&path, action, None, &source),
+            E::Busy { path } => Fail::new(Code::Busy, format!("another door serves at {path}")).at(path),
+            E::Name { path, name } => Fail::new(Code::Usage, format!("`{name}` cannot name a file")).at(path),
         }
     }
 }

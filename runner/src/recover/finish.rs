@@ -81,13 +81,17 @@ pub fn keep(context: &Context, folder: &Folder) -> Result<Kept> {
         if folder.owner()?.is_none() {
             start::resume(context, folder)?;
         }
+        let supervisor = door::supervisor(folder);
         client.drain(None)?;
         for (index, disk) in spec.disks.iter().enumerate() {
             let file = disk_file(&spec, &disk.name);
             let pivot = match (&machine, power) {
                 (_, Power::Off) | (None, _) => None,
                 (Some(machine), _) => match &machine.running {
-                    Some(running) => Some(super::host(&machine.host)?.pivot(running, index, &file)?),
+                    Some(running) => {
+                        client.hand_over(&disk.name)?;
+                        Some(super::host(&machine.host)?.pivot(running, index, &file)?)
+                    }
                     None => None,
                 },
             };
@@ -95,13 +99,13 @@ pub fn keep(context: &Context, folder: &Folder) -> Result<Kept> {
         }
         client.detach_source()?;
         client.stop(Clients::Disconnect)?;
+        supervisor.as_ref().map_or(Ok(()), door::await_end)?;
         folder.transition(State::Dismounting, "finalize_keep", None)?;
     } else {
         disks.extend(spec.disks.iter().map(|d| (d.name.clone(), disk_file(&spec, &d.name), None)));
     }
-    door::end(folder);
     for disk in &spec.disks {
-        for part in ["map", "journal"] {
+        for part in ["map", "journal", "owner"] {
             remove(&spec.disk_dir(&disk.name).join(part))?;
         }
     }
@@ -141,9 +145,10 @@ pub fn discard(context: &Context, folder: &Folder) -> Result<()> {
         }
     }
     if folder.owner()?.is_some() {
+        let supervisor = door::supervisor(folder);
         Client::of(folder.clone()).stop(Clients::Disconnect)?;
+        supervisor.as_ref().map_or(Ok(()), door::await_end)?;
     }
-    door::end(folder);
     if spec.state.to(State::Dismounting).is_ok() {
         folder.transition(State::Dismounting, "finalize_discard", None)?;
     }

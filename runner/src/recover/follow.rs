@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use aquifer_mount::session::{Client, Folder, State};
+use aquifer_mount::session::{Client, Folder};
 
 use super::record::{Machine, Wanted};
 use crate::{
@@ -77,11 +77,7 @@ impl Watch<'_> {
             self.stopped = Some((Instant::now() + TICK, TICK));
             let reason = "a disk could not be read or written; the machine waits";
             let spec = self.folder.load()?;
-            if spec.state.to(State::Interrupted).is_ok() {
-                self.folder.transition(State::Interrupted, "machine_io_error", Some(reason))?;
-            } else {
-                self.folder.event(spec.id, "machine_io_error", Some(reason))?;
-            }
+            self.folder.event(spec.id, "machine_io_error", Some(reason))?;
         }
         Ok(())
     }
@@ -107,12 +103,7 @@ impl Watch<'_> {
 
     fn going_on(&mut self) -> Result<()> {
         if self.stopped.take().is_some() {
-            let spec = self.folder.load()?;
-            if spec.state == State::Interrupted {
-                self.folder.transition(State::Mounted, "machine_goes_on", None)?;
-            } else {
-                self.folder.event(spec.id, "machine_goes_on", None)?;
-            }
+            self.note("machine_goes_on")?;
         }
         Ok(())
     }

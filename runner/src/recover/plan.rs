@@ -7,21 +7,23 @@
 use std::{
     fs,
     path::{Component, Path, PathBuf},
+    sync::Arc,
 };
 
 use aquifer_mount::session::{DiskSpec, Options, Preallocate, is_name};
 use aquifer_vdisk::{Disk, overlay::OverlayOptions};
 
 use super::{
-    record::{Machine, Wanted},
-    shape::{Shaped, Wishes, disk_names, named_firmware, shape},
+    record::{HeldPoint, Machine, Wanted},
+    shape::{Shaped, Wishes, disk_names, named_firmware, shape, stored},
 };
 use crate::{
     context::Context,
     fail::{Code, Fail, Result},
     host::{Host, firmware},
     machine::Described,
-    source::{Source, SourceOptions, select},
+    repository::Hold,
+    source::{SelectedDisk, SelectedPoint, SourceOptions, select},
     units,
     verb::NamedSource,
 };
@@ -74,6 +76,8 @@ pub struct Plan {
     pub host: &'static dyn Host,
     /// What a person ought to know.
     pub warnings: Vec<String>,
+    /// Keeps retention away from the point until the session's own hold does.
+    pub hold: Option<Arc<Hold>>,
 }
 
 impl Plan {
@@ -85,11 +89,12 @@ impl Plan {
         let found = find_disks(context, request)?;
         let (dir, space_at) = place(&request.into)?;
         let mut names: Vec<String> = found.disks.iter().map(|disk| disk.name.clone()).collect();
-        let described = request.described.clone().unwrap_or_default();
+        let carried = found.point.as_ref().map(|point| stored(&point.record.machine));
+        let described = request.described.clone().or(carried).unwrap_or_default();
         if matches!(request.from, From::Source(_)) {
             names = disk_names(&names, &described)?;
         }
-        let name = machine_name(request, found.machine.as_deref(), &described, &dir)?;
+        let name = machine_name(request, &described, &dir)?;
         let mut disks = Vec::new();
         let mut opened = Vec::new();
         let cache = context.cache()?;
@@ -112,44 +117,54 @@ impl Plan {
             wanted: Wanted::On,
             running: None,
             since: None,
+            point: found.point.as_ref().map(|point| HeldPoint {
+                repository: point.repository.clone(),
+                machine: point.machine.id,
+                point: point.point.id,
+            }),
         };
-        Ok(Self { name, dir, disks, options: request.options.clone(), machine, host, warnings })
+        let hold = found.point.map(|point| point.hold);
+        Ok(Self { name, dir, disks, options: request.options.clone(), machine, host, warnings, hold })
     }
 }
 
 struct Found {
-    disks: Vec<crate::source::SelectedDisk>,
-    /// Name of the machine, where the source knows it.
-    machine: Option<String>,
+    disks: Vec<SelectedDisk>,
+    /// The restore point, where they are from one in the repository.
+    point: Option<SelectedPoint>,
 }
 
 fn find_disks(context: &Context, request: &Request) -> Result<Found> {
-    match &request.from {
+    let named = match &request.from {
         From::Source(word) => {
-            let machine = match Source::parse(word)? {
-                Source::Point { machine, .. } => Some(machine),
-                Source::Path(_) | Source::Raw(_) | Source::Nbd(_) => None,
-            };
-            Ok(Found { disks: select(context, word, &request.source_options)?.disks, machine })
+            let selection = select(context, word, &request.source_options)?;
+            return Ok(Found { disks: selection.disks, point: selection.point });
         }
-        From::Disks(named) => {
-            let mut disks: Vec<crate::source::SelectedDisk> = Vec::new();
-            for NamedSource { name, source } in named {
-                if disks.iter().any(|disk| disk.name == *name) {
-                    return Err(Fail::new(Code::Usage, format!("two disks are called `{name}`")));
-                }
-                let mut disk = select(context, source, &request.source_options)?.single()?.clone();
-                disk.name.clone_from(name);
-                disks.push(disk);
+        From::Disks(named) => named,
+    };
+    let mut found = Found { disks: Vec::new(), point: None };
+    for NamedSource { name, source } in named {
+        if found.disks.iter().any(|disk| disk.name == *name) {
+            return Err(Fail::new(Code::Usage, format!("two disks are called `{name}`")));
+        }
+        let selection = select(context, source, &request.source_options)?;
+        let mut disk = selection.single()?.clone();
+        disk.name.clone_from(name);
+        found.disks.push(disk);
+        if let Some(other) = selection.point {
+            // A session holds one point; disks of two would leave the second to retention.
+            if found.point.as_ref().is_some_and(|point| point.point.id != other.point.id) {
+                return Err(Fail::new(Code::Usage, "the disks are from different restore points"));
             }
-            Ok(Found { disks, machine: None })
+            found.point = Some(other);
         }
     }
+    Ok(found)
 }
 
-fn machine_name(request: &Request, known: Option<&str>, described: &Described, dir: &Path) -> Result<String> {
+fn machine_name(request: &Request, described: &Described, dir: &Path) -> Result<String> {
     let folder = dir.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-    let name = request.name.as_deref().or(described.name.as_deref()).or(known).unwrap_or(folder);
+    let name = request.name.as_deref().or(described.name.as_deref()).unwrap_or(folder);
     if is_name(name) {
         return Ok(name.to_owned());
     }

@@ -4,9 +4,12 @@
 //! - The record alone is enough to start the machine again on the same disks.
 //! - `wanted` says what ought to be, never what is: that is looked up.
 
+use std::path::PathBuf;
+
 use aquifer_mount::session::{Folder, Spec};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::{
     fail::{Code, Fail, Result},
@@ -33,6 +36,20 @@ pub struct Machine {
     /// When that was started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<Timestamp>,
+    /// The restore point it stands on, where that is in a repository: held until the session ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub point: Option<HeldPoint>,
+}
+
+/// A restore point in a repository.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldPoint {
+    /// Folder of the repository.
+    pub repository: PathBuf,
+    /// The machine there.
+    pub machine: Uuid,
+    /// The point.
+    pub point: Uuid,
 }
 
 /// Whether a machine ought to run.

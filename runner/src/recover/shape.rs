@@ -4,6 +4,7 @@
 //! - What was said wins over defaults; what was said on the command line wins over all.
 //! - Anything that could not be taken as it was said is in [`Shaped::warnings`].
 
+use aquifer_formats::repo::record::{DiskDescription, Firmware as StoredFirmware, MachineDescription, NicDescription};
 use uuid::Uuid;
 
 use crate::{
@@ -57,9 +58,9 @@ pub fn shape(name: &str, disks: &[String], described: &Described, wishes: &Wishe
         Disk { name: disk.clone(), bus, boot_order: said.and_then(|d| d.boot_order) }
     });
     let disks = disks.collect();
-    // A machine nobody described gets one card; one described without cards gets none.
+    // A machine whose hardware nobody described gets one card; one described without cards gets none.
     let unknown = [DescribedNic::default()];
-    let nics = if *described == Described::default() { &unknown[..] } else { &described.nics };
+    let nics = if says_hardware(described) { &described.nics[..] } else { &unknown };
     let nics = nics.iter().enumerate().map(|(index, said)| nic(uuid, index, said, &mut warnings)).collect();
     let memory = wishes.memory.or(described.memory).unwrap_or(MEMORY_DEFAULT);
     let shape = Shape {
@@ -74,6 +75,39 @@ pub fn shape(name: &str, disks: &[String], described: &Described, wishes: &Wishe
         network: wishes.network,
     };
     Shaped { shape, warnings }
+}
+
+/// Whether somebody described the machine, beyond its name and the names of its disks.
+fn says_hardware(described: &Described) -> bool {
+    !described.nics.is_empty() || described.cpus.is_some() || described.memory.is_some() || described.uuid.is_some()
+}
+
+/// The description that a restore point carries.
+pub fn stored(description: &MachineDescription) -> Described {
+    let disk = |disk: &DiskDescription| DescribedDisk {
+        name: disk.name.as_str().to_owned(),
+        bus: disk.bus.clone(),
+        source: None,
+        boot_order: disk.boot_order,
+    };
+    let nic = |nic: &NicDescription| DescribedNic {
+        mac: nic.mac.clone(),
+        model: nic.model.clone(),
+        network: nic.network.clone(),
+    };
+    Described {
+        name: Some(description.name.clone()),
+        uuid: description.uuid,
+        firmware: description.firmware.map(|firmware| match firmware {
+            StoredFirmware::Bios => FirmwareKind::Bios,
+            StoredFirmware::Uefi => FirmwareKind::Uefi,
+        }),
+        machine_type: description.machine_type.clone(),
+        cpus: description.cpus,
+        memory: description.memory_bytes,
+        disks: description.disks.iter().map(disk).collect(),
+        nics: description.nics.iter().map(nic).collect(),
+    }
 }
 
 /// What a description says about a disk: by its name, else by its place.

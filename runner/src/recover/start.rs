@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use aquifer_mount::session::{Client, Folder, Registry, Spec, State, control::Clients};
+use aquifer_mount::session::{Folder, Registry, Spec, State};
 use jiff::Timestamp;
 
 use super::{
@@ -22,7 +22,7 @@ use super::{
 use crate::{
     context::Context,
     fail::{Code, Fail, Result},
-    host::{self, Host, Power, Running},
+    host::{self, Host, Power, Process, Running},
 };
 
 /// How long a door may take to answer. Opening a deep chain is in it.
@@ -46,10 +46,10 @@ pub fn start(context: &Context, plan: &Plan) -> Result<Started> {
     let folder = prepare(context, plan, &mut undo)?;
     folder.transition(State::Preparing, "recover", None)?;
     folder.transition(State::Mounting, "recover", None)?;
-    let client = Client::of(folder.clone());
-    undo.door = Some(client.clone());
-    door::launch(context, &folder)?;
-    client.wait_for_door(DOOR_TIMEOUT).map_err(|error| door::why(&folder, error))?;
+    undo.folder = Some(folder.clone());
+    let supervisor = door::launch(context, &folder)?;
+    undo.supervisor = Some(supervisor);
+    door::await_door(&folder, Some(&supervisor), DOOR_TIMEOUT)?;
     let spec = folder.load()?;
     let running = match plan.host.start(&plan.machine.shape, &doors(&spec), &places(&spec)) {
         Ok(running) => running,
@@ -69,8 +69,8 @@ pub fn start(context: &Context, plan: &Plan) -> Result<Started> {
         machine.running = Some(recorded);
         machine.since = Some(Timestamp::now());
     })?;
-    folder.event(spec.id, "machine_started", None)?;
-    Ok(Started { spec: folder.load()?, running })
+    let spec = folder.transition(State::Mounted, "machine_started", None)?;
+    Ok(Started { spec, running })
 }
 
 /// Makes the folder and the record.
@@ -97,16 +97,18 @@ pub fn resume(context: &Context, folder: &Folder) -> Result<Resumed> {
     if matches!(spec.state, State::Dismounting | State::Stopped) {
         return Err(Fail::new(Code::State, format!("{} has ended: it is {}", spec.name, spec.state)));
     }
-    let client = Client::of(folder.clone());
     let door_started = folder.owner()?.is_none();
     if door_started {
-        if spec.state == State::Failed {
-            folder.transition(State::Preparing, "resume", None)?;
-            folder.transition(State::Mounting, "resume", None)?;
+        for next in [State::Preparing, State::Mounting] {
+            if !folder.load()?.state.serves() {
+                folder.transition(next, "resume", None)?;
+            }
         }
-        door::launch(context, folder)?;
+        let supervisor = door::launch(context, folder)?;
+        door::await_door(folder, Some(&supervisor), DOOR_TIMEOUT)?;
+    } else {
+        door::await_door(folder, None, DOOR_TIMEOUT)?;
     }
-    client.wait_for_door(DOOR_TIMEOUT).map_err(|error| door::why(folder, error))?;
     let Some(machine) = Machine::of(&spec)? else { return Ok(Resumed { door_started, machine_started: false }) };
     let host = super::host(&machine.host)?;
     let machine_started = match machine.power()? {
@@ -127,6 +129,9 @@ pub fn resume(context: &Context, folder: &Folder) -> Result<Resumed> {
         }
         Power::Running | Power::Paused | Power::Crashed | Power::Off => false,
     };
+    if folder.load()?.state == State::Mounting {
+        folder.transition(State::Mounted, "resume", None)?;
+    }
     Ok(Resumed { door_started, machine_started })
 }
 
@@ -147,12 +152,13 @@ struct Undo {
     dir: Option<(PathBuf, Option<PathBuf>)>,
     runtime_dir: Option<PathBuf>,
     registry: Option<(Registry, uuid::Uuid)>,
-    door: Option<Client>,
+    folder: Option<Folder>,
+    supervisor: Option<Process>,
 }
 
 impl Undo {
     fn new(host: &'static dyn Host) -> Self {
-        Self { host, armed: true, dir: None, runtime_dir: None, registry: None, door: None }
+        Self { host, armed: true, dir: None, runtime_dir: None, registry: None, folder: None, supervisor: None }
     }
 
     /// Notes that `dir` is about to be made, with everything on the way to it that is not there yet.
@@ -172,10 +178,12 @@ impl Drop for Undo {
         if !self.armed {
             return;
         }
-        if let Some(client) = &self.door {
-            // A door that never came up has nothing to stop; its supervisor ends with the folder's record.
-            let _ = client.stop(Clients::Disconnect);
-            door::end(client.folder());
+        if let Some(folder) = &self.folder {
+            // A door that is about to be started again finds that it is not wanted.
+            let _ = folder.transition(State::Failed, "recover", Some("undone"));
+        }
+        if let Some(supervisor) = &self.supervisor {
+            let _ = door::end(supervisor);
         }
         if let Some((registry, id)) = &self.registry {
             let _ = registry.remove(*id);

@@ -113,8 +113,8 @@ impl View {
             for parked in &disk.parked {
                 let _ = writeln!(
                     out,
-                    "           waits {} s for {}+{}: {}",
-                    parked.waited_s, parked.offset, parked.len, parked.cause
+                    "           a read of {}+{} has waited {} s for the source",
+                    parked.offset, parked.len, parked.waited_s
                 );
             }
         }
@@ -141,7 +141,9 @@ impl View {
         let share = self.local_percent.map_or("unknown".into(), |p| format!("{p} %"));
         let sizes = format!("{} of {}", units::bytes(self.local_bytes), units::bytes(self.used_bytes));
         let time = self.seconds_to_independence.map_or("unknown".into(), units::seconds);
-        format!("{share} of used data ({sizes})  |  time to independence {time}")
+        let known = self.status.disks.iter().all(|disk| disk.used.is_some());
+        let whole = if known { "used data" } else { "the disks" };
+        format!("{share} of {whole} ({sizes})  |  time to independence {time}")
     }
 }
 
@@ -231,6 +233,7 @@ fn disk_line(disk: &DiskStatus) -> String {
         Some(Phase::Running) => "copying",
         Some(Phase::Paused) => "paused",
         Some(Phase::Waiting) => "waiting for the source",
+        Some(Phase::NoSpace) => "waiting for space",
         Some(Phase::Failed) => "copy failed, see aquifer events",
         Some(Phase::Done) => "local",
         None if overlay.absent == 0 => "local",

@@ -18,6 +18,8 @@ use crate::{
 /// A point in the repository, held while it is used.
 #[derive(Clone, Debug)]
 pub struct SelectedPoint {
+    /// Folder of the repository.
+    pub repository: PathBuf,
     /// Its machine.
     pub machine: Machine,
     /// The point.
@@ -56,5 +58,6 @@ pub(super) fn disks(
         let what = format!("{} has no disk `{}`; it has {}", machine.name, disk.unwrap_or_default(), names.join(", "));
         return Err(Fail::new(Code::NotFound, what).help(format!("aquifer points {}", machine.name)));
     }
-    Ok((disks, SelectedPoint { machine, point, record, hold }))
+    let repository = PathBuf::from(repo.label());
+    Ok((disks, SelectedPoint { repository, machine, point, record, hold }))
 }

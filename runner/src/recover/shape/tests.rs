@@ -39,8 +39,9 @@ fn what_was_said_is_kept_and_wishes_win() {
 
 #[test]
 fn a_machine_described_without_cards_has_none() {
-    let said = described("version = 1\nname = \"db01\"\n");
-    assert!(shape("db01", &["vda".into()], &said, &Wishes::default()).shape.nics.is_empty());
+    let cards = |text: &str| shape("db01", &["vda".into()], &described(text), &Wishes::default()).shape.nics.len();
+    assert_eq!(cards("version = 1\ncpus = 2\n"), 0);
+    assert_eq!(cards("version = 1\nname = \"db01\"\n[[disk]]\nname = \"vda\"\n"), 1, "only named");
 }
 
 #[test]
@@ -51,4 +52,33 @@ fn disks_take_the_names_the_machine_knows() {
     assert_eq!(disk_names(&names(&["vdb"]), &said).expect("some of them"), ["vdb"]);
     assert_eq!(disk_names(&names(&["a", "b"]), &said).expect("by place"), ["vda", "vdb"]);
     assert_eq!(disk_names(&names(&["a"]), &said).expect_err("which one?").code, Code::Usage);
+}
+
+#[test]
+fn a_stored_description_comes_back_whole() {
+    let stored_form = MachineDescription {
+        name: "db01".into(),
+        uuid: Some(Uuid::from_u128(7)),
+        firmware: Some(StoredFirmware::Uefi),
+        machine_type: Some("q35".into()),
+        cpus: Some(3),
+        memory_bytes: Some(1 << 30),
+        disks: vec![DiskDescription {
+            name: aquifer_formats::repo::DiskName::new("sda").expect("name"),
+            size: Some(5),
+            bus: Some("scsi".into()),
+            boot_order: Some(1),
+        }],
+        nics: vec![NicDescription {
+            mac: Some("52:54:00:12:34:56".into()),
+            network: Some("default".into()),
+            model: Some("e1000e".into()),
+        }],
+    };
+    let back = stored(&stored_form);
+    assert_eq!((back.uuid, back.cpus, back.memory), (Some(Uuid::from_u128(7)), Some(3), Some(1 << 30)));
+    assert_eq!(back.firmware, Some(FirmwareKind::Uefi));
+    let shape = shape("db01", &["sda".into()], &back, &Wishes::default()).shape;
+    assert_eq!(shape.disks, [Disk { name: "sda".into(), bus: Bus::Scsi, boot_order: Some(1) }]);
+    assert_eq!(shape.nics, [Nic { mac: "52:54:00:12:34:56".into(), model: NicModel::E1000e }]);
 }
