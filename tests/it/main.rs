@@ -6,8 +6,8 @@ mod crash;
 mod fuse;
 mod fuzz_smoke;
 mod host;
-mod overlay;
 mod licences;
+mod overlay;
 mod qcow2;
 mod tidy;
 
