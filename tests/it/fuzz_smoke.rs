@@ -179,6 +179,97 @@ fn codec_seeds(folder: &Path) {
     }
 }
 
+/// Small native layers: one and two leaves, several codecs, shared blocks, waymarks.
+fn aql_seeds(folder: &Path) {
+    use aquifer_formats::aql::{Compression, ContentKey, NewLayer, Writer, WriterOptions};
+    let ways = [Compression::Zstd(1), Compression::Lz4, Compression::Raw];
+    for (number, compression) in ways.into_iter().enumerate() {
+        let options =
+            WriterOptions { block_log2: 14, compression, threads: 0, waymark_bytes: 9000, ..WriterOptions::default() };
+        let size = if number == 1 { 300 << 14 } else { 50_000 };
+        let new = NewLayer::full(size, ContentKey::new([7; 32]));
+        let path = folder.join(format!("layer{number}"));
+        let mut writer = Writer::create_file(&path, new, options).expect("create");
+        let words: Vec<u8> = (0..40_000u32).flat_map(|i| (i / 7).to_le_bytes()).take(3 << 14).collect();
+        writer.put(0, &words).expect("put");
+        if number == 1 {
+            writer.put(280, &words[..1 << 14]).expect("put");
+        }
+        writer.finish().expect("finish");
+    }
+}
+
+/// One record of each kind, behind the byte that says which.
+fn record_seeds(folder: &Path) {
+    let id = "0190a000-0000-7000-8000-000000000001";
+    let hash = "ab".repeat(32);
+    let owner = format!(r#"{{"id":"{id}","name":"me"}}"#);
+    let holder = r#"{"name":"n","host":"h","process":1,"session":"s"}"#;
+    let time = "2026-01-01T00:00:00Z";
+    let records = [
+        format!(
+            r#""schema":"aquifer.point.v1","id":"{id}","receipt":3,"created":"{time}","kind":"increment","parent":"{id}",
+            "consistency":"crash","machine":{{"name":"m","uuid":"{id}","firmware":"uefi","machine_type":"q35","cpus":2,
+            "memory_bytes":4294967296,"disks":[{{"name":"vda","size":5,"bus":"virtio","boot_order":1}}],
+            "nics":[{{"mac":"52:54:00:00:00:01","network":"n","model":"virtio"}}]}},
+            "disks":[{{"name":"vda","size":5,"layer":"{id}","seal":"{hash}","file_bytes":12288,"stored_bytes":1,
+            "data_bytes":1,"found":{{"by":"bitmap","name":"b"}},"source_format":"raw",
+            "needs":[{{"point":"{id}","disk":"vda","layer":"{id}","seal":"{hash}","file_bytes":1}}]}}]"#
+        ),
+        format!(
+            r#""schema":"aquifer.manifest.v1","machine":"{id}","generation":2,"previous":"{hash}","writer":{owner},
+            "written":"{time}","name":"m","aliases":["n"],
+            "points":[{{"id":"{id}","receipt":1,"record":"{hash}","retained":true,"damaged":"why","pinned":true}}]"#
+        ),
+        format!(
+            r#""schema":"aquifer.repository.v1","id":"{id}","created":"{time}","content_key":"{hash}","owner":{owner},
+            "defaults":{{"block_bytes":65536,"compression":"zstd-1"}}"#
+        ),
+        format!(
+            r#""schema":"aquifer.lease.v1","id":"{id}","kind":"read","machine":"{id}","point":"{id}","generation":1,
+            "holder":{holder},"since":"{time}","beat":9"#
+        ),
+        format!(r#""schema":"aquifer.begin.v1","id":"{id}","begun":"{time}","parent":null,"holder":{holder}"#),
+        format!(r#""schema":"aquifer.machine.v1","id":"{id}","name":"m","created":"{time}""#),
+        format!(r#""schema":"aquifer.owner.v1","number":1,"owner":{owner},"since":"{time}""#),
+    ];
+    for (which, body) in (0u8..).zip(records) {
+        let text = format!("{{{body}}}");
+        if which == 0 {
+            use aquifer_formats::repo::record::{PointRecord, decode};
+            decode::<PointRecord>("seed", text.as_bytes()).expect("seeds are valid");
+        }
+        let seed = [&[which], text.as_bytes()].concat();
+        fs::write(folder.join(which.to_string()), &seed).expect("write");
+    }
+}
+
+#[test]
+fn native_layers_survive_hostile_bytes() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    aql_seeds(folder.path());
+    run_bounded("fuzz_smoke::aql_child", folder.path());
+}
+
+#[test]
+#[ignore = "run by its parent test, in a bounded process"]
+fn aql_child() {
+    mutate_and_run(fuzz::aql, cases(700));
+}
+
+#[test]
+fn records_survive_hostile_bytes() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    record_seeds(folder.path());
+    run_bounded("fuzz_smoke::record_child", folder.path());
+}
+
+#[test]
+#[ignore = "run by its parent test, in a bounded process"]
+fn record_child() {
+    mutate_and_run(fuzz::record, cases(3000));
+}
+
 #[test]
 fn codecs_survive_hostile_bytes() {
     let folder = tempfile::tempdir().expect("temporary folder");

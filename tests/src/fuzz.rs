@@ -9,11 +9,11 @@ use aquifer_formats::{
     Codec, Content, Layer,
     codec::{self, Tail},
     probe::{Format, probe},
-    qcow2::{BitmapTrust, Qcow2, Qcow2Layer},
+    qcow2::{BitmapTrust, Qcow2},
     storage::MemoryStorage,
 };
 
-use crate::rng::Rng;
+use crate::{mend, rng::Rng};
 
 /// Most blocks that are decoded of one input; one hostile table can name the same one a thousand times.
 const UNPACKS_MAX: usize = 64;
@@ -60,8 +60,47 @@ pub fn qcow2(data: &[u8]) {
     }
 }
 
+/// Any bytes as a native layer: as they are, and with every checksum on the way made right, because no
+/// mutation would get past one otherwise. Opened, walked, verified, salvaged.
+pub fn aql(data: &[u8]) {
+    native(data);
+    native(&mend::layer(data));
+}
+
+fn native(data: &[u8]) {
+    use aquifer_formats::aql::{Depth, Reader, Resolver, Unseen, salvage, verify};
+    let storage = || Arc::new(MemoryStorage::new("fuzz", data.to_vec()));
+    if let Ok(reader) = Reader::open(storage(), Resolver::none()) {
+        walk_layer(&reader, UNPACKS_MAX);
+        let damage: usize = verify(&reader, Depth::Deep(None)).take(64).map(|found| found.damage.len()).sum();
+        assert!(damage <= 64 * 256 + 16);
+        let _ = reader.check_layers();
+    }
+    for unseen in [Unseen::Error, Unseen::Parent] {
+        if let Ok(found) = salvage(storage(), None, Resolver::none(), unseen) {
+            assert!(found.frames_end <= data.len() as u64);
+            walk_layer(&found.reader, 16);
+        }
+    }
+}
+
+/// Any bytes as a record of a repository; the first byte says which.
+pub fn record(data: &[u8]) {
+    use aquifer_formats::repo::record as r;
+    let Some((which, data)) = data.split_first() else { return };
+    match which % 7 {
+        0 => drop(r::decode::<r::PointRecord>("fuzz", data)),
+        1 => drop(r::decode::<r::ManifestRecord>("fuzz", data)),
+        2 => drop(r::decode::<r::RepositoryRecord>("fuzz", data)),
+        3 => drop(r::decode::<r::LeaseRecord>("fuzz", data)),
+        4 => drop(r::decode::<r::BeginRecord>("fuzz", data)),
+        5 => drop(r::decode::<r::MachineRecord>("fuzz", data)),
+        _ => drop(r::decode::<r::OwnerRecord>("fuzz", data)),
+    }
+}
+
 /// Looks all over a layer and checks what the trait promises of each answer.
-fn walk_layer(layer: &Qcow2Layer, unpacks: usize) {
+fn walk_layer(layer: &dyn Layer, unpacks: usize) {
     let size = layer.size();
     let mut told = Vec::new();
     let mut last = 0;

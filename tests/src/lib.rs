@@ -7,6 +7,7 @@ pub mod door;
 pub mod faults;
 pub mod fuzz;
 pub mod guest;
+pub mod mend;
 pub mod oracle;
 pub mod program;
 pub mod qemu;

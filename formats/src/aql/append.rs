@@ -20,7 +20,8 @@ use super::{
     frame::{FrameInfo, FrameKind},
     key::ContentId,
     layout::{
-        FRAME_HEADER_BYTES, LEAF_ENTRIES, PAGE_BYTES, WAYMARK_LEAVES_MAX, WAYMARK_MAGIC, WaymarkHeader, WaymarkLeaf,
+        FRAME_HEADER_BYTES, LEAF_ENTRIES, PAGE_BYTES, PAGE_LEN, WAYMARK_LEAVES_MAX, WAYMARK_MAGIC, WaymarkHeader,
+        WaymarkLeaf,
     },
     leafmap::LeafMap,
     salvage::Found,
@@ -359,7 +360,9 @@ impl Appender {
         self.stats.data_blocks = self.map.data_blocks();
         let raw = self.map.root(&self.parent_hint).encode();
         let mut payload = Vec::new();
-        let root_codec = Encoder::new(Compression::Zstd(1)).encode(&raw, &mut payload);
+        // A small root gains nothing by compression.
+        let how = if raw.len() < PAGE_LEN { Compression::Raw } else { Compression::Zstd(1) };
+        let root_codec = Encoder::new(how).encode(&raw, &mut payload);
         let root_a = self.tail.offset();
         let mut bytes = self.meta_frame(FrameKind::Root, 0, root_codec, raw.len(), &payload);
         let root_b = root_a + bytes.len() as u64;

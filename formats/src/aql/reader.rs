@@ -416,6 +416,7 @@ impl Reader {
 
     /// Reads and checks one block's stored bytes, decodes at least `need` of it, and returns its content id.
     pub(crate) fn read_block(&self, block: &BlockRef, need: usize, out: &mut Vec<u8>) -> Result<ContentId> {
+        out.clear();
         if block.raw_len != self.block_bytes() || block.stored_len > block.raw_len {
             return Err(self.odd(format!("block of {} bytes stored in {}", block.raw_len, block.stored_len)));
         }

@@ -116,9 +116,13 @@ impl Verify<'_> {
         let blocks = first..(first + LEAF_ENTRIES as u64).min(reader.blocks());
         let disk = blocks.start * grain..(blocks.end * grain).min(reader.size());
         let mut finding = Finding { disk: disk.clone(), blocks_read: 0, damage: Vec::new() };
-        if let Err(error) = self.pages(leaf) {
-            finding.damage.push(Damage { disk, error });
-            return finding;
+        match self.pages(leaf) {
+            Ok(true) => {}
+            Ok(false) => return finding,
+            Err(error) => {
+                finding.damage.push(Damage { disk, error });
+                return finding;
+            }
         }
         for block in blocks {
             let disk = block * grain..((block + 1) * grain).min(reader.size());
@@ -130,16 +134,18 @@ impl Verify<'_> {
         finding
     }
 
-    /// Both pages of a leaf, from storage, not from memory.
-    fn pages(&self, leaf: u64) -> Result<()> {
+    /// Both pages of a leaf, from storage, not from memory. `false`: there is nothing in it to check.
+    fn pages(&self, leaf: u64) -> Result<bool> {
         let reader = self.reader;
         let at = reader.seal_info().root_a;
-        let found = reader.root().leaf_ref(leaf).map_err(|what| Error::corrupt(reader.label(), at, what))?;
-        if let LeafRef::Pages(p) = found {
-            reader.page(FrameKind::Map, leaf, p.map, p.map_check, MapPage::from_bytes)?;
-            reader.page(FrameKind::Ids, leaf, p.ids, p.ids_check, IdPage::from_bytes)?;
+        match reader.root().leaf_ref(leaf).map_err(|what| Error::corrupt(reader.label(), at, what))? {
+            LeafRef::Zero => Ok(reader.overrides().is_some()),
+            LeafRef::Pages(p) => {
+                reader.page(FrameKind::Map, leaf, p.map, p.map_check, MapPage::from_bytes)?;
+                reader.page(FrameKind::Ids, leaf, p.ids, p.ids_check, IdPage::from_bytes)?;
+                Ok(true)
+            }
         }
-        Ok(())
     }
 
     /// `true` if the block was read.

@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::{DiskName, Error, Result, Store};
 
 /// A record with a schema name.
-pub(super) trait Record: Serialize + DeserializeOwned {
+pub trait Record: Serialize + DeserializeOwned {
     /// `aquifer.<what>.v<version>`.
     const SCHEMA: &'static str;
 }
@@ -56,8 +56,11 @@ pub(super) fn encode<T: Record>(record: &T) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// A record from its bytes.
-pub(super) fn decode<T: Record>(path: &str, bytes: &[u8]) -> Result<T> {
+/// A record from its bytes; `path` is where they were read, for the message.
+///
+/// # Errors
+/// Not JSON, another schema, a field that is missing or makes no sense.
+pub fn decode<T: Record>(path: &str, bytes: &[u8]) -> Result<T> {
     let odd = |e: serde_json::Error| crate::Error::corrupt(path, 0, format!("not a valid {}: {e}", T::SCHEMA));
     let schema: SchemaOnly = serde_json::from_slice(bytes).map_err(odd)?;
     if schema.schema != T::SCHEMA {
