@@ -160,7 +160,7 @@ pub enum Failing {
     Io,
     /// `ENOSPC`, nothing done; a sync fails with `EIO`.
     NoSpace,
-    /// Half of a write is done, then `ENOSPC`.
+    /// Half of a write is done, in whole sectors, then `ENOSPC`.
     Short,
 }
 
@@ -292,7 +292,7 @@ impl Storage for FaultStorage {
         let failing = state.call();
         let done = match failing {
             None => buf,
-            Some(Failing::Short) => &buf[..buf.len() / 2],
+            Some(Failing::Short) => &buf[..buf.len() / 2 / SECTOR * SECTOR],
             Some(_) => &[],
         };
         if !done.is_empty() {
