@@ -182,9 +182,14 @@ impl Guest {
         }
     }
 
-    /// Whether a sector holds something else than at the last flush.
-    pub fn is_unflushed(&self, at: usize) -> bool {
-        self.allowed[at].first() != Some(&self.live[at])
+    /// Notes that certain places (in bytes) are as safe as after a flush.
+    pub fn sure_of(&mut self, safe: &dyn Fn(u64) -> bool) {
+        for (at, (allowed, live)) in self.allowed.iter_mut().zip(&self.live).enumerate() {
+            if safe((at * SECTOR) as u64) {
+                allowed.clear();
+                allowed.push(*live);
+            }
+        }
     }
 
     /// Goes on with a disk as it was found: that is what is there now.

@@ -163,12 +163,26 @@ impl Core {
             end += 1;
         }
         let front = bytes.get(..len).unwrap_or_default();
-        self.raw().write_at(offset, front).map_err(|e| io_failed(self.raw(), "write", offset, e))?;
+        let written = self.raw().write_at(offset, front);
         for block in first..end {
-            self.drop_page(target, block);
-            self.note_written(target, region, block);
+            if written.is_ok() {
+                self.drop_page(target, block);
+                self.note_written(target, region, block);
+            } else {
+                self.note_half_written(target, region, block);
+            }
         }
-        Ok(len)
+        written.map(|()| len).map_err(|e| io_failed(self.raw(), "write", offset, e))
+    }
+
+    /// A write in place failed and may have changed part of a block: it is no copy of the chain's any
+    /// more, and not zeros either.
+    fn note_half_written(&self, target: &mut Region, region: u32, block: u64) {
+        match target.ram.get(in_region(block)) {
+            BlockState::Absent => {}
+            BlockState::Hydrated | BlockState::Written => self.note_written(target, region, block),
+            BlockState::Trimmed => target.unpunched.insert(in_region(block)),
+        }
     }
 
     /// Stores one block in `disk.raw` of which only a part is new.
@@ -187,7 +201,10 @@ impl Core {
         }
         let start = block * OVERLAY_BLOCK_BYTES;
         let whole = page.get(..self.block_len(block)).unwrap_or_default();
-        self.raw().write_at(start, whole).map_err(|e| io_failed(self.raw(), "write", start, e))?;
+        if let Err(e) = self.raw().write_at(start, whole) {
+            self.note_half_written(target, region, block);
+            return Err(io_failed(self.raw(), "write", start, e));
+        }
         self.drop_page(target, block);
         self.note_written(target, region, block);
         Ok(part.len())
