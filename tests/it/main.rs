@@ -7,6 +7,7 @@ mod fuse;
 mod fuzz_smoke;
 mod host;
 mod licences;
+mod nbd;
 mod overlay;
 mod qcow2;
 mod tidy;

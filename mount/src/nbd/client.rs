@@ -421,7 +421,13 @@ impl Client {
         if let Some(channel) = slot.as_ref().filter(|channel| !channel.is_lost()) {
             return Ok(Arc::clone(channel));
         }
-        let channel = Arc::new(if slot.take().is_some() { self.come_back()? } else { self.open_again()? });
+        // A first connection in this place may find the server just as gone as a lost one did.
+        let first = slot.take().is_none().then(|| self.open_again());
+        let channel = Arc::new(match first {
+            Some(Ok(channel)) => channel,
+            Some(Err(error @ (Error::Protocol { .. } | Error::Tls { .. }))) => return Err(error),
+            Some(Err(_)) | None => self.come_back()?,
+        });
         *slot = Some(Arc::clone(&channel));
         Ok(channel)
     }

@@ -133,7 +133,16 @@ type Session = Arc<Mutex<rustls::Connection>>;
 #[derive(Debug)]
 pub(super) struct Receiver {
     socket: Arc<Socket>,
-    tls: Option<(Session, Vec<u8>)>,
+    tls: Option<Incoming>,
+}
+
+/// The receiving side of a TLS session: cipher text that was received and not yet taken by it.
+#[derive(Debug)]
+struct Incoming {
+    session: Session,
+    stage: Vec<u8>,
+    from: usize,
+    to: usize,
 }
 
 /// The sending half.
@@ -181,7 +190,7 @@ pub(super) fn begin_tls(
     flush_session(&mut session, sender, deadline)?;
     session.set_buffer_limit(None);
     let session = Arc::new(Mutex::new(session));
-    receiver.tls = Some((Arc::clone(&session), stage));
+    receiver.tls = Some(Incoming { session: Arc::clone(&session), stage, from: 0, to: 0 });
     sender.tls = Some(session);
     Ok(())
 }
@@ -211,18 +220,25 @@ impl Receiver {
     /// # Errors
     /// `WouldBlock` or `TimedOut` as [`Wait`] has it; `UnexpectedEof` where TLS was cut without a farewell.
     pub(super) fn recv(&mut self, buf: &mut [u8], wait: Wait) -> io::Result<usize> {
-        let Some((session, stage)) = &mut self.tls else { return self.socket.recv(buf, wait) };
+        let Some(Incoming { session, stage, from, to }) = &mut self.tls else { return self.socket.recv(buf, wait) };
         loop {
             match session.lock().reader().read(buf) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 done => return done,
             }
-            let n = self.socket.recv(stage, wait)?;
-            let mut session = session.lock();
-            if n == 0 {
-                session.read_tls(&mut io::empty())?;
+            let mut ended = false;
+            if from == to {
+                (*from, *to) = (0, self.socket.recv(stage, wait)?);
+                ended = *to == 0;
             }
-            take_records(&mut session, stage.get(..n).unwrap_or_default())?;
+            let mut session = session.lock();
+            // The session keeps only so much plain text: it takes a part, and the next turn empties it.
+            let taken = session.read_tls(&mut stage.get(*from..*to).unwrap_or_default())?;
+            if taken == 0 && !ended {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "TLS takes no more records"));
+            }
+            *from += taken;
+            session.process_new_packets().map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
         }
     }
 
