@@ -6,6 +6,7 @@ mod crash;
 mod fuse;
 mod fuzz_smoke;
 mod host;
+mod hydrate;
 mod licences;
 mod nbd;
 mod overlay;

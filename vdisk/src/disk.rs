@@ -264,6 +264,14 @@ impl Disk {
         Ok(self.overlay()?.dirty())
     }
 
+    /// What is not local yet, in whole overlay blocks.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`] without an overlay.
+    pub fn absent(&self) -> Result<Delta> {
+        Ok(self.overlay()?.absent())
+    }
+
     /// How much is local.
     ///
     /// # Errors

@@ -1,0 +1,254 @@
+//! Promise A1 and R-IR-9 to 12: hydration ends with a plain local disk, the guest's write always wins,
+//! what is local is never copied again after a restart, and a source that goes away is waited for.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use aquifer_tests::{
+    faults::{Failing, World},
+    guest::{Act, Guest},
+    rig::{Rig, perform, read_all},
+    rng::Rng,
+};
+use aquifer_vdisk::{Disk, Error, HydrateState, Hydrator, Overlay, OverlayOptions, Pace, Settling};
+
+const LONG: Option<Duration> = Some(Duration::from_secs(60));
+
+/// Some MiB: data, one hole in three 64 KiB.
+fn origin(mib: u64) -> Vec<u64> {
+    (0..mib * 2048).map(|at| if at / 128 % 3 == 2 { 0 } else { at + 1 }).collect()
+}
+
+fn rig(mib: u64) -> Rig {
+    let options = OverlayOptions { settling: Settling::Thread, journal_bytes: 1 << 20, ..OverlayOptions::default() };
+    Rig { options, ..Rig::new(&origin(mib)) }
+}
+
+fn disk(rig: &Rig, world: &World) -> Arc<Disk> {
+    let overlay = Overlay::create_on(Rig::files(world), rig.of(), rig.options).expect("create");
+    Arc::new(Disk::writable("d", Arc::clone(&rig.chain), overlay).expect("a disk"))
+}
+
+fn slow() -> Pace {
+    Pace { workers: 1, rate_bytes: Some(2 << 20), ..Pace::default() }
+}
+
+#[test]
+fn it_ends_with_a_plain_local_disk_and_lets_the_source_go() {
+    let (rig, world) = (rig(24), Rig::world());
+    let disk = disk(&rig, &world);
+    disk.write(5 << 20, &[9; 70_000]).expect("write");
+    disk.flush().expect("flush");
+    let expected = read_all(&disk);
+    let hydrator = Hydrator::start(Arc::clone(&disk), Pace::default()).expect("start");
+    assert_eq!(hydrator.wait(LONG), HydrateState::Done);
+    let progress = hydrator.progress();
+    assert_eq!((progress.local, progress.total), (24 << 20, 24 << 20));
+    assert_eq!(progress.used, Some(16 << 20));
+    assert_eq!(progress.used_local, progress.used);
+    assert!(progress.copied <= (16 << 20) && progress.copied > 15 << 20, "holes are not copied: {progress:?}");
+    // The source may be gone for good now.
+    rig.source.fail_from_now(Failing::Io);
+    assert_eq!(read_all(&disk), expected);
+    disk.drain().expect("drain");
+    let mut raw = vec![0; expected.len()];
+    world.now()[0].read(0, &mut raw);
+    assert!(raw == expected, "disk.raw alone is the disk");
+    assert_eq!(disk.dirty().expect("dirty").bytes(), 17 * 4096 + 4096, "only the guest's write is dirty");
+}
+
+#[test]
+fn the_guests_write_wins_against_every_copy() {
+    for seed in 0..4 {
+        let (rig, world) = (rig(8), Rig::world());
+        let disk = disk(&rig, &world);
+        let mut guest = Guest::new(origin(8));
+        let pace = Pace { workers: 3, latency_target: None, ..Pace::default() };
+        let hydrator = Hydrator::start(Arc::clone(&disk), pace).expect("start");
+        let mut dice = Rng::new(seed);
+        let started = Instant::now();
+        let mut acts = 0;
+        while hydrator.wait(Some(Duration::ZERO)) != HydrateState::Done || acts < 2000 {
+            let act = match Act::any(&mut dice, guest.sectors()) {
+                Act::Drain | Act::Hydrate { .. } | Act::Seal => Act::Flush,
+                act => act,
+            };
+            let bytes = guest.begin(act);
+            perform(&disk, act, &bytes).expect("works");
+            acts += 1;
+            assert!(started.elapsed() < Duration::from_secs(60), "{:?}", hydrator.progress());
+        }
+        let found = read_all(&disk);
+        guest.judge_live(&found);
+        let dirty = disk.dirty().expect("dirty");
+        guest.flushed();
+        guest.judge(&found, &|at| dirty.contains(at)).expect("every change is dirty");
+    }
+}
+
+#[test]
+fn a_restart_goes_on_where_it_was_and_copies_nothing_twice() {
+    let (rig, world) = (rig(32), Rig::world());
+    let first = disk(&rig, &world);
+    let hydrator =
+        Hydrator::start(Arc::clone(&first), Pace { rate_bytes: Some(40 << 20), ..Pace::default() }).expect("start");
+    while first.local().expect("local").hydrated < 16 << 20 {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    hydrator.stop();
+    let local = first.local().expect("local");
+    assert!(local.absent > 0, "it is stopped before its end");
+    drop((hydrator, first));
+    let reads = rig.source.calls();
+    let overlay = Overlay::open_on(Rig::files(&world), rig.of(), rig.options).expect("open");
+    let disk = Arc::new(Disk::writable("d", Arc::clone(&rig.chain), overlay).expect("a disk"));
+    assert_eq!(disk.local().expect("local"), local, "the same percentage");
+    let copied_before = rig.source.calls() - reads;
+    assert_eq!(copied_before, 0, "opening reads nothing from the source");
+    let hydrator = Hydrator::start(Arc::clone(&disk), Pace::default()).expect("start");
+    assert_eq!(hydrator.wait(LONG), HydrateState::Done);
+    assert!(
+        hydrator.progress().copied <= local.absent,
+        "{} copied, {} were missing",
+        hydrator.progress().copied,
+        local.absent
+    );
+}
+
+#[test]
+fn pause_holds_and_a_rate_slows() {
+    let (rig, world) = (rig(16), Rig::world());
+    let disk = disk(&rig, &world);
+    let hydrator =
+        Hydrator::start(Arc::clone(&disk), Pace { workers: 2, rate_bytes: Some(8 << 20), ..Pace::default() })
+            .expect("start");
+    let started = Instant::now();
+    while hydrator.progress().copied < 3 << 20 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(started.elapsed() > Duration::from_millis(150), "3 MiB at 8 MiB/s, one saved up and one on its way");
+    hydrator.pause();
+    std::thread::sleep(Duration::from_millis(50));
+    let held = hydrator.progress();
+    assert_eq!(held.state, HydrateState::Paused);
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(hydrator.progress().copied, held.copied);
+    hydrator.set_rate(None);
+    hydrator.resume();
+    assert_eq!(hydrator.wait(LONG), HydrateState::Done);
+}
+
+#[test]
+fn what_the_guest_waits_for_comes_first() {
+    let (rig, world) = (rig(64), Rig::world());
+    let disk = disk(&rig, &world);
+    let hydrator = Hydrator::start(Arc::clone(&disk), slow()).expect("start");
+    let mut out = [0; 4096];
+    disk.read(50 << 20, &mut out).expect("read");
+    let started = Instant::now();
+    let near = |at: u64| !disk.absent().expect("absent").contains(at);
+    while !near((50 << 20) + 100_000) {
+        assert!(started.elapsed() < Duration::from_secs(5), "neighbours of a fault are not local yet");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(near(50 << 20));
+    assert!(disk.local().expect("local").hydrated < 40 << 20, "long before the bulk copy came by");
+    assert!(!hydrator.trace().is_empty());
+    hydrator.replay(&[30 << 20..31 << 20]);
+    while !near(30 << 20) {
+        assert!(started.elapsed() < Duration::from_secs(5), "the trace is not replayed");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_source_that_goes_away_is_waited_for() {
+    const PARKED: u64 = (8 << 20) + 65_536;
+    let (rig, world) = (rig(16), Rig::world());
+    let disk = disk(&rig, &world);
+    disk.hydrate(0, 4 << 20).expect("hydrate");
+    rig.source.fail_from_now(Failing::Io);
+    let hydrator = Hydrator::start(Arc::clone(&disk), Pace::default()).expect("start");
+    let reader = {
+        let disk = Arc::clone(&disk);
+        std::thread::spawn(move || {
+            let mut out = [0; 4096];
+            disk.read(PARKED, &mut out).map(|()| out)
+        })
+    };
+    let started = Instant::now();
+    while disk.parked().is_empty() || hydrator.progress().state != HydrateState::SourceAway {
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?} {:?}", disk.parked(), hydrator.progress());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let parked = disk.parked();
+    assert_eq!((parked[0].offset, parked[0].len), (PARKED, 4096));
+    let mut out = vec![0; 4096];
+    disk.read(1 << 20, &mut out).expect("local ranges go on");
+    disk.write(9 << 20, &out).expect("and writes of whole blocks");
+    disk.flush().expect("and flushes");
+    rig.source.heal();
+    assert!(reader.join().expect("a reader").is_ok(), "the parked read ends well by itself");
+    assert_eq!(hydrator.wait(LONG), HydrateState::Done);
+    assert!(disk.parked().is_empty());
+}
+
+#[test]
+fn patience_has_an_end_and_can_be_taken_away() {
+    let (rig, world) = (rig(2), Rig::world());
+    let disk = disk(&rig, &world);
+    rig.source.fail_from_now(Failing::Io);
+    disk.set_patience(Duration::from_millis(100));
+    let started = Instant::now();
+    assert!(matches!(disk.read(0, &mut [0; 512]), Err(Error::SourceAway { .. })));
+    assert!((100..2000).contains(&started.elapsed().as_millis()));
+    disk.set_patience(Duration::from_secs(300));
+    let reader = {
+        let disk = Arc::clone(&disk);
+        std::thread::spawn(move || disk.read(0, &mut [0; 512]))
+    };
+    while disk.parked().is_empty() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    disk.set_patience(Duration::ZERO);
+    assert!(matches!(reader.join().expect("a reader"), Err(Error::SourceAway { .. })));
+}
+
+#[test]
+fn a_full_disk_holds_hydration_until_there_is_space() {
+    let (rig, world) = (rig(8), Rig::world());
+    let disk = disk(&rig, &world);
+    world.fail_from_now(Failing::NoSpace);
+    let hydrator = Hydrator::start(Arc::clone(&disk), Pace::default()).expect("start");
+    let started = Instant::now();
+    while hydrator.progress().state != HydrateState::NoSpace {
+        assert!(started.elapsed() < Duration::from_secs(5), "{:?}", hydrator.progress());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    world.heal();
+    assert_eq!(hydrator.wait(LONG), HydrateState::Done);
+}
+
+/// Progress never goes back, and never claims what is not there.
+#[test]
+fn progress_is_monotonic_and_true() {
+    let (rig, world) = (rig(16), Rig::world());
+    let disk = disk(&rig, &world);
+    let hydrator =
+        Hydrator::start(Arc::clone(&disk), Pace { rate_bytes: Some(30 << 20), ..Pace::default() }).expect("start");
+    let (mut last, mut seen) = (0, 0);
+    while !hydrator.progress().state.is_final() {
+        let progress = hydrator.progress();
+        assert!(progress.local >= last && progress.local <= progress.total, "{progress:?}");
+        if let (Some(used), Some(used_local)) = (progress.used, progress.used_local) {
+            assert!(used_local <= used && used <= progress.total, "{progress:?}");
+        }
+        assert!(progress.eta.is_none(), "nothing is known under ten seconds");
+        (last, seen) = (progress.local, seen + 1);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(seen > 10, "only looked {seen} times");
+    assert_eq!(hydrator.progress().state, HydrateState::Done);
+}
