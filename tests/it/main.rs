@@ -11,6 +11,7 @@ mod licences;
 mod nbd;
 mod overlay;
 mod qcow2;
+mod session;
 mod tidy;
 
 mod skeleton {
