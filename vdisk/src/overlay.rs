@@ -179,6 +179,15 @@ impl Overlay {
         Ok(overlay)
     }
 
+    /// How much of the overlay in `dir` is local, by its files alone: nothing is written and nobody is
+    /// kept out, so this is for an overlay that nobody has open.
+    ///
+    /// # Errors
+    /// As [`Overlay::open`]. Damage may also mean that somebody has it open after all.
+    pub fn look(dir: &Path, of: OverlayOf) -> Result<LocalProgress> {
+        recover::look(&files(dir, Access::ReadOnly)?, &of)
+    }
+
     /// As [`Overlay::create`], on empty files somebody else opened and keeps to this overlay.
     pub fn create_on(files: OverlayFiles, of: OverlayOf, options: OverlayOptions) -> Result<Self> {
         let raw = &*files.raw;

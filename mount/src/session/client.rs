@@ -11,12 +11,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aquifer_vdisk::Overlay;
 use jiff::Timestamp;
 
 use super::{
-    Error, Folder, Result, Spec, Status,
+    DiskSpec, Error, Folder, Result, Spec, Status,
     control::{Answer, Clients, Request, Setting, Wire},
-    status::{DiskStatus, Door, STATUS_SCHEMA},
+    disks,
+    status::{DiskStatus, Door, OverlayStatus, STATUS_SCHEMA},
 };
 
 /// How long an answer to a question may take.
@@ -219,16 +221,22 @@ impl Client {
     }
 }
 
-fn offline_disk(spec: &Spec, disk: &super::DiskSpec) -> DiskStatus {
+fn offline_disk(spec: &Spec, disk: &DiskSpec) -> DiskStatus {
     DiskStatus {
         name: disk.name.clone(),
         size: disk.size,
         uri: spec.uri(&disk.name),
         file: None,
         used: None,
-        overlay: None,
+        overlay: offline_overlay(spec, disk),
         hydration: None,
         parked: Vec::new(),
         doubtful: Vec::new(),
     }
+}
+
+/// What the overlay's files say; nothing where they cannot be read, or a door has just opened them.
+fn offline_overlay(spec: &Spec, disk: &DiskSpec) -> Option<OverlayStatus> {
+    let of = disks::overlay_of(disk)?;
+    Overlay::look(&spec.disk_dir(&disk.name), of).ok().map(OverlayStatus::from)
 }

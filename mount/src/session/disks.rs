@@ -32,7 +32,7 @@ pub(super) fn open(spec: &Spec, disk: &DiskSpec, cache: &Arc<BlockCache>, connec
         let chain = chain_of(disk, cache, connect)?;
         return Ok(Arc::new(Disk::read_only(&disk.name, chain)));
     }
-    let of = OverlayOf { size: disk.size, chain: digits(&disk.fingerprint).unwrap_or_default() };
+    let of = overlay_of(disk).unwrap_or(OverlayOf { size: disk.size, chain: [0; 32] });
     let mut options = OverlayOptions::default();
     if let Some(bytes) = spec.options.journal_bytes {
         options.journal_bytes = bytes;
@@ -101,6 +101,11 @@ fn fill_overlay(draft: &Path, of: OverlayOf, options: OverlayOptions, preallocat
         })?;
     }
     Ok(())
+}
+
+/// What a disk's overlay belongs to.
+pub(super) fn overlay_of(disk: &DiskSpec) -> Option<OverlayOf> {
+    Some(OverlayOf { size: disk.size, chain: digits(&disk.fingerprint)? })
 }
 
 /// A disk's `disk.raw`, for passthrough.

@@ -39,4 +39,4 @@ pub use serve::{Confine, Happening, Hooks, NoHooks, Serving, serve};
 pub use spec::{Access, DiskSpec, Hydrate, Options, Preallocate, Spec, check_socket_path, is_name};
 pub use state::State;
 pub use status::Status;
-pub use supervise::{Policy, leave_terminal, spawn_detached, supervise};
+pub use supervise::{Policy, inherited_listener, leave_terminal, spawn_detached, supervise};

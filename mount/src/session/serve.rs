@@ -13,7 +13,7 @@
 //!
 //! Not here: restarting a door that died (`supervise`), starting machines (`Hooks`).
 
-use std::{fmt::Debug, path::PathBuf, sync::Arc, time::Duration};
+use std::{fmt::Debug, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
 
 use aquifer_vdisk::{BlockCache, Connect, Hydrator};
 use jiff::Timestamp;
@@ -106,6 +106,8 @@ pub struct Serving<'a> {
     pub hooks: Arc<dyn Hooks>,
     /// Whether to confine the process.
     pub confine: Confine,
+    /// The NBD socket, bound and listening, as [`super::inherited_listener`] finds it; `None` binds it here.
+    pub listener: Option<OwnedFd>,
     /// Process that restarts this one, for status.
     pub supervisor: Option<u32>,
     /// Asked several times a second: whether to end in order, as after SIGTERM.
@@ -190,7 +192,13 @@ fn run(live: &Arc<Live>, serving: &Serving<'_>) -> Result<()> {
             live.disks.iter().for_each(|d| _ = d.hydrator.lock().as_ref().map(Hydrator::pause));
         }
     }
-    live.server.listen_unix(&live.spec.nbd_socket())?;
+    match &serving.listener {
+        Some(listener) => {
+            let again = listener.try_clone().map_err(|e| Error::io(&live.spec.nbd_socket(), "share", e))?;
+            live.server.listen_fd(again)?;
+        }
+        None => _ = live.server.listen_unix(&live.spec.nbd_socket())?,
+    }
     let control = Control::bind(&live.spec.control_socket())?;
     std::thread::scope(|scope| {
         let hooks = &serving.hooks;

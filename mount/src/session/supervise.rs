@@ -1,6 +1,10 @@
 //! Keeps a session's door open: a small process that starts the one that serves, and starts it again
 //! when it dies. The machine stays meanwhile: its hypervisor reconnects, or its I/O waits.
 //!
+//! The NBD socket listens in the supervisor, which never answers on it: a client that reconnects while
+//! no door is there waits in the socket's queue instead of being refused, and is served by the next door
+//! within milliseconds. (QEMU sleeps for a whole second after a refusal, then two, then four.)
+//!
 //! Invariants
 //! - The supervisor opens no source, no overlay and no door; nothing a stranger wrote reaches it.
 //! - It ends when the door ends in order, when the session is no longer to be served, or when the door
@@ -13,15 +17,22 @@ use std::{
     collections::VecDeque,
     fs::{self, File, OpenOptions},
     io,
-    os::unix::{fs::OpenOptionsExt, process::ExitStatusExt},
-    path::Path,
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::{OpenOptionsExt, PermissionsExt},
+            net::UnixListener,
+            process::ExitStatusExt,
+        },
+    },
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::{Error, Folder, Result, State};
+use super::{Error, Folder, Result, Spec, State, folder::make_private_dir};
 
 /// A log longer than this is set aside when a door starts, in bytes.
 const LOG_BYTES_MAX: u64 = 8 << 20;
@@ -55,17 +66,19 @@ impl Default for Policy {
     }
 }
 
-/// Starts the door by `start` and keeps it running until it ends in order or `stop` says so.
+/// Starts the door by `start` and keeps it running until it ends in order or `stop` says so. `start` is
+/// given the door's standard input: the socket it answers on, which it finds by [`inherited_listener`].
 ///
 /// # Errors
 /// [`Error::KeepsDying`]; [`Error::Io`] where it cannot be started at all.
 pub fn supervise(
     folder: &Folder,
     policy: Policy,
-    start: &mut dyn FnMut() -> io::Result<Child>,
+    start: &mut dyn FnMut(Stdio) -> io::Result<Child>,
     stop: &dyn Fn() -> bool,
 ) -> Result<()> {
     let mut deaths: VecDeque<Instant> = VecDeque::new();
+    let mut queue: Option<Queue> = None;
     loop {
         // A door that outlived its supervisor.
         while folder.owner()?.is_some() && !stop() {
@@ -74,7 +87,11 @@ pub fn supervise(
         if stop() || !folder.load()?.state.serves() {
             return Ok(());
         }
-        let mut door = start().map_err(|e| Error::io(folder.dir(), "start the door", e))?;
+        if queue.is_none() {
+            queue = Some(Queue::bind(&folder.load()?)?);
+        }
+        let input = queue.as_ref().map_or_else(|| Ok(Stdio::null()), Queue::input)?;
+        let mut door = start(input).map_err(|e| Error::io(folder.dir(), "start the door", e))?;
         let status = wait_for(folder, &mut door, stop)?;
         if status.success() || stop() {
             return Ok(());
@@ -91,6 +108,53 @@ pub fn supervise(
         let doublings = u32::try_from(deaths.len() - 1).unwrap_or(u32::MAX).min(16);
         pause(policy.pause.saturating_mul(1 << doublings).min(policy.pause_max), stop);
     }
+}
+
+/// The NBD socket, listening.
+#[derive(Debug)]
+struct Queue {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Queue {
+    /// Binds. No door runs, so a socket that is there is one that nobody answers on.
+    fn bind(spec: &Spec) -> Result<Self> {
+        let path = spec.nbd_socket();
+        make_private_dir(&spec.runtime_dir)?;
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(Error::io(&path, "remove", e)),
+            _ => {}
+        }
+        let failed = |e| Error::io(&path, "listen", e);
+        let listener = UnixListener::bind(&path).map_err(failed)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
+        Ok(Self { listener, path })
+    }
+
+    fn input(&self) -> Result<Stdio> {
+        let again = self.listener.try_clone().map_err(|e| Error::io(&self.path, "share", e))?;
+        Ok(Stdio::from(OwnedFd::from(again)))
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// The socket that [`supervise`] gave this process as its standard input, if it did.
+///
+/// # Errors
+/// [`io::Error`] where it cannot be taken over.
+pub fn inherited_listener() -> io::Result<Option<OwnedFd>> {
+    let input = rustix::stdio::stdin();
+    if rustix::net::sockopt::socket_acceptconn(input) != Ok(true) {
+        return Ok(None);
+    }
+    // What is left as standard input does no harm: it is the same socket and ends with the process.
+    Ok(Some(rustix::io::fcntl_dupfd_cloexec(input, 3)?))
 }
 
 fn wait_for(folder: &Folder, door: &mut Child, stop: &dyn Fn() -> bool) -> Result<ExitStatus> {

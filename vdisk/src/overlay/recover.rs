@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use aquifer_formats::Error as FormatError;
 
 use super::{
-    OverlayFiles, OverlayOf, OverlayOptions,
+    LocalProgress, OverlayFiles, OverlayOf, OverlayOptions,
     core::{Core, in_region, region_of},
     failure::io_failed,
     journal::{Journal, Record},
@@ -77,10 +77,10 @@ impl Found {
     }
 }
 
-/// Opens files that hold an overlay; on return the journal is empty.
-pub(super) fn open(files: OverlayFiles, of: OverlayOf, options: OverlayOptions) -> Result<Core> {
+/// Reads what the files say and writes nothing.
+fn find(files: &OverlayFiles, of: &OverlayOf) -> Result<(Found, MapFile, Journal)> {
     let mut found = Found::default();
-    let mut map = MapFile::open(files.map.clone(), &of)?;
+    let mut map = MapFile::open(files.map.clone(), of)?;
     let mut repaired = Vec::new();
     let lines = &mut found.lines;
     map.load(&mut repaired, &mut |region, line| {
@@ -88,8 +88,35 @@ pub(super) fn open(files: OverlayFiles, of: OverlayOf, options: OverlayOptions) 
     })?;
     found.dirty = repaired;
     let blocks = of.size.div_ceil(OVERLAY_BLOCK_BYTES);
-    let mut journal =
-        Journal::open(files.journal.clone(), map.id(), map.floor(), &mut |record| found.apply(record, &files, blocks))?;
+    let mut replay = |record: &Record| found.apply(record, files, blocks);
+    let journal = Journal::open(files.journal.clone(), map.id(), map.floor(), &mut replay)?;
+    Ok((found, map, journal))
+}
+
+/// How much is local by what the files say. They may be read-only.
+pub(super) fn look(files: &OverlayFiles, of: &OverlayOf) -> Result<LocalProgress> {
+    let (found, ..) = find(files, of)?;
+    let mut out = LocalProgress { absent: of.size, ..LocalProgress::default() };
+    for (region, line) in &found.lines {
+        let first = u64::from(*region) * REGION_BLOCKS;
+        for block in first..(first + REGION_BLOCKS).min(of.size.div_ceil(OVERLAY_BLOCK_BYTES)) {
+            let len = OVERLAY_BLOCK_BYTES.min(of.size - block * OVERLAY_BLOCK_BYTES);
+            let count = match line.get(in_region(block)) {
+                BlockState::Absent => continue,
+                BlockState::Hydrated => &mut out.hydrated,
+                BlockState::Written => &mut out.written,
+                BlockState::Trimmed => &mut out.trimmed,
+            };
+            *count += len;
+            out.absent -= len;
+        }
+    }
+    Ok(out)
+}
+
+/// Opens files that hold an overlay; on return the journal is empty.
+pub(super) fn open(files: OverlayFiles, of: OverlayOf, options: OverlayOptions) -> Result<Core> {
+    let (mut found, mut map, mut journal) = find(&files, &of)?;
     check_raw(&files, &of)?;
     settle(&files, &of, &mut map, &mut journal, &mut found)?;
     let core = Core::new(files, of, options, map, journal);

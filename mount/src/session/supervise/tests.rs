@@ -37,7 +37,7 @@ fn sh(text: &str) -> io::Result<Child> {
 fn a_door_that_dies_is_started_again() {
     let (_tmp, folder) = folder(MOUNTED);
     let starts = Cell::new(0);
-    let mut start = || {
+    let mut start = |_: Stdio| {
         starts.set(starts.get() + 1);
         sh(if starts.get() < 3 { "kill -9 $$" } else { "exit 0" })
     };
@@ -53,7 +53,7 @@ fn a_door_that_dies_is_started_again() {
 fn a_door_that_keeps_dying_is_given_up() {
     let (_tmp, folder) = folder(&MOUNTED[..2]);
     let starts = Cell::new(0);
-    let mut start = || {
+    let mut start = |_: Stdio| {
         starts.set(starts.get() + 1);
         sh("exit 7")
     };
@@ -68,7 +68,7 @@ fn a_door_that_keeps_dying_is_given_up() {
 #[test]
 fn a_session_that_is_over_gets_no_door() {
     let (_tmp, folder) = folder(&[State::Dismounting]);
-    supervise(&folder, QUICK, &mut || panic!("started"), &|| false).expect("nothing to do");
+    supervise(&folder, QUICK, &mut |_| panic!("started"), &|| false).expect("nothing to do");
 }
 
 #[test]
@@ -76,7 +76,7 @@ fn a_wish_to_stop_reaches_the_door() {
     let (_tmp, folder) = folder(MOUNTED);
     let began = Instant::now();
     let stop = || began.elapsed() > Duration::from_millis(200);
-    supervise(&folder, QUICK, &mut || sh("trap 'exit 0' TERM; while :; do sleep 0.05; done"), &stop).expect("stopped");
+    supervise(&folder, QUICK, &mut |_| sh("trap 'exit 0' TERM; while :; do sleep 0.05; done"), &stop).expect("stopped");
     assert!(began.elapsed() < Duration::from_secs(5), "took {:?}", began.elapsed());
     assert_eq!(folder.load().expect("load").state, State::Mounted, "no death");
 }
@@ -91,7 +91,7 @@ fn a_living_door_is_taken_over() {
         drop(lock);
     });
     let started = Cell::new(None);
-    let mut start = || {
+    let mut start = |_: Stdio| {
         started.set(Some(began.elapsed()));
         sh("exit 0")
     };
