@@ -149,12 +149,12 @@ impl Drop for Queue {
 /// # Errors
 /// [`io::Error`] where it cannot be taken over.
 pub fn inherited_listener() -> io::Result<Option<OwnedFd>> {
-    let input = rustix::stdio::stdin();
-    if rustix::net::sockopt::socket_acceptconn(input) != Ok(true) {
+    let input = io::stdin();
+    if rustix::net::sockopt::socket_acceptconn(&input) != Ok(true) {
         return Ok(None);
     }
     // What is left as standard input does no harm: it is the same socket and ends with the process.
-    Ok(Some(rustix::io::fcntl_dupfd_cloexec(input, 3)?))
+    Ok(Some(rustix::io::fcntl_dupfd_cloexec(&input, 3)?))
 }
 
 fn wait_for(folder: &Folder, door: &mut Child, stop: &dyn Fn() -> bool) -> Result<ExitStatus> {

@@ -20,7 +20,8 @@ use std::{
 
 use aquifer_formats::repo::{PointQuery, Repository};
 use aquifer_mount::session::{
-    self, Client, Confine, Error, Folder, NoHooks, Policy, Serving, leave_terminal, serve, spawn_detached, supervise,
+    self, Client, Confine, Error, Folder, NoHooks, Policy, Serving, inherited_listener, leave_terminal, serve,
+    spawn_detached, supervise,
 };
 
 use super::{
@@ -140,13 +141,13 @@ pub fn run_supervisor(context: &Context, folder: &Folder) -> Result<()> {
     let stop = context.stop()?;
     let hold = Machine::of(&folder.load()?)?.and_then(|machine| machine.point).and_then(|point| hold(context, &point));
     let (program, _) = context.own_command()?;
-    let mut start = || -> std::io::Result<Child> {
+    let mut start = |listener: Stdio| -> std::io::Result<Child> {
         let own = std::process::id().to_string();
         Command::new(&program)
             .arg("door")
             .arg(folder.dir())
             .args(["--serve", "--supervisor", &own])
-            .stdin(Stdio::null())
+            .stdin(listener)
             .spawn()
     };
     let done = Arc::new(AtomicBool::new(false));
@@ -187,6 +188,7 @@ pub fn run_door(context: &Context, folder: &Folder, supervisor: Option<u32>) -> 
         connect: &|uri| source::layer_of_nbd(uri),
         hooks: Arc::new(NoHooks),
         confine: Confine::Reading(Vec::new()),
+        listener: inherited_listener().map_err(|e| Fail::io("the NBD socket", "take over", &e))?,
         supervisor,
         stop: &|| stop.is_asked(),
     };
