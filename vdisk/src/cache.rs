@@ -10,11 +10,14 @@
 //! - An entry answers only for the very reference it was decoded by (place, length, checksum, index):
 //!   a wrong pointer to a good block is still found out by its layer.
 //! - At most the budget is kept. A block too large for that is decoded, handed out and not kept.
-//! - A buffer is fresh for each entry: bytes of one block never show through in another.
+//! - Bytes of one block never show through in another, though their memory is used again (`page`).
 //!
 //! Not here: reading, decoding and checking (`Layer::unpack`); which reads are worth an entry (`Chain`).
 
+mod page;
+
 use std::{
+    cell::RefCell,
     fmt,
     sync::{
         Arc,
@@ -28,16 +31,21 @@ use quick_cache::{
     sync::{Cache, DefaultLifecycle, EntryAction, EntryResult, GuardResult, PlaceholderGuard},
 };
 
-/// Reads are rounded up to this before anything is decoded: native frames are flushed there, so
-/// decoding stops at no cost, and neighbouring pages come along.
-const PREFIX_BYTES: usize = 16 * 1024;
+use self::page::{PAGE_BYTES, PagePool, Paged};
+
 /// Larger than any block of a supported format; what claims more is not decoded.
 const BLOCK_BYTES_MAX: u32 = 64 * 1024 * 1024;
 /// Smallest share of the budget a shard may have: eight of the largest native blocks.
 const SHARD_BYTES_MIN: u64 = 32 * 1024 * 1024;
 const SHARDS_MAX: u64 = 64;
 /// What an entry takes beside its bytes: key, reference, list and table places.
-const ENTRY_BYTES: u64 = 160;
+const ENTRY_BYTES: u64 = 256;
+
+thread_local! {
+    /// Where blocks are decoded to. It stays in the processor's cache, which a fresh buffer for each
+    /// block would not. Only what a decode has just put there is ever copied out.
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// Where a block is stored: the file's process-wide identity and the byte offset in it. The index is
 /// part of it for the sake of blocks that are used twice: a format may refer to the second use
@@ -59,7 +67,7 @@ impl BlockKey {
 #[derive(Debug)]
 pub(crate) struct Decoded {
     block: BlockRef,
-    bytes: Vec<u8>,
+    bytes: Paged,
 }
 
 /// A reference without its file's number, which differs from layer to layer for one and the same file.
@@ -72,9 +80,9 @@ impl Decoded {
         self.block == reference(block)
     }
 
-    /// The decoded bytes from the start of the block.
-    pub(crate) fn bytes(&self) -> &[u8] {
-        &self.bytes
+    /// Fills `out` with the decoded bytes from `start` on; `false` where there are fewer.
+    pub(crate) fn copy_to(&self, start: usize, out: &mut [u8]) -> bool {
+        self.bytes.copy_to(start, out)
     }
 }
 
@@ -83,7 +91,7 @@ struct Weigh;
 
 impl Weighter<BlockKey, Arc<Decoded>> for Weigh {
     fn weight(&self, _key: &BlockKey, value: &Arc<Decoded>) -> u64 {
-        value.bytes.capacity() as u64 + ENTRY_BYTES
+        value.bytes.weight() + ENTRY_BYTES
     }
 }
 
@@ -94,6 +102,7 @@ type Guard<'a> =
 /// Cache of decoded blocks.
 pub struct BlockCache {
     blocks: Blocks,
+    pool: Arc<PagePool>,
     bytes_max: u64,
     hits: AtomicU64,
     waits: AtomicU64,
@@ -124,7 +133,7 @@ impl BlockCache {
         let shards = (bytes_max / SHARD_BYTES_MIN).clamp(1, SHARDS_MAX);
         // Rounded down to a power of two: the cache would round up, and shares would shrink below a block.
         let shards = usize::try_from(1u64 << shards.ilog2()).unwrap_or(1);
-        let items = usize::try_from(bytes_max / PREFIX_BYTES as u64).unwrap_or(usize::MAX).max(32 * shards);
+        let items = usize::try_from(bytes_max / PAGE_BYTES as u64).unwrap_or(usize::MAX).max(32 * shards);
         let options =
             OptionsBuilder::new().shards(shards).estimated_items_capacity(items).weight_capacity(bytes_max).build();
         let blocks = match options {
@@ -135,6 +144,7 @@ impl BlockCache {
         };
         Self {
             blocks,
+            pool: Arc::default(),
             bytes_max,
             hits: AtomicU64::new(0),
             waits: AtomicU64::new(0),
@@ -235,20 +245,38 @@ impl BlockCache {
     }
 
     fn decode(&self, layer: &dyn Layer, block: &BlockRef, want: usize) -> Result<Arc<Decoded>> {
-        let mut bytes = Vec::new();
-        self.decode_to(layer, block, want, &mut bytes)?;
-        // The budget counts capacity; a decoder that grew the buffer by doubling must not cost twice.
-        if bytes.capacity() > bytes.len() + bytes.len() / 8 {
-            bytes.shrink_to_fit();
-        }
-        Ok(Arc::new(Decoded { block: reference(block), bytes }))
+        self.with_decoded(layer, block, want, |bytes| {
+            // Of what came beyond, whole pages are worth keeping.
+            let len = if bytes.len() < raw_len(block) {
+                want.max(bytes.len() / PAGE_BYTES * PAGE_BYTES)
+            } else {
+                bytes.len()
+            };
+            let bytes = Paged::of(bytes.get(..len).unwrap_or(bytes), &self.pool);
+            Arc::new(Decoded { block: reference(block), bytes })
+        })
     }
 
-    /// Decodes at least `want` bytes into `out` and keeps nothing.
+    /// Decodes a whole block into `out`, which is as long as it, and keeps nothing.
     ///
     /// # Errors
     /// As [`BlockCache::get`].
-    pub(crate) fn decode_to(&self, layer: &dyn Layer, block: &BlockRef, want: usize, out: &mut Vec<u8>) -> Result<()> {
+    pub(crate) fn decode_once(&self, layer: &dyn Layer, block: &BlockRef, out: &mut [u8]) -> Result<()> {
+        self.with_decoded(layer, block, out.len(), |bytes| {
+            if let Some(bytes) = bytes.get(..out.len()) {
+                out.copy_from_slice(bytes);
+            }
+        })
+    }
+
+    /// Hands at least the first `want` decoded bytes of a block to `work`.
+    fn with_decoded<R>(
+        &self,
+        layer: &dyn Layer,
+        block: &BlockRef,
+        want: usize,
+        work: impl FnOnce(&[u8]) -> R,
+    ) -> Result<R> {
         let bad = |what: String| Error::BadBlock {
             path: layer.file(block.file).map_or(layer.label(), |f| f.label()).into(),
             offset: block.offset,
@@ -258,21 +286,25 @@ impl BlockCache {
         if block.raw_len > BLOCK_BYTES_MAX || want > raw_len(block) {
             return Err(bad(format!("{want} bytes are wanted of {} decoded bytes", block.raw_len)));
         }
-        out.clear();
-        out.reserve_exact(want);
-        layer.unpack(block, want, out)?;
-        if out.len() < want {
-            return Err(bad(format!("decodes to {} bytes, {want} are wanted", out.len())));
-        }
-        self.decodes.fetch_add(1, Relaxed);
-        self.decoded_bytes.fetch_add(out.len() as u64, Relaxed);
-        Ok(())
+        let mut scratch = SCRATCH.take();
+        scratch.clear();
+        let unpacked = layer.unpack(block, want, &mut scratch);
+        let done = unpacked.and_then(|()| match scratch.len() {
+            len if len < want => Err(bad(format!("decodes to {len} bytes, {want} are wanted"))),
+            len => {
+                self.decodes.fetch_add(1, Relaxed);
+                self.decoded_bytes.fetch_add(len as u64, Relaxed);
+                Ok(work(&scratch))
+            }
+        });
+        SCRATCH.set(scratch);
+        done
     }
 }
 
 /// How far a first touch decodes.
 fn prefix(block: &BlockRef, need: usize) -> usize {
-    need.checked_next_multiple_of(PREFIX_BYTES).unwrap_or(need).min(raw_len(block)).max(need)
+    need.checked_next_multiple_of(PAGE_BYTES).unwrap_or(need).min(raw_len(block)).max(need)
 }
 
 fn raw_len(block: &BlockRef) -> usize {

@@ -11,7 +11,7 @@
 //!
 //! Not here: writing, retries, how layers were found, threads.
 
-use std::{cell::RefCell, sync::Arc};
+use std::sync::Arc;
 
 use aquifer_formats::{BlockRef, CHAIN_LAYERS_MAX, Content, Error as FormatError, Layer, aql};
 
@@ -23,12 +23,6 @@ use crate::{
 /// Reads of this size and more are sequential work (a copy, hydration, a backup) that will not come
 /// back for the same blocks: whole blocks in them get no cache entry.
 pub const BULK_READ_BYTES: usize = 256 * 1024;
-
-thread_local! {
-    /// Where a bulk read decodes to. It stays in the processor's cache, which a fresh buffer for each
-    /// block would not. Only what a decode has just put there is ever copied out.
-    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
 
 /// One read-only disk made of layers.
 #[derive(Debug)]
@@ -172,10 +166,15 @@ impl Chain {
                 let layer = self.layer(index)?;
                 let (start, end) = place(layer, &block, skip, part.len())?;
                 if bulk && start == 0 && part.len() as u64 == u64::from(block.raw_len) {
-                    self.read_whole(layer, &block, part)?;
+                    let kept = self.cache.peek(layer, &block, end);
+                    if !kept.is_some_and(|decoded| decoded.copy_to(0, part)) {
+                        self.cache.decode_once(layer, &block, part)?;
+                    }
                 } else {
                     let decoded = self.cache.get(layer, &block, end)?;
-                    part.copy_from_slice(slice(layer, &block, decoded.bytes(), start, end)?);
+                    if !decoded.copy_to(start, part) {
+                        return Err(FormatError::corrupt(layer.label(), block.offset, "a block decodes short").into());
+                    }
                 }
             }
         }
@@ -185,23 +184,6 @@ impl Chain {
     fn layer(&self, index: usize) -> Result<&dyn Layer> {
         let missing = || FormatError::corrupt("chain", 0, format!("layer {index} of {}", self.layers.len()));
         Ok(&**self.layers.get(index).ok_or_else(missing)?)
-    }
-
-    /// A whole block that gets no entry of its own.
-    fn read_whole(&self, layer: &dyn Layer, block: &BlockRef, part: &mut [u8]) -> Result<()> {
-        let end = part.len();
-        if let Some(decoded) = self.cache.peek(layer, block, end) {
-            part.copy_from_slice(slice(layer, block, decoded.bytes(), 0, end)?);
-            return Ok(());
-        }
-        let mut scratch = SCRATCH.take();
-        let decoded = self.cache.decode_to(layer, block, end, &mut scratch);
-        let copied = decoded.and_then(|()| {
-            part.copy_from_slice(slice(layer, block, &scratch, 0, end)?);
-            Ok(())
-        });
-        SCRATCH.set(scratch);
-        Ok(copied?)
     }
 
     /// As [`Chain::read`], if that needs no decode and no wait: kept blocks, zeros, and bytes of files
@@ -248,9 +230,7 @@ impl Chain {
             Content::Packed { block, skip } => {
                 let Ok(layer) = self.layer(index) else { return false };
                 let Ok((start, end)) = place(layer, &block, skip, part.len()) else { return false };
-                let decoded = self.cache.peek(layer, &block, end);
-                let kept = decoded.as_ref().and_then(|d| d.bytes().get(start..end));
-                kept.map(|bytes| part.copy_from_slice(bytes)).is_some()
+                self.cache.peek(layer, &block, end).is_some_and(|decoded| decoded.copy_to(start, part))
             }
         }
     }
@@ -310,15 +290,4 @@ fn place(layer: &dyn Layer, block: &BlockRef, skip: u32, len: usize) -> Result<(
     let end = start.checked_add(len).filter(|end| *end as u64 <= u64::from(block.raw_len));
     let what = || format!("{len} bytes from {skip} are mapped to a block of {}", block.raw_len);
     end.map(|end| (start, end)).ok_or_else(|| FormatError::corrupt(layer.label(), block.offset, what()))
-}
-
-fn slice<'a>(
-    layer: &dyn Layer,
-    block: &BlockRef,
-    bytes: &'a [u8],
-    start: usize,
-    end: usize,
-) -> Result<&'a [u8], FormatError> {
-    let short = || FormatError::corrupt(layer.label(), block.offset, "a block decodes short");
-    bytes.get(start..end).ok_or_else(short)
 }
