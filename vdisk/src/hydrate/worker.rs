@@ -66,6 +66,8 @@ pub(super) struct State {
     damaged: Delta,
     error: Option<String>,
     used: Option<u64>,
+    /// What is used is still being counted: the chain is needed for that.
+    surveying: bool,
     /// Copied since the last seal, and since when.
     unsealed: u64,
     unsealed_since: Instant,
@@ -101,6 +103,7 @@ impl Shared {
             damaged: Delta::new(),
             error: None,
             used: None,
+            surveying: true,
             unsealed: 0,
             unsealed_since: now,
             sealing: false,
@@ -150,7 +153,11 @@ impl Shared {
         }
         let Some(range) = self.bulk(&mut state) else {
             // The last one to find nothing, once nobody is at anything, ends it.
-            return if state.busy == 0 && !state.sealing { Next::Finish } else { Next::Wait(RETRY.start) };
+            return if state.busy == 0 && !state.sealing && !state.surveying {
+                Next::Finish
+            } else {
+                Next::Wait(RETRY.start)
+            };
         };
         let pace = state.pace;
         if let Err(wait) = state.buckets.take(range.end - range.start, &pace, self.demand.slow_for(), now) {
@@ -284,23 +291,30 @@ impl Shared {
 
     /// Marks what the chain has no data for as local, and counts what it has data for.
     pub(super) fn survey(&self) {
-        let (mut used, mut at) = (0, 0);
-        while at < self.disk.size() {
-            if self.wait_while_held() {
-                return;
-            }
-            match self.disk.survey(at, SURVEY_BYTES) {
-                Ok(data) => (used, at) = (used + data, at.saturating_add(SURVEY_BYTES)),
-                Err(Error::Format(e)) if is_transient(&e) => self.demand.wait(RETRY.end),
-                // Whoever copies meets the error with its range; what is used stays unknown.
-                Err(_) => return,
-            }
-        }
+        let used = self.count_used();
         let mut state = self.state.lock();
-        state.used = Some(used);
+        (state.used, state.surveying) = (used, false);
         if state.unsealed == 0 {
             (state.unsealed, state.unsealed_since) = (1, Instant::now());
         }
+        drop(state);
+        self.demand.wake();
+    }
+
+    /// `None` if it cannot be known: whoever copies meets the error with its range.
+    fn count_used(&self) -> Option<u64> {
+        let (mut used, mut at) = (0, 0);
+        while at < self.disk.size() {
+            if self.wait_while_held() {
+                return None;
+            }
+            match self.disk.survey(at, SURVEY_BYTES) {
+                Ok(data) => (used, at) = (used + data?, at.saturating_add(SURVEY_BYTES)),
+                Err(Error::Format(e)) if is_transient(&e) => self.demand.wait(RETRY.end),
+                Err(_) => return None,
+            }
+        }
+        Some(used)
     }
 
     /// Waits while paused; `true` if it is over.
@@ -359,9 +373,9 @@ pub(crate) fn is_transient(e: &aquifer_formats::Error) -> bool {
 
 impl Disk {
     /// Marks what a range has no data for as local; returns how many bytes of it the chain has data for,
-    /// in whole overlay blocks.
-    fn survey(&self, offset: u64, len: u64) -> Result<u64> {
-        let Some(chain) = self.chain() else { return Ok(0) };
+    /// in whole overlay blocks; `None` without a chain.
+    fn survey(&self, offset: u64, len: u64) -> Result<Option<u64>> {
+        let Some(chain) = self.chain() else { return Ok(None) };
         let end = offset.saturating_add(len).min(self.size());
         let mut extents = Vec::new();
         chain.extents(offset, end - offset, &mut extents)?;
@@ -376,6 +390,6 @@ impl Disk {
         for range in empty.iter() {
             self.overlay()?.fill_zero(range.start, range.end - range.start)?;
         }
-        Ok(data.bytes())
+        Ok(Some(data.bytes()))
     }
 }
