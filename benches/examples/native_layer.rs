@@ -1,7 +1,8 @@
 //! Native layers from the outside: how fast a raw file becomes one, and how fast one is read.
 //!
 //! `native_layer write SOURCE OUT [THREADS] [LEVEL]`, `native_layer increment SOURCE PARENT OUT`,
-//! `native_layer read LAYER [READS]`, `native_layer delta A B`.
+//! `native_layer read LAYER [READS]`, `native_layer delta A B`, `native_layer giant FOLDER`,
+//! `native_layer open LAYER`.
 
 #![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a measuring program")]
 
@@ -60,14 +61,72 @@ fn read(reader: &Reader, reads: u64) {
         }
     }
     spent.sort_unstable();
-    let at = |part: f64| spent.get((spent.len() as f64 * part) as usize).map_or(0.0, |ns| *ns as f64 / 1e3);
+    let at = |percent: usize| spent.get(spent.len() * percent / 100).map_or(0.0, |ns| *ns as f64 / 1e3);
     println!(
         "{} 4 KiB reads that decode: median {:.1} us, 90th {:.1} us, 99th {:.1} us",
         spent.len(),
-        at(0.5),
-        at(0.9),
-        at(0.99)
+        at(50),
+        at(90),
+        at(99)
     );
+}
+
+/// 1 TiB with a block in every leaf, and a hundred increments of one leaf in a hundred: what opening costs.
+fn giant(folder: &Path) {
+    let path = |k: u64| folder.join(format!("giant{k}.aql"));
+    let (size, leaf) = (1u64 << 40, 256);
+    let mut parent: Option<Arc<Reader>> = None;
+    for k in 0..=100u64 {
+        let new = match &parent {
+            None => NewLayer::full(size, key()),
+            Some(parent) => NewLayer::increment(Arc::clone(parent), format!("giant{}.aql", k - 1), key()),
+        };
+        let options = WriterOptions { dedupe_bytes: 0, ..WriterOptions::default() };
+        let mut writer = Writer::create_file(&path(k), new, options).unwrap();
+        let leaves = size / (65536 * leaf);
+        for l in (0..leaves).filter(|l| k == 0 || l % 100 == k - 1) {
+            let mut block = vec![0; 65536];
+            block[..16].copy_from_slice(&[l.to_le_bytes(), (k + 1).to_le_bytes()].concat());
+            writer.put(l * leaf, &block).unwrap();
+        }
+        writer.finish().unwrap();
+        parent = Some(Arc::new(Reader::open_path(&path(k)).unwrap()));
+    }
+}
+
+fn rss() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|l| l.starts_with("VmRSS")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+/// First byte, memory, and lookups of a layer.
+fn open(path: &Path) {
+    let before = rss();
+    let start = Instant::now();
+    let reader = Reader::open_path(path).unwrap();
+    let opened = start.elapsed();
+    reader.check_layers().unwrap();
+    let checked = start.elapsed();
+    println!(
+        "opened in {:.2} ms, {} older files identified after {:.2} ms, {} KiB resident",
+        opened.as_secs_f64() * 1e3,
+        reader.needed_layers().len(),
+        checked.as_secs_f64() * 1e3,
+        rss() - before
+    );
+    let blocks = reader.size() / 65536;
+    for (name, span) in [("in one leaf", 256), ("in 1000 leaves", 256_000), ("anywhere", blocks)] {
+        let mut at = 1u64;
+        let rounds = 200_000u32;
+        let start = Instant::now();
+        for _ in 0..rounds {
+            at = at.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            std::hint::black_box(reader.lookup((at >> 20) % span * 65536, 4096).unwrap());
+        }
+        println!("lookup {name}: {:.0} ns", start.elapsed().as_nanos() as f64 / f64::from(rounds));
+    }
+    println!("{} KiB resident after that", rss() - before);
 }
 
 fn main() {
@@ -103,6 +162,10 @@ fn main() {
             let ranges = delta(&a, &b).unwrap();
             println!("{} ranges in {:.1} ms", ranges.len(), start.elapsed().as_secs_f64() * 1e3);
         }
-        _ => println!("write SOURCE OUT [THREADS] [LEVEL] | increment SOURCE PARENT OUT | read LAYER | delta A B"),
+        (Some("giant"), Some(folder), _) => giant(Path::new(folder)),
+        (Some("open"), Some(layer), _) => open(Path::new(layer)),
+        _ => println!(
+            "write SOURCE OUT [THREADS] [LEVEL] | increment SOURCE PARENT OUT | read LAYER | delta A B | giant FOLDER | open LAYER"
+        ),
     }
 }

@@ -18,7 +18,7 @@ use super::{
     dedupe::{DedupeTable, Known},
     entry::{Entry, Place, Stored},
     frame::{FrameInfo, FrameKind},
-    key::ContentId,
+    key::{ContentId, ZERO_ID},
     layout::{
         FRAME_HEADER_BYTES, LEAF_ENTRIES, PAGE_BYTES, PAGE_LEN, WAYMARK_LEAVES_MAX, WAYMARK_MAGIC, WaymarkHeader,
         WaymarkLeaf,
@@ -207,7 +207,7 @@ impl Appender {
             let (entry, id) = match outcome {
                 Outcome::Zero => {
                     self.stats.blocks_zero += 1;
-                    (Entry::Zero, [0; 16])
+                    (Entry::Zero, ZERO_ID)
                 }
                 Outcome::AsParent(id) => match self.map.get(block, &self.tail)? {
                     (_, now) if now == id => {

@@ -3,12 +3,14 @@
 //! Invariants
 //! - Never misses a differing byte; with ids of one key it never names a block that was rewritten with
 //!   equal content either.
+//! - Only id pages are read: the id of zeros is zeros, and that of a lost block equals nothing.
 //! - Equal references to a leaf prove its 256 blocks equal, and no page is read for them.
 
 use std::ops::Range;
 
 use super::{
     entry::{Entry, LeafRef, Place},
+    key::{LOST_ID, ZERO_ID},
     layout::LEAF_ENTRIES,
     reader::Reader,
 };
@@ -61,13 +63,13 @@ fn compare_leaf(a: &Reader, b: &Reader, leaf: u64, ranges: &mut Vec<Range<u64>>)
     let first = leaf * LEAF_ENTRIES as u64;
     let ids_b = b.ids(leaf)?;
     let ids_a = if leaf < a.identity().leaves() { Some(a.ids(leaf)?) } else { None };
+    let salvaged = a.overrides().is_some() || b.overrides().is_some();
     for (index, block) in (first..b.blocks().min(first + LEAF_ENTRIES as u64)).enumerate() {
-        let before = if block < a.blocks() { a.entry(block)? } else { Entry::Zero };
-        let equal = match (before, b.entry(block)?) {
-            (Entry::Zero, Entry::Zero) => true,
-            (Entry::Data(_), Entry::Data(_)) => ids_a.as_ref().is_some_and(|ids| ids.get(index) == ids_b.get(index)),
-            _ => false,
-        };
+        let before = ids_a.as_ref().map_or(ZERO_ID, |ids| ids.get(index));
+        let mut equal = before == ids_b.get(index) && before != LOST_ID;
+        if salvaged {
+            equal &= known(a, block)? && known(b, block)?;
+        }
         if !equal {
             let grain = b.grain();
             let range = block * grain..((block + 1) * grain).min(b.size());
@@ -78,4 +80,9 @@ fn compare_leaf(a: &Reader, b: &Reader, leaf: u64, ranges: &mut Vec<Range<u64>>)
         }
     }
     Ok(())
+}
+
+/// Whether a salvaged layer knows a block; what was never seen differs from everything.
+fn known(reader: &Reader, block: u64) -> Result<bool> {
+    Ok(block >= reader.blocks() || matches!(reader.entry(block)?, Entry::Zero | Entry::Data(_)))
 }

@@ -3,7 +3,7 @@
 //! Invariants
 //! - Decoding is strict: state 0, unknown states, codecs and flags, and stray bits in fields a state does
 //!   not use are damage.
-//! - `Zero` and `Bad` entries have an all-zero content id.
+//! - A `Zero` entry has an all-zero content id; `Bad` and `Foreign` ones have the id that equals nothing.
 
 use zerocopy::{
     FromBytes, IntoBytes,

@@ -16,7 +16,7 @@ use super::{
     dedupe::Known,
     entry::{Entry, IdPage, LeafPages, LeafRef, MapPage, Place},
     frame::{FrameInfo, FrameKind},
-    key::ContentId,
+    key::{ContentId, ZERO_ID},
     layout::{FRAME_HEADER_BYTES, LEAF_BYTES, LEAF_ENTRIES, LeafRefBytes},
     reader::{Reader, read_leaf_page, split},
     root::{LayerRecord, Live, Root},
@@ -75,7 +75,7 @@ impl LeafMap {
             }
         }
         for block in blocks..before.min(leaves * LEAF_ENTRIES as u64) {
-            self.put(block, Entry::Zero, [0; 16], None)?;
+            self.put(block, Entry::Zero, ZERO_ID, None)?;
         }
         Ok(())
     }
@@ -157,7 +157,7 @@ impl LeafMap {
     pub(crate) fn get(&mut self, block: u64, tail: &Tail) -> Result<(Entry, ContentId)> {
         let (leaf, index) = split(block);
         if !self.dirty.contains_key(&leaf) && self.leaf_ref(leaf) == LeafRef::Zero {
-            return Ok((Entry::Zero, [0; 16]));
+            return Ok((Entry::Zero, ZERO_ID));
         }
         let block_bytes = self.identity.block_bytes();
         let leaf = self.leaf(leaf, Some(tail))?;
@@ -205,7 +205,7 @@ impl LeafMap {
             if self.dirty.contains_key(&leaf) || self.leaf_ref(leaf) != LeafRef::Zero {
                 for (at, _) in (block..leaf_end).zip(index..) {
                     if self.get(at, tail)?.0 != Entry::Zero {
-                        self.put(at, Entry::Zero, [0; 16], Some(tail))?;
+                        self.put(at, Entry::Zero, ZERO_ID, Some(tail))?;
                         changed += 1;
                     }
                 }

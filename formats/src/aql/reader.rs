@@ -304,20 +304,27 @@ impl Reader {
         if let Some((map, _)) = self.salvaged.as_ref().and_then(|s| s.leaves.get(&leaf)) {
             return Ok(Some(Arc::clone(map)));
         }
-        let LeafRef::Pages(pages) = self.root.leaf_ref(leaf).map_err(|what| self.odd(what))? else { return Ok(None) };
-        let kept = usize::try_from(leaf % LEAVES_KEPT).ok().and_then(|i| self.leaves.get(i));
-        if let Some(kept) = kept
-            && let Some((index, page)) = &*kept.read()
-            && *index == leaf
-        {
-            return Ok(Some(Arc::clone(page)));
+        if let Some(page) = self.kept(leaf, Arc::clone) {
+            return Ok(Some(page));
         }
-        let page = self.page(FrameKind::Map, leaf, pages.map, pages.map_check, MapPage::from_bytes)?;
-        let page = Arc::new(page);
-        if let Some(kept) = kept {
-            *kept.write() = Some((leaf, Arc::clone(&page)));
+        let LeafRef::Pages(pages) = self.root.leaf_ref(leaf).map_err(|what| self.odd(what))? else { return Ok(None) };
+        let page = Arc::new(self.page(FrameKind::Map, leaf, pages.map, pages.map_check, MapPage::from_bytes)?);
+        if let Some(place) = self.place_of(leaf) {
+            *place.write() = Some((leaf, Arc::clone(&page)));
         }
         Ok(Some(page))
+    }
+
+    fn place_of(&self, leaf: u64) -> Option<&KeptLeaf> {
+        usize::try_from(leaf % LEAVES_KEPT).ok().and_then(|i| self.leaves.get(i))
+    }
+
+    /// Looks at a leaf if it is kept, without sharing it: many readers of one leaf do not meet.
+    fn kept<T>(&self, leaf: u64, look: impl FnOnce(&Arc<MapPage>) -> T) -> Option<T> {
+        match &*self.place_of(leaf)?.read() {
+            Some((index, page)) if *index == leaf => Some(look(page)),
+            _ => None,
+        }
     }
 
     /// The content ids of a leaf.
@@ -346,9 +353,15 @@ impl Reader {
     /// What the map says of a block.
     pub(crate) fn entry(&self, block: u64) -> Result<Entry> {
         let (leaf, index) = split(block);
+        let block_bytes = self.block_bytes();
+        if self.salvaged.is_none()
+            && let Some(entry) = self.kept(leaf, |page| page.get(index, block_bytes))
+        {
+            return entry.map_err(|what| self.entry_error(leaf, index, what));
+        }
         let entry = match self.map(leaf)? {
             None => Entry::Zero,
-            Some(page) => page.get(index, self.block_bytes()).map_err(|what| self.entry_error(leaf, index, what))?,
+            Some(page) => page.get(index, block_bytes).map_err(|what| self.entry_error(leaf, index, what))?,
         };
         let own = self.seal.identity.slot;
         match self.salvaged.as_ref().and_then(|s| s.unseen_from) {

@@ -130,10 +130,16 @@ impl Root {
     }
 
     fn check_slots(&self, own: u16) -> Result<(), String> {
+        let mut known = vec![false; usize::from(SLOTS_MAX)];
+        for slot in self.layers.keys().chain([&own]) {
+            if let Some(known) = known.get_mut(usize::from(*slot)) {
+                *known = true;
+            }
+        }
         for (leaf, bytes) in self.refs.iter().enumerate() {
             if let LeafRef::Pages(pages) = LeafRef::unpack(bytes)? {
                 for slot in [pages.map.slot, pages.ids.slot] {
-                    if slot != own && !self.layers.contains_key(&slot) {
+                    if known.get(usize::from(slot)) != Some(&true) {
                         return Err(format!("leaf {leaf} lies in slot {slot}, which is not in the layer table"));
                     }
                 }

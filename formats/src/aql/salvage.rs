@@ -20,7 +20,7 @@ use super::{
     block::decode_meta,
     entry::{Entry, LeafPages, LeafRef, Place, Stored},
     frame::{FrameInfo, FrameKind, parse_header},
-    key::ContentId,
+    key::{ContentId, LOST_ID},
     layout::{
         FRAME_HEADER_BYTES, FRAME_IDENTITY_BYTES, FRAME_MAGIC, FRAMES_START, LEAF_BYTES, LEAF_ENTRIES, ROOT_BYTES_MAX,
         WAYMARK_BYTES_MAX, WAYMARK_MAGIC, WaymarkHeader, WaymarkLeaf,
@@ -120,7 +120,7 @@ pub fn salvage(
         map.put(*block, Entry::Data(*at), *id, Some(&tail))?;
     }
     for block in &found.lost {
-        map.put(*block, Entry::Bad, [0; 16], Some(&tail))?;
+        map.put(*block, Entry::Bad, LOST_ID, Some(&tail))?;
     }
     let unseen_from = (!found.complete && unseen == Unseen::Error).then_some(found.cursor);
     let overrides = Overrides { leaves: map.take_leaves(), unseen_from };
