@@ -44,7 +44,7 @@ pub use key::ContentKey;
 pub use layout::{BLOCK_LOG2_DEFAULT, BLOCK_LOG2_MAX, BLOCK_LOG2_MIN, LEAF_ENTRIES, SLOTS_MAX};
 pub use reader::{NeededLayer, Reader};
 pub use resolve::{LayerName, Resolver};
-pub use salvage::{Salvaged, Unseen, salvage};
+pub use salvage::{Salvaged, Unseen, confirm_sealed, salvage};
 pub use seal::{Sealed, Stats, is_sealed};
 pub use verify::{Damage, Depth, Finding, Verify, verify};
 pub use writer::{NewLayer, Writer, WriterOptions};

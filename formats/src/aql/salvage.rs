@@ -29,7 +29,7 @@ use super::{
     reader::{Overrides, Reader},
     resolve::Resolver,
     root::Root,
-    seal::{Identity, SealInfo, Stats, read_seal, read_superblock},
+    seal::{Identity, SealInfo, Stats, read_seal, read_seal_copy, read_superblock},
 };
 use crate::{Codec, Error, Result, Storage};
 
@@ -63,6 +63,25 @@ pub(crate) struct Found {
 /// Finds what a writer can go on from: stops at the first frame that is not whole.
 pub(crate) fn scan(storage: &dyn Storage, identity: &Identity) -> Result<Found> {
     Scan { storage, identity, len: len_of(storage)?, hop_over_damage: false }.run()
+}
+
+/// Whether a sealed file is whole from its last synced place on, read again. For a file whose writer was
+/// told that the last sync failed: its seal may have reached the disk without what it seals.
+///
+/// # Errors
+/// I/O only.
+pub fn confirm_sealed(storage: &dyn Storage) -> Result<bool> {
+    let seal = match read_seal(storage) {
+        Ok(seal) => seal,
+        Err(e @ Error::Io { .. }) => return Err(e),
+        Err(_) => return Ok(false),
+    };
+    let both = match read_seal_copy(storage, 1) {
+        Err(e @ Error::Io { .. }) => return Err(e),
+        copy => copy.is_ok(),
+    };
+    let found = scan(storage, &seal.identity)?;
+    Ok(both && found.complete && found.end == seal.data_end && found.sequence == seal.sequence)
 }
 
 /// What happens to blocks of which an increment says nothing because it was cut off.

@@ -112,7 +112,7 @@ impl Store {
         store.create_layer(name)
     }
 
-    /// An unfinished layer file, to be written by this process alone.
+    /// An unfinished layer file, to be written by this process alone; read from the disk, not from memory.
     pub(super) fn reopen_layer(&self, name: &str) -> Result<Arc<dyn Storage>> {
         let Self::Directory(store) = self;
         store.reopen_layer(name)
@@ -329,7 +329,14 @@ impl DirectoryStore {
         match self.at(name, OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOCTTY, Mode::empty()) {
             Err(Errno::NOENT) => Err(Error::not_found(&shown, "layer file")),
             Err(e) => Err(failed(&shown, "open", e)),
-            Ok(fd) => self.own(fd, shown),
+            Ok(fd) => {
+                // A sync that failed may have left pages in memory that never reached the disk: what is read
+                // from now on comes from there.
+                rustix::fs::fdatasync(&fd).map_err(|e| failed(&shown, "sync", e))?;
+                let dropped = rustix::fs::fadvise(&fd, 0, None, rustix::fs::Advice::DontNeed);
+                dropped.map_err(|e| failed(&shown, "drop the cache of", e))?;
+                self.own(fd, shown)
+            }
         }
     }
 

@@ -304,6 +304,22 @@ fn two_backups_of_one_machine_do_not_run_at_once() {
 }
 
 #[test]
+fn one_layer_file_has_one_writer_whatever_leases_say() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (repo, machine) = with_points(dir.path(), 1);
+    let mut tx = repo.begin(&machine, None, holder()).expect("begin");
+    let DiskWork::Write(mut writer) = tx.disk(&vda(), plan(100_000)).expect("disk") else { panic!("new") };
+    writer.put(0, &[1; 16 << 10]).expect("put");
+    // Somebody believes the holder dead and goes on with the same backup.
+    keeper::sweep(&repo, &machine, &mut LeaseObserver::new(), Instant::now(), &|_| Liveness::Dead).expect("sweep");
+    let begun = repo.interrupted(&machine).expect("interrupted").remove(0);
+    let mut other = repo.resume(&machine, &begun, holder()).expect("resume");
+    assert!(matches!(other.disk(&vda(), plan(100_000)), Err(Error::Locked { .. })));
+    drop(writer);
+    assert!(matches!(other.disk(&vda(), plan(100_000)), Ok(DiskWork::Write(_))));
+}
+
+#[test]
 fn a_lease_stands_as_long_as_it_beats_by_the_observers_time() {
     let dir = tempfile::tempdir().expect("dir");
     let (repo, machine) = with_points(dir.path(), 1);

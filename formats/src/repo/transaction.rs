@@ -179,7 +179,12 @@ impl Transaction<'_> {
         }
         let storage = self.repo.store().reopen_layer(&file)?;
         if crate::aql::is_sealed(storage.as_ref())? {
-            return Ok(DiskWork::Sealed);
+            // Its writer may have died before it knew that the seal is durable.
+            if crate::aql::confirm_sealed(storage.as_ref())? {
+                return Ok(DiskWork::Sealed);
+            }
+            let what = "sealed, but what was written before the seal is not all there; discard this backup";
+            return Err(FormatError::corrupt(storage.label(), 0, what).into());
         }
         // Interrupted before its first page was there: nothing is in it yet.
         if storage.len().is_ok_and(|len| len < crate::aql::layout::FRAMES_START) {

@@ -5,7 +5,7 @@ use std::{
     io,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicI64, AtomicU64, Ordering},
     },
 };
 
@@ -20,11 +20,25 @@ pub(super) struct Chain {
     reads: Arc<AtomicU64>,
 }
 
-/// Counts reads.
+/// Counts reads; writes and syncs fail once there have been too many.
 #[derive(Debug)]
-struct Counted {
-    inner: MemoryStorage,
-    reads: Arc<AtomicU64>,
+pub(super) struct Counted {
+    pub(super) inner: MemoryStorage,
+    pub(super) reads: Arc<AtomicU64>,
+    /// Writes and syncs that still succeed.
+    pub(super) left: AtomicI64,
+}
+
+impl Counted {
+    pub(super) fn failing_after(writes: i64) -> Self {
+        let inner = MemoryStorage::new("failing.aql", Vec::new());
+        Self { inner, reads: Arc::default(), left: AtomicI64::new(writes) }
+    }
+
+    fn spend(&self) -> io::Result<()> {
+        let left = self.left.fetch_sub(1, Ordering::SeqCst);
+        if left > 0 { Ok(()) } else { Err(io::ErrorKind::StorageFull.into()) }
+    }
 }
 
 impl Storage for Counted {
@@ -50,6 +64,7 @@ impl Storage for Counted {
     }
 
     fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
+        self.spend()?;
         self.inner.write_at(offset, buf)
     }
 
@@ -74,6 +89,7 @@ impl Storage for Counted {
     }
 
     fn sync(&self) -> io::Result<()> {
+        self.spend()?;
         self.inner.sync()
     }
 }
@@ -122,7 +138,7 @@ impl Chain {
         let mut files = self.files.lock().expect("lock");
         let make = || -> Arc<dyn Storage> {
             let inner = MemoryStorage::new(name, Vec::new());
-            Arc::new(Counted { inner, reads: Arc::clone(&self.reads) })
+            Arc::new(Counted { inner, reads: Arc::clone(&self.reads), left: AtomicI64::new(i64::MAX) })
         };
         Arc::clone(files.entry(name.to_owned()).or_insert_with(make))
     }

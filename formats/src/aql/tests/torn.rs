@@ -130,6 +130,75 @@ fn a_marked_writer_promises_all_it_was_given() {
 }
 
 #[test]
+fn a_writer_whose_storage_fails_at_any_call_says_so_stops_and_can_go_on() {
+    let bytes = pattern(31, GRAIN * 60);
+    for threads in [0, 2] {
+        let options = WriterOptions { threads, waymark_bytes: 100_000, ..options() };
+        let mut failures = 0;
+        for writes in 0.. {
+            let storage = Arc::new(support::Counted::failing_after(writes));
+            let new = NewLayer::full(bytes.len() as u64, key());
+            let write = |storage: Arc<dyn Storage>, new| -> crate::Result<()> {
+                let mut writer = Writer::create(storage, new, options)?;
+                for (k, part) in bytes.chunks(GRAIN * 4).enumerate() {
+                    writer.put(k as u64 * 4, part)?;
+                    // Small chunks, so that errors arise in the middle.
+                    writer.keep(0..1)?;
+                }
+                writer.finish().map(|_| ())
+            };
+            let done = write(storage.clone(), new);
+            storage.left.store(i64::MAX, std::sync::atomic::Ordering::SeqCst);
+            let Err(e) = done else { break };
+            failures += 1;
+            assert!(matches!(&e, Error::Io { path, .. } if path == "failing.aql"), "{writes}: {e}");
+            if storage.len().expect("length") < 4096 {
+                continue;
+            }
+            if is_sealed(storage.as_ref()).expect("readable") {
+                // The very last sync failed: nobody was told that it is finished, and it has to be looked at again.
+                assert!(confirm_sealed(storage.as_ref()).expect("readable"));
+                continue;
+            }
+            let mut writer = Writer::resume(storage.clone(), None, key(), options).expect("resume");
+            let from = usize::try_from(writer.resume_from()).expect("small");
+            if from < 60 {
+                writer.put(from as u64, &bytes[from * GRAIN..]).expect("put");
+            }
+            writer.finish().expect("finish");
+            assert_eq!(read_all(&Reader::open(storage, Resolver::none()).expect("open")), bytes, "{writes}");
+        }
+        assert!(failures > 10, "{failures} calls failed with {threads} threads");
+    }
+}
+
+#[test]
+fn a_sealed_file_whose_last_sync_is_in_doubt_is_looked_at_again() {
+    let torn = torn();
+    assert!(confirm_sealed(torn.cut(torn.file.len()).as_ref()).expect("whole"));
+    let root = usize::try_from(torn.root).expect("small");
+    let last_waymark = torn.file.windows(5).rposition(|w| w == b"AQF1\x04").expect("a waymark");
+    for lost in (last_waymark + 200..root).step_by(4096) {
+        let mut file = torn.file.clone();
+        file[lost / 4096 * 4096..][..4096].fill(0);
+        let storage = MemoryStorage::new("torn.aql", file);
+        assert!(is_sealed(&storage).expect("its seal is there"));
+        assert!(!confirm_sealed(&storage).expect("readable"), "page at {lost} never reached the disk");
+    }
+}
+
+#[test]
+fn a_writer_after_a_failure_stays_failed() {
+    let storage = Arc::new(support::Counted::failing_after(1));
+    let mut writer =
+        Writer::create(storage.clone(), NewLayer::full(GRAIN as u64 * 4, key()), options()).expect("create");
+    assert!(writer.put(0, &pattern(1, GRAIN * 4)).and_then(|()| writer.mark()).is_err());
+    storage.left.store(i64::MAX, std::sync::atomic::Ordering::SeqCst);
+    assert!(matches!(writer.put(0, &[1; GRAIN]).and_then(|()| writer.mark()), Err(Error::Refused { .. })));
+    assert!(writer.finish().is_err(), "the storage may work again; what it lost does not come back");
+}
+
+#[test]
 fn what_must_not_be_resumed_is_refused() {
     let torn = torn();
     let sealed = torn.cut(torn.file.len());
