@@ -184,6 +184,7 @@ fn writers_leave_what_they_wrote() {
         "--verify_fatal=1",
         "--fsync=8",
         "--randseed=3",
+        "--verify_state_save=0",
     ];
     must("fio", &argv);
     let script = "h.pwrite(b'q'*4096, 4096, nbd.CMD_FLAG_FUA); h.trim(4096, 0)\n\

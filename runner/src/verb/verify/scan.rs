@@ -4,12 +4,11 @@
 //! - Damage is listed once per stored place, with the range of the disk it costs, and ends nothing.
 //! - What is not damage (a source that went away, no access) ends the scan: it would look like damage
 //!   of everything that follows.
-//! - The mark is a place below which everything was scanned.
 
 use std::{collections::BTreeMap, num::NonZero, ops::Range, thread};
 
-use aquifer_vdisk::Disk;
-use crossbeam_channel::bounded;
+use aquifer_vdisk::{Disk, Extent};
+use crossbeam_channel::{Sender, bounded};
 use parking_lot::Mutex;
 
 use crate::{
@@ -34,17 +33,11 @@ pub(super) struct Lost {
     pub(super) ranges: Vec<Range<u64>>,
 }
 
-/// What a scan found.
-#[derive(Debug, Default)]
-pub(super) struct Found {
-    /// By file and offset.
-    pub(super) lost: BTreeMap<(String, u64), Lost>,
-    /// Everything of the disk below this offset was scanned.
-    pub(super) mark: u64,
-}
+/// What a scan found, by file and offset.
+pub(super) type Found = BTreeMap<(String, u64), Lost>;
 
 /// Whether reading again cannot help: the stored bytes are wrong.
-pub(super) fn is_damage(code: Code) -> bool {
+fn is_damage(code: Code) -> bool {
     matches!(code, Code::BlockCorrupt | Code::Corrupt | Code::Truncated | Code::ChainBroken)
 }
 
@@ -54,66 +47,46 @@ struct Shared<'a> {
     failure: Mutex<Option<Fail>>,
 }
 
-/// Reads all data of `disk` from `from` on.
+/// Reads all data of `disk`.
 ///
 /// # Errors
 /// Whatever is not damage, and the interruption; both with what was found until then.
-pub(super) fn scan(
-    disk: &Disk,
-    from: u64,
-    stop: Stop,
-    progress: &Progress<'_>,
-) -> (Found, Result<()>) {
+pub(super) fn scan(disk: &Disk, stop: Stop, progress: &Progress<'_>) -> (Found, Result<()>) {
     let readers = thread::available_parallelism().map_or(2, NonZero::get).clamp(2, 16);
     let shared = Shared { disk, found: Mutex::default(), failure: Mutex::default() };
     let outcome = thread::scope(|scope| {
         let (send, receive) = bounded::<(u64, u64)>(readers * 2);
-        let (report, reports) = bounded::<(u64, u64)>(readers * 4);
         for _ in 0..readers {
-            let (receive, report, shared) = (receive.clone(), report.clone(), &shared);
+            let (receive, shared) = (receive.clone(), &shared);
             scope.spawn(move || {
                 for (offset, len) in receive {
                     shared.piece(offset, len);
-                    if report.send((offset, len)).is_err() {
-                        return;
-                    }
+                    progress.add(len);
                 }
             });
         }
-        drop((receive, report));
-        let shared = &shared;
-        scope.spawn(move || {
-            for (_, len) in reports {
-                progress.add(len);
-            }
-        });
-        let mut dealt = from;
-        let outcome = copy::each_data_range(disk, |extent| {
-            let (mut at, end) = (extent.offset.max(from), extent.offset + extent.len);
-            while at < end {
-                stop.check()?;
-                if let Some(fail) = shared.failure.lock().clone() {
-                    return Err(fail);
-                }
-                let boundary = (at / PIECE_BYTES + 1) * PIECE_BYTES;
-                let len = boundary.min(end) - at;
-                if send.send((at, len)).is_err() {
-                    return Err(Fail::new(Code::Bug, "the readers of a scan have ended"));
-                }
-                at += len;
-                dealt = at;
-            }
-            Ok(())
-        });
-        drop(send);
-        (outcome, dealt)
+        drop(receive);
+        copy::each_data_range(disk, |extent| deal(&shared, &send, extent, stop))
     });
-    let (outcome, dealt) = outcome;
-    let outcome = outcome.and_then(|()| shared.failure.into_inner().map_or(Ok(()), Err));
-    let mut found = shared.found.into_inner();
-    // All readers have ended: what was dealt out was scanned.
-    found.mark = if outcome.is_ok() { disk.size() } else { dealt };
-    (found, outcome)
+    let failure = shared.failure.into_inner();
+    (shared.found.into_inner(), outcome.and_then(|()| failure.map_or(Ok(()), Err)))
+}
+
+/// Deals an extent out to the readers in pieces.
+fn deal(shared: &Shared<'_>, send: &Sender<(u64, u64)>, extent: Extent, stop: Stop) -> Result<()> {
+    let (mut at, end) = (extent.offset, extent.offset + extent.len);
+    while at < end {
+        stop.check()?;
+        if let Some(fail) = shared.failure.lock().clone() {
+            return Err(fail);
+        }
+        let len = ((at / PIECE_BYTES + 1) * PIECE_BYTES).min(end) - at;
+        if send.send((at, len)).is_err() {
+            return Err(Fail::new(Code::Bug, "the readers of a scan have ended"));
+        }
+        at += len;
+    }
+    Ok(())
 }
 
 impl Shared<'_> {
@@ -145,7 +118,7 @@ impl Shared<'_> {
     fn note(&self, fail: Fail, range: Range<u64>) {
         let at = fail.at.clone().unwrap_or_default();
         let mut found = self.found.lock();
-        let lost = found.lost.entry((at.path, at.offset.unwrap_or_default()));
+        let lost = found.entry((at.path, at.offset.unwrap_or_default()));
         let lost = lost.or_insert_with(|| Lost { fail, ranges: Vec::new() });
         match lost.ranges.last_mut().filter(|last| last.end == range.start) {
             Some(last) => last.end = range.end,
