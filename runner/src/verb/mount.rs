@@ -42,6 +42,9 @@ pub struct Args {
     /// Certificates for TLS: a folder with ca-cert.pem, server-cert.pem and server-key.pem
     #[arg(long, value_name = "DIR", requires = "nbd")]
     pub tls: Option<PathBuf>,
+    /// Serve each disk as a file in this folder, which is made if need be; without --nbd, only there
+    #[arg(long, value_name = "DIR")]
+    pub fuse: Option<PathBuf>,
     /// Take writes into an overlay; the source is never written
     #[arg(long)]
     pub writable: bool,

@@ -3,11 +3,14 @@
 use std::{
     fs::{self, DirBuilder},
     os::unix::fs::DirBuilderExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
-use aquifer_mount::nbd::{Address, Export, Server, ServerTls, address};
+use aquifer_mount::{
+    fuse::{Audience, FuseDoor, FuseFile, FuseOptions, MountAccess},
+    nbd::{Address, Export, Server, ServerTls, address},
+};
 use aquifer_vdisk::Disk;
 use serde::Serialize;
 
@@ -20,7 +23,8 @@ use crate::{
 
 /// Where doors are to be.
 pub(super) struct Place {
-    nbd: Address,
+    nbd: Option<Address>,
+    fuse: Option<PathBuf>,
     tls: Option<ServerTls>,
     /// A folder made for the socket, removed at the end.
     private: Option<PathBuf>,
@@ -30,18 +34,22 @@ impl Place {
     /// Reads the options; makes nothing.
     pub(super) fn of(context: &Context, args: &Args) -> Result<Self> {
         let tls = args.tls.as_deref().map(ServerTls::from_dir).transpose()?;
-        if let Some(text) = &args.nbd {
-            return Ok(Self { nbd: text.parse()?, tls, private: None });
+        let fuse = args.fuse.clone();
+        let nbd = args.nbd.as_deref().map(str::parse).transpose()?;
+        if nbd.is_some() || fuse.is_some() {
+            return Ok(Self { nbd, fuse, tls, private: None });
         }
         let folder = context.runtime_dir()?.join(format!("mount-{}", std::process::id()));
         let place = address::Place::Unix(folder.join("nbd.sock"));
-        Ok(Self { nbd: Address { place, export: String::new(), tls: false }, tls, private: Some(folder) })
+        let nbd = Some(Address { place, export: String::new(), tls: false });
+        Ok(Self { nbd, fuse, tls, private: Some(folder) })
     }
 }
 
 /// Open doors.
 pub(super) struct Doors {
     server: Server,
+    fuse: Option<FuseDoor>,
     served: Vec<Served>,
     private: Option<PathBuf>,
 }
@@ -52,7 +60,18 @@ pub(super) struct Served {
     pub(super) disk: String,
     pub(super) size: u64,
     pub(super) writable: bool,
-    pub(super) uri: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) uri: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) path: Option<PathBuf>,
+}
+
+impl Served {
+    /// Where to reach it: the URI, or else the file.
+    pub(super) fn address(&self) -> String {
+        let path = || self.path.as_ref().map(|path| path.display().to_string());
+        self.uri.clone().or_else(path).unwrap_or_default()
+    }
 }
 
 impl Doors {
@@ -72,14 +91,16 @@ impl Doors {
         }
         let server = builder.build()?;
         let private = place.private.clone();
-        let mut doors = Self { server, served: Vec::new(), private };
-        let address = doors.server.listen(&place.nbd)?;
+        let mut doors = Self { server, fuse: None, served: Vec::new(), private };
+        let address = place.nbd.as_ref().map(|nbd| doors.server.listen(nbd)).transpose()?;
+        doors.fuse = place.fuse.as_deref().map(|dir| open_fuse(dir, disks)).transpose()?;
         for disk in disks {
             doors.served.push(Served {
                 disk: disk.name().to_owned(),
                 size: disk.size(),
                 writable: disk.is_writable(),
-                uri: address.with_export(disk.name()).to_string(),
+                uri: address.as_ref().map(|address| address.with_export(disk.name()).to_string()),
+                path: doors.fuse.as_ref().map(|door| door.path(disk.name())),
             });
         }
         Ok(doors)
@@ -94,15 +115,18 @@ impl Doors {
     pub(super) fn announce(&self, context: &Context, beside_command: bool) {
         for served in &self.served {
             context.out.record("serving", served);
-            if beside_command {
-                context.out.say(&served.uri);
-            } else {
-                context.out.line(&served.uri);
+            let path = served.path.as_ref().map(|path| path.display().to_string());
+            for shown in [&served.uri, &path].into_iter().flatten() {
+                if beside_command {
+                    context.out.say(shown);
+                } else {
+                    context.out.line(shown);
+                }
             }
         }
         context.out.record("ready", &serde_json::json!({ "disks": self.served.len() }));
         if let (Some(first), false) = (self.served.first(), beside_command) {
-            context.out.next_now(&format!("qemu-img info '{}'", first.uri));
+            context.out.next_now(&format!("qemu-img info '{}'", first.address()));
         }
     }
 
@@ -120,7 +144,10 @@ impl Doors {
     }
 
     /// Ends serving: requests in the air are answered first.
-    pub(super) fn close(self, context: &Context) {
+    pub(super) fn close(mut self, context: &Context) {
+        if let Some(Err(error)) = self.fuse.take().map(FuseDoor::stop) {
+            context.out.say(format_args!("the folder could not be unmounted: {error}"));
+        }
         self.server.stop();
         let stats = self.server.stats();
         context.out.closing("requests", stats.requests);
@@ -128,6 +155,14 @@ impl Doors {
         context.out.closing("bytes_written", stats.bytes_written);
         context.out.closing("request_errors", stats.errors);
     }
+}
+
+fn open_fuse(dir: &Path, disks: &[Arc<Disk>]) -> Result<FuseDoor> {
+    let dir = std::path::absolute(dir).map_err(|e| Fail::io(dir.display(), "find", &e))?;
+    let writable = disks.iter().any(|disk| disk.is_writable());
+    let access = if writable { MountAccess::ReadWrite } else { MountAccess::ReadOnly };
+    let files = disks.iter().map(|disk| FuseFile { disk: Arc::clone(disk), raw: None }).collect();
+    Ok(FuseDoor::open(&dir, FuseOptions { audience: Audience::Owner, access }, files)?)
 }
 
 impl Drop for Doors {
