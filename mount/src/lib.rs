@@ -10,5 +10,6 @@
 pub mod confine;
 pub mod errno;
 pub mod fuse;
+pub mod loopdev;
 pub mod nbd;
 pub mod session;

@@ -8,6 +8,7 @@ mod fuzz_smoke;
 mod host;
 mod hydrate;
 mod licences;
+mod loopdev;
 mod nbd;
 mod overlay;
 mod qcow2;
