@@ -15,7 +15,7 @@ use aquifer_formats::{
     Error as FormatError,
     aql::{ContentKey, NewLayer, Reader, Writer, WriterOptions},
 };
-use aquifer_vdisk::{BlockCache, Chain, ChainSpec, open_chain};
+use aquifer_vdisk::{BlockCache, Chain, ChainSpec, delta_between, open_chain};
 use criterion::{Criterion, criterion_group, criterion_main};
 
 const MIB: u64 = 1 << 20;
@@ -159,6 +159,14 @@ fn wide(dir: &Path) {
     }
 }
 
+/// A TiB with a full and an increment that has written something everywhere: every table exists.
+fn scattered(dir: &Path) {
+    run("qemu-img", dir, &["create", "-q", "-f", "qcow2", "0.qcow2", "1T"], "");
+    run("qemu-img", dir, &["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "0.qcow2", "1.qcow2"], "");
+    let script: String = (0..2048u64).map(|n| format!("write -q -z {} {BLOCK}\n", (n * 8192 + n) * BLOCK)).collect();
+    run("qemu-io", dir, &["-f", "qcow2", "1.qcow2"], &script);
+}
+
 fn opening(c: &mut Criterion) {
     let tip = made("wide-1", wide).join("99.qcow2");
     let mut group = c.benchmark_group("1 TiB in 100 layers");
@@ -171,7 +179,20 @@ fn opening(c: &mut Criterion) {
             fresh.resolve(0, 4096).expect("good")
         });
     });
+    group.bench_function("extents", |b| {
+        b.iter(|| {
+            let fresh = Chain::new(opened.layers().to_vec(), opened.cache().clone()).expect("a chain");
+            let mut extents = Vec::new();
+            fresh.extents(0, u64::MAX, &mut extents).expect("good");
+            assert!(fresh.map_bytes() <= MIB, "windows that are one hole take nothing");
+        });
+    });
     group.finish();
+    let dir = made("scattered-1", scattered);
+    let (old, new) = (chain(&dir.join("0.qcow2"), 0), chain(&dir.join("1.qcow2"), 0));
+    c.bench_function("delta of two points of 1 TiB, every table present", |b| {
+        b.iter(|| assert_eq!(delta_between(&old, &new).expect("good").bytes(), 2048 * BLOCK));
+    });
 }
 
 criterion_group! {

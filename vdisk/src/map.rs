@@ -1,8 +1,8 @@
 //! All layers of a chain merged into one map, lazily: a window of the disk at a time, on first touch.
 //!
 //! A window is 8192 grains, newest layer first; filling stops as soon as nothing is open any more.
-//! After that a lookup is one load, at any depth. 64 KiB a window; a TiB of 64 KiB grains that is
-//! touched all over takes 128 MiB.
+//! After that a lookup is one load, at any depth. 64 KiB a window, unless it is the same all over; a
+//! TiB of 64 KiB grains that is written and touched all over takes 128 MiB.
 //!
 //! Invariants
 //! - The map answers what a walk over the layers would answer, byte for byte. The grain is only a
@@ -42,7 +42,14 @@ const GRAIN_MAX: u64 = 4 * 1024 * 1024;
 /// Locks for filling; two windows that share one merely wait for each other.
 const FILL_LOCKS: usize = 16;
 
-type Window = Box<[Entry]>;
+/// What is known about a window.
+#[derive(Debug)]
+enum Window {
+    /// The same all over: nothing, or zeros. Most windows of a large disk are.
+    Uniform(Entry),
+    /// One entry for each grain.
+    Grains(Box<[Entry]>),
+}
 
 /// The merged map of one chain.
 #[derive(Debug)]
@@ -97,7 +104,9 @@ impl WindowMap {
         if place.get().is_none() {
             match self.fill(layers, index) {
                 Ok(window) => {
-                    self.filled.fetch_add(window.len() as u64, Ordering::Relaxed);
+                    if let Window::Grains(entries) = &window {
+                        self.filled.fetch_add(entries.len() as u64, Ordering::Relaxed);
+                    }
                     let _ = place.set(window);
                 }
                 // The source may come back. Ranges that do not need it work meanwhile, the walk says which.
@@ -111,7 +120,13 @@ impl WindowMap {
     pub(crate) fn lookup_filled(&self, offset: u64, len_max: u64) -> Option<(Found, u64)> {
         let grain = self.grain();
         let index = self.window_index(offset);
-        let window = self.windows.get(usize::try_from(index).ok()?)?.get()?;
+        let window = match self.windows.get(usize::try_from(index).ok()?)?.get()? {
+            Window::Grains(entries) => entries,
+            Window::Uniform(entry) => {
+                let left = self.window_end(index).checked_sub(offset).filter(|left| *left > 0)?;
+                return Some((entry.decode(offset, 0, &self.packings), left.min(len_max)));
+            }
+        };
         let first = usize::try_from(offset >> self.grain_log2 & (WINDOW_GRAINS - 1)).ok()?;
         let (into, mut entry) = (offset & (grain - 1), *window.get(first)?);
         let found = entry.decode(offset, into, &self.packings);
@@ -158,7 +173,7 @@ impl WindowMap {
             }
             filling.end_of_layer(number, visible);
         }
-        Ok(filling.entries)
+        Ok(filling.done())
     }
 }
 
@@ -172,7 +187,7 @@ fn grain(layers: &[Arc<dyn Layer>]) -> u64 {
 
 /// A window while it is filled. Open grains are holes so far.
 struct Filling {
-    entries: Window,
+    entries: Box<[Entry]>,
     open: usize,
     start: u64,
     end: u64,
@@ -224,6 +239,17 @@ impl Filling {
                 *entry = if straddles && number == first { Entry::ask(layer) } else { Entry::ZERO };
                 self.open -= 1;
             }
+        }
+    }
+
+    fn done(self) -> Window {
+        match self.entries.first() {
+            Some(first)
+                if (*first == Entry::HOLE || *first == Entry::ZERO) && self.entries.iter().all(|e| e == first) =>
+            {
+                Window::Uniform(*first)
+            }
+            _ => Window::Grains(self.entries),
         }
     }
 
