@@ -14,8 +14,8 @@
 //!   bytes, and whole bytes in the wrong place, are errors that name file and offset.
 //! - Entry state 0 is illegal: a map that was never written cannot read as zeros.
 //! - Bytes of a block past the end of the disk are zeros, so growing a disk never shows old data.
-//! - Slots number the files of one lineage and are never given out twice in it, so a leaf means the same
-//!   in every descendant that refers to it.
+//! - Slots number the files a disk draws from. A layer takes one in which nothing of its disk lies, so a
+//!   leaf means the same in every descendant that refers to it.
 //!
 //! Not here: where files lie and which point is newest (the repository); caches of decoded blocks,
 //! merged chains of other formats (`aquifer-vdisk`); encryption, which has its feature bit and no code.

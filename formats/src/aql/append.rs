@@ -6,7 +6,11 @@
 //!   waymark may trust all it refers to.
 //! - After the first failed write or sync nothing more is written.
 
-use std::{ops::Range, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashMap},
+    ops::Range,
+    sync::Arc,
+};
 
 use zerocopy::{
     IntoBytes,
@@ -24,6 +28,7 @@ use super::{
         WaymarkLeaf,
     },
     leafmap::LeafMap,
+    reader::Reader,
     salvage::Found,
     seal::{Identity, SealInfo, Sealed, Stats},
 };
@@ -31,6 +36,9 @@ use crate::{Codec, Error, Result, Storage};
 
 /// Leaves held in memory before they are written: 16 MiB.
 const LEAVES_IN_MEMORY: usize = 2048;
+
+/// Blocks taken over from older files are written in pieces of this size, in bytes.
+const ABSORB_BYTES: usize = 1 << 20;
 
 /// Where the next frame goes.
 #[derive(Debug)]
@@ -292,6 +300,71 @@ impl Appender {
         self.stats.bytes_stored += info.frame_bytes();
         let place = Place { slot: self.identity.slot, offset: self.tail.offset() + start as u64 };
         Stored { place, stored_bytes: info.stored_bytes, codec, shared: false, check }
+    }
+
+    /// Takes over what the disk still has in these older files, as it is stored there, so that the new layer
+    /// does not need them.
+    pub(crate) fn absorb(&mut self, parent: &Reader, slots: &BTreeSet<u16>) -> Result<()> {
+        let mut frames = Vec::new();
+        let mut moved = Vec::new();
+        let mut places: HashMap<Place, Stored> = HashMap::new();
+        for leaf in 0..self.identity.leaves() {
+            let Some(blocks) = self.map.blocks_in(leaf, slots, &self.tail)? else { continue };
+            for (block, at, id) in blocks {
+                let new = match places.get(&at.place) {
+                    Some(known) => Stored { shared: true, ..*known },
+                    None => self.copy_frame(parent, block, &at, id, &mut frames)?,
+                };
+                places.insert(at.place, new);
+                moved.push((block, new, id));
+            }
+            if frames.len() >= ABSORB_BYTES {
+                self.settle_moved(&mut frames, &mut moved)?;
+            }
+            self.map.rewrite(leaf, &self.tail)?;
+        }
+        self.settle_moved(&mut frames, &mut moved)
+    }
+
+    /// One stored block, with a header of this layer.
+    fn copy_frame(
+        &mut self,
+        parent: &Reader,
+        block: u64,
+        at: &Stored,
+        id: ContentId,
+        frames: &mut Vec<u8>,
+    ) -> Result<Stored> {
+        let start = frames.len();
+        frames.resize(start + FRAME_HEADER_BYTES, 0);
+        parent.stored_payload(at, frames)?;
+        let payload_crc = crc32c::crc32c(frames.get(start + FRAME_HEADER_BYTES..).unwrap_or_default());
+        let info = FrameInfo {
+            kind: FrameKind::Block,
+            codec: at.codec,
+            logical: block,
+            raw_bytes: self.identity.block_bytes(),
+            stored_bytes: at.stored_bytes,
+            sequence: self.tail.next_sequence(),
+            tag: self.identity.tag,
+            id,
+        };
+        let (header, check) = info.header(payload_crc);
+        if let Some(to) = frames.get_mut(start..start + FRAME_HEADER_BYTES) {
+            to.copy_from_slice(&header);
+        }
+        let place = Place { slot: self.identity.slot, offset: self.tail.offset() + start as u64 };
+        self.stats.blocks_moved += 1;
+        Ok(Stored { place, shared: false, check, ..*at })
+    }
+
+    fn settle_moved(&mut self, frames: &mut Vec<u8>, moved: &mut Vec<(u64, Stored, ContentId)>) -> Result<()> {
+        self.tail.append(frames)?;
+        frames.clear();
+        for (block, at, id) in moved.drain(..) {
+            self.map.put(block, Entry::Data(at), id, Some(&self.tail))?;
+        }
+        self.settle()
     }
 
     /// Writes leaves and a waymark where enough has gathered.

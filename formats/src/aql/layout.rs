@@ -141,7 +141,7 @@ on_disk! {
         tag: U64,
         /// nanoseconds since 1970 by the writer's clock; for people, never for decisions
         created: U64,
-        /// number of this file in its lineage
+        /// number of this file among those its disk draws from
         slot: U16,
         /// 1 full, 2 increment
         kind: u8,
@@ -351,6 +351,8 @@ on_disk! {
         blocks_shared: U64,
         /// of these, written to this file
         blocks_written: U64,
+        /// blocks taken over from older files, so that those are no longer needed
+        blocks_moved: U64,
         /// decoded bytes written to this file
         bytes_raw: U64,
         /// stored bytes of those, headers included
@@ -360,7 +362,7 @@ on_disk! {
         /// the superblock's head again
         head: Head,
         /// zero
-        reserved_2: [u8; 3640],
+        reserved_2: [u8; 3632],
         /// BLAKE3 of the bytes before, with `copy` as zero: the seal hash
         hash: [u8; 32],
     }

@@ -14,7 +14,7 @@ use std::{
 use super::{
     append::Tail,
     dedupe::Known,
-    entry::{Entry, IdPage, LeafPages, LeafRef, MapPage, Place},
+    entry::{Entry, IdPage, LeafPages, LeafRef, MapPage, Place, Stored},
     frame::{FrameInfo, FrameKind},
     key::{ContentId, ZERO_ID},
     layout::{FRAME_HEADER_BYTES, LEAF_BYTES, LEAF_ENTRIES, LeafRefBytes},
@@ -171,6 +171,42 @@ impl LeafMap {
             Some(parent) if block < parent.blocks() => parent.entry(block).map(Some),
             _ => Ok(None),
         }
+    }
+
+    /// Blocks of a leaf that lie in one of these files, with their ids; `None` if neither they nor the
+    /// leaf's own pages do.
+    pub(crate) fn blocks_in(
+        &self,
+        leaf: u64,
+        slots: &BTreeSet<u16>,
+        tail: &Tail,
+    ) -> Result<Option<Vec<(u64, Stored, ContentId)>>> {
+        let loaded;
+        let (pages, page_there) = match (self.dirty.get(&leaf), self.leaf_ref(leaf)) {
+            (Some(pages), _) => (pages, false),
+            (None, LeafRef::Zero) => return Ok(None),
+            (None, LeafRef::Pages(at)) => {
+                loaded = self.load(leaf, Some(tail))?;
+                (&loaded, slots.contains(&at.map.slot) || slots.contains(&at.ids.slot))
+            }
+        };
+        let mut blocks = Vec::new();
+        for index in 0..LEAF_ENTRIES {
+            let block = leaf * LEAF_ENTRIES as u64 + index as u64;
+            let entry = pages.map.get(index, self.identity.block_bytes());
+            match entry.map_err(|what| Error::corrupt("map", block, what))? {
+                Entry::Data(at) if slots.contains(&at.place.slot) => blocks.push((block, at, pages.ids.get(index))),
+                _ => {}
+            }
+        }
+        Ok((page_there || !blocks.is_empty()).then_some(blocks))
+    }
+
+    /// Has a leaf written anew, changed or not.
+    pub(crate) fn rewrite(&mut self, leaf: u64, tail: &Tail) -> Result<()> {
+        self.leaf(leaf, Some(tail))?;
+        self.changed.insert(leaf);
+        Ok(())
     }
 
     /// Puts the leaf into memory, where it may be changed.

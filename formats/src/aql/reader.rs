@@ -427,6 +427,24 @@ impl Reader {
         if file == 0 { self.seal.identity.slot } else { file - 1 }
     }
 
+    /// Reads and checks a stored block, and appends its payload as it is to `out`.
+    pub(crate) fn stored_payload(&self, at: &Stored, out: &mut Vec<u8>) -> Result<()> {
+        let (_, tag) = self.file_of(at.place.slot)?;
+        let expected = Expected {
+            kind: FrameKind::Block,
+            codec: at.codec,
+            logical: None,
+            raw_bytes: self.block_bytes(),
+            stored_bytes: at.stored_bytes,
+            tag,
+            check: at.check,
+        };
+        frame::read(self.storage(at.place.slot)?.as_ref(), at.place.offset, &expected, |payload, _| {
+            out.extend_from_slice(payload);
+            Ok(())
+        })
+    }
+
     /// Reads and checks one block's stored bytes, decodes at least `need` of it, and returns its content id.
     pub(crate) fn read_block(&self, block: &BlockRef, need: usize, out: &mut Vec<u8>) -> Result<ContentId> {
         out.clear();

@@ -19,6 +19,13 @@ use super::{
     seal::Identity,
 };
 
+/// A slot for a layer on top of one with this root: the next one that nothing of the disk lies in.
+/// `None` if all are in use.
+pub(crate) fn free_slot(parent: u16, root: &Root) -> Option<u16> {
+    let from_next = (parent + 1..SLOTS_MAX).chain(0..parent);
+    from_next.into_iter().find(|slot| !root.layers.contains_key(slot))
+}
+
 /// How much of a disk lies in one file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Live {
@@ -114,7 +121,7 @@ impl Root {
         let mut layers = BTreeMap::new();
         for _ in 0..header.layers.get() {
             let (slot, record, tail) = decode_record(rest)?;
-            if slot >= identity.slot || layers.insert(slot, record).is_some() {
+            if slot == identity.slot || slot >= SLOTS_MAX || layers.insert(slot, record).is_some() {
                 return Err(format!("layer record for slot {slot} in a file of slot {}", identity.slot));
             }
             rest = tail;

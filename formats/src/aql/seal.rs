@@ -34,6 +34,8 @@ pub struct Stats {
     pub blocks_shared: u64,
     /// Of these, written to this file.
     pub blocks_written: u64,
+    /// Blocks taken over from older files, so that those are no longer needed.
+    pub blocks_moved: u64,
     /// Decoded bytes written to this file.
     pub bytes_raw: u64,
     /// Stored bytes of those, headers included.
@@ -253,6 +255,7 @@ impl SealInfo {
         page.blocks_unchanged = U64::new(self.stats.blocks_unchanged);
         page.blocks_shared = U64::new(self.stats.blocks_shared);
         page.blocks_written = U64::new(self.stats.blocks_written);
+        page.blocks_moved = U64::new(self.stats.blocks_moved);
         page.bytes_raw = U64::new(self.stats.bytes_raw);
         page.bytes_stored = U64::new(self.stats.bytes_stored);
         page.data_blocks = U64::new(self.stats.data_blocks);
@@ -299,6 +302,7 @@ impl SealInfo {
                 blocks_unchanged: page.blocks_unchanged.get(),
                 blocks_shared: page.blocks_shared.get(),
                 blocks_written: page.blocks_written.get(),
+                blocks_moved: page.blocks_moved.get(),
                 bytes_raw: page.bytes_raw.get(),
                 bytes_stored: page.bytes_stored.get(),
                 data_blocks: page.data_blocks.get(),

@@ -8,7 +8,7 @@
 //!
 //! Not here: names and commit order of files, which are the repository's.
 
-use std::{ops::Range, path::Path, sync::Arc};
+use std::{collections::BTreeSet, ops::Range, path::Path, sync::Arc};
 
 use uuid::Uuid;
 
@@ -22,6 +22,7 @@ use super::{
     leafmap::LeafMap,
     pipeline::{Chunk, Pipeline, PipelineSetup},
     reader::Reader,
+    root::free_slot,
     salvage,
     seal::{Identity, Sealed, Stats, read_seal, read_superblock, superblock},
 };
@@ -102,6 +103,7 @@ pub struct Writer {
     blocks: u64,
     pending: Chunk,
     resume_from: u64,
+    parent: Option<Arc<Reader>>,
 }
 
 impl Writer {
@@ -199,6 +201,7 @@ impl Writer {
             blocks: identity.blocks(),
             pending: Chunk { first: 0, bytes: Vec::new() },
             resume_from,
+            parent: parent.clone(),
         };
         if let Some(parent) = parent {
             writer.cut_boundary(&parent)?;
@@ -323,6 +326,28 @@ impl Writer {
         self.pipeline.with_appender(Appender::mark).unwrap_or(Ok(()))
     }
 
+    /// Takes over what the disk still has in its least used older files, until it draws from at most `files`
+    /// of them. A chain that does this at every point needs no full, and old files become free to go: one
+    /// new file, one old one given up.
+    ///
+    /// # Errors
+    /// I/O; a damaged older file.
+    pub fn absorb(&mut self, files: usize) -> Result<()> {
+        let Some(parent) = self.parent.clone() else { return Ok(()) };
+        let mut older: Vec<(u64, u16)> =
+            parent.root().layers.iter().map(|(slot, record)| (record.live.bytes, *slot)).collect();
+        // The parent's own file is one of them, and the newest: it stays.
+        let excess = (older.len() + 1).saturating_sub(files.max(1));
+        if excess == 0 {
+            return Ok(());
+        }
+        older.sort_unstable();
+        let slots: BTreeSet<u16> = older.iter().take(excess).map(|(_, slot)| *slot).collect();
+        self.send_pending()?;
+        self.pipeline.drain()?;
+        self.pipeline.with_appender(|appender| appender.absorb(&parent, &slots)).unwrap_or(Ok(()))
+    }
+
     /// Completes, syncs and seals the file.
     ///
     /// # Errors
@@ -389,13 +414,13 @@ impl NewLayer {
             if before.id_domain != identity.id_domain {
                 return Err(refused("the parent was written with another content key".into()));
             }
-            if before.slot + 1 >= SLOTS_MAX {
-                let what = format!("a lineage of more than {SLOTS_MAX} layers; take a full");
+            let Some(slot) = free_slot(before.slot, parent.root()) else {
+                let what = format!("a disk that draws from {SLOTS_MAX} files; take a full");
                 return Err(Error::unsupported(label, what));
-            }
+            };
             identity.chain = before.chain;
             identity.parent = Some((before.layer, parent.seal_hash()));
-            identity.slot = before.slot + 1;
+            identity.slot = slot;
             identity.block_log2 = before.block_log2;
         }
         if u64::from(self.sector_bytes) != 1 << identity.sector_log2 {

@@ -24,6 +24,10 @@ use crate::{
     aql::{NewLayer, Reader, Writer, WriterOptions},
 };
 
+/// Files a disk of a point draws from before the least used are taken over into the new one. Each costs an
+/// open file and a kilobyte of memory per reader.
+const FILES_PER_DISK: usize = 192;
+
 /// What a new point is, apart from its disks.
 #[derive(Clone, Debug)]
 pub struct NewPoint {
@@ -191,7 +195,9 @@ impl Transaction<'_> {
             storage.set_len(0).map_err(|e| FormatError::io(storage.label(), "truncate", 0, e))?;
             return self.write(storage, parent, plan).map(DiskWork::Write);
         }
-        Ok(DiskWork::Write(Box::new(Writer::resume(storage, parent, key, plan.options)?)))
+        let mut writer = Writer::resume(storage, parent, key, plan.options)?;
+        writer.absorb(FILES_PER_DISK)?;
+        Ok(DiskWork::Write(Box::new(writer)))
     }
 
     fn write(
@@ -208,7 +214,9 @@ impl Transaction<'_> {
             created: u64::try_from(Timestamp::now().as_nanosecond()).unwrap_or(0),
             sector_bytes: plan.sector_bytes,
         };
-        Ok(Box::new(Writer::create(storage, new, plan.options)?))
+        let mut writer = Writer::create(storage, new, plan.options)?;
+        writer.absorb(FILES_PER_DISK)?;
+        Ok(Box::new(writer))
     }
 
     /// Notes a disk whose layer is sealed; `found` and `source_format` are for its record.

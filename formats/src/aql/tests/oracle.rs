@@ -36,6 +36,8 @@ struct Step {
     changes: Vec<Change>,
     given: Given,
     options: WriterOptions,
+    /// Files the disk may draw from.
+    files: usize,
 }
 
 fn sizes() -> impl Strategy<Value = usize> {
@@ -76,8 +78,9 @@ fn writer_options() -> impl Strategy<Value = WriterOptions> {
 
 fn step() -> impl Strategy<Value = Step> {
     let given = prop_oneof![Just(Given::All), Just(Given::Changed), Just(Given::BackwardsTwice)];
-    (sizes(), proptest::collection::vec(change(), 0..5), given, writer_options())
-        .prop_map(|(size, changes, given, options)| Step { size, changes, given, options })
+    let files = prop_oneof![Just(usize::MAX), 1..4usize];
+    (sizes(), proptest::collection::vec(change(), 0..5), given, writer_options(), files)
+        .prop_map(|(size, changes, given, options, files)| Step { size, changes, given, options, files })
 }
 
 fn apply(bytes: &mut [u8], change: &Change) {
@@ -218,7 +221,17 @@ fn run(steps: &[Step], reads: &[(usize, usize)]) {
             }
         };
         let parent = points.last().map(|(reader, _)| reader);
-        let reader = chain.point(new(parent), step.options, |writer| give(writer, step.given, &before, &bytes));
+        let early = step.size % 2 == 0;
+        let reader = chain.point(new(parent), step.options, |writer| {
+            if early {
+                writer.absorb(step.files).expect("absorb");
+            }
+            give(writer, step.given, &before, &bytes);
+            if !early {
+                writer.absorb(step.files).expect("absorb");
+            }
+        });
+        assert!(early || reader.needed_layers().len() <= step.files, "{:?}", reader.needed_layers());
         assert_eq!(read_all(&reader), bytes);
         points.push((reader, bytes.clone()));
     }
@@ -245,7 +258,7 @@ fn run(steps: &[Step], reads: &[(usize, usize)]) {
 #[test]
 fn random_chains_read_back_and_differ_as_their_bytes_do() {
     let strategy =
-        (proptest::collection::vec(step(), 1..6), proptest::collection::vec((any::<usize>(), 1usize..200_000), 8));
+        (proptest::collection::vec(step(), 1..7), proptest::collection::vec((any::<usize>(), 1usize..200_000), 8));
     let mut config = ProptestConfig::with_cases(40 * scale());
     config.failure_persistence = None;
     let mut runner = proptest::test_runner::TestRunner::new(config);
@@ -274,4 +287,39 @@ fn two_hundred_increments_read_as_one_and_cost_two_hops() {
     let (reads, opened) = chain.count(|| read_into(&again, 5, &mut out).expect("read"));
     assert_eq!(out, bytes[5..15]);
     assert!(opened <= 2 && reads <= 2 + 2 * opened, "{reads} reads, {opened} files opened: leaf, block, their seals");
+}
+
+#[test]
+fn an_endless_chain_draws_from_a_bounded_number_of_files_and_takes_slots_again() {
+    let mut chain = Chain::new();
+    let mut bytes = pattern(1, GRAIN * 20);
+    let mut point = chain.full(&bytes, options());
+    let mut before = point.seal_info().identity.slot;
+    let mut wrapped = false;
+    for k in 0..5000usize {
+        let at = (k * 79_193) % (GRAIN * 20 - 8);
+        bytes[at..at + 8].copy_from_slice(&k.to_le_bytes());
+        let block = at / GRAIN;
+        let new = NewLayer::increment(Arc::clone(&point), point.label(), key());
+        let last = point;
+        point = chain.point(new, WriterOptions { dedupe_bytes: 0, ..options() }, |writer| {
+            for b in block..=(at + 7) / GRAIN {
+                writer.put(b as u64, &bytes[b * GRAIN..(b + 1) * GRAIN]).expect("put");
+            }
+            writer.absorb(6).expect("absorb");
+        });
+        if k % 500 == 499 {
+            assert_eq!(read_all(&point), bytes);
+        }
+        assert!(point.needed_layers().len() <= 6);
+        wrapped |= point.identity().slot < before;
+        before = point.identity().slot;
+        // Files nobody needs any more may go; the newest two points stay readable.
+        let needed = point.needed_layers();
+        let mut files = chain.files.lock().expect("lock");
+        files.retain(|name, _| name == point.label() || name == last.label() || needed.iter().any(|n| n.hint == *name));
+    }
+    assert!(wrapped, "more layers than slots");
+    let damage: Vec<_> = verify(&point, Depth::Deep(Some(key()))).flat_map(|f| f.damage).collect();
+    assert!(damage.is_empty(), "{damage:?}");
 }

@@ -16,6 +16,7 @@ use crate::Error;
 #[derive(Clone, Default)]
 pub(super) struct Chain {
     pub(super) files: Arc<Mutex<BTreeMap<String, Arc<dyn Storage>>>>,
+    named: Arc<AtomicU64>,
     opened: Arc<AtomicU64>,
     reads: Arc<AtomicU64>,
 }
@@ -158,7 +159,7 @@ impl Chain {
     }
 
     pub(super) fn next_name(&self) -> String {
-        format!("{:04}.aql", self.files.lock().expect("lock").len())
+        format!("{:04}.aql", self.named.fetch_add(1, Ordering::Relaxed))
     }
 
     /// Reads and opened files while `f` runs.
