@@ -19,10 +19,12 @@ build: setup     ## the release binary, target/release/aquifer
 test: setup      ## everything that must hold, in minutes
 	$(CARGO) build --locked -p aquifer
 	$(CARGO) test --workspace --locked --quiet
+	$(CARGO) test -p aquifer-tests --features schedule --test schedule --locked --quiet
 
 test-long: setup ## the same with many more cases, whole guests and the licence gate
 	$(CARGO) build --release --locked -p aquifer
 	AQUIFER_TEST_SCALE=$${AQUIFER_TEST_SCALE:-20} AQUIFER_TEST_LONG=1 $(CARGO) test --workspace --locked --release --quiet
+	AQUIFER_TEST_SCALE=$${AQUIFER_TEST_SCALE:-20} $(CARGO) test -p aquifer-tests --features schedule --test schedule --locked --release --quiet
 	$(MAKE) deny
 
 bench: build     ## figures against the peers, in one run

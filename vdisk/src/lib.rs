@@ -37,3 +37,5 @@ pub use hydrate::{HydrateProgress, HydrateState, Hydrated, Hydrator, Pace};
 pub use open::{ChainSpec, Connect, open_chain};
 pub use overlay::{LocalProgress, Overlay, OverlayFiles, OverlayOf, OverlayOptions, Settling};
 pub use readahead::Readahead;
+#[cfg(feature = "schedule")]
+pub use sync::plant;

@@ -9,6 +9,23 @@ pub(crate) use real::*;
 #[cfg(feature = "schedule")]
 pub(crate) use scheduled::*;
 
+#[cfg(feature = "schedule")]
+std::thread_local! {
+    static PLANTED: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// Makes `fill` look at a block, unlock, and store, for tests run by the calling thread: what a schedule
+/// test must find, or it proves nothing.
+#[cfg(feature = "schedule")]
+pub fn plant(planted: bool) {
+    PLANTED.set(planted);
+}
+
+#[cfg(feature = "schedule")]
+pub(crate) fn is_planted() -> bool {
+    PLANTED.get()
+}
+
 #[cfg(not(feature = "schedule"))]
 mod real {
     pub(crate) use std::{

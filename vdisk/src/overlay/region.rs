@@ -243,6 +243,15 @@ impl View<'_> {
         }
     }
 
+    /// States as they are now, and perhaps not later.
+    #[cfg(feature = "schedule")]
+    pub(super) fn states(&self) -> Line {
+        match self {
+            Self::Uniform(ram, _) => Line::uniform(*ram),
+            Self::Mixed(region) => region.ram,
+        }
+    }
+
     /// What recovery may find.
     pub(super) fn durable_line(&self) -> Line {
         match self {

@@ -400,18 +400,21 @@ impl Core {
         while at < end {
             let next = (at - at % REGION_BYTES + REGION_BYTES).min(end);
             let region = region_of(at);
-            #[cfg(feature = "planted")]
-            let seen = self.stripe(region).read().view(region).durable_ram(self.region_blocks(region));
+            #[cfg(feature = "schedule")]
+            let seen = crate::sync::is_planted().then(|| self.stripe(region).read().view(region).states());
             let mut stripe = self.stripe(region).write();
             let target = stripe.region(region);
             let mut result = Ok(());
             let mut block = at / OVERLAY_BLOCK_BYTES;
             let last = next.div_ceil(OVERLAY_BLOCK_BYTES);
             while block < last && result.is_ok() {
-                #[cfg(not(feature = "planted"))]
-                let absent = |b: u64| target.ram.get(in_region(b)) == BlockState::Absent;
-                #[cfg(feature = "planted")]
-                let absent = |b: u64| seen.get(in_region(b)) == Some(&BlockState::Absent);
+                let absent = |b: u64| {
+                    #[cfg(feature = "schedule")]
+                    if let Some(seen) = &seen {
+                        return seen.get(in_region(b)) == BlockState::Absent;
+                    }
+                    target.ram.get(in_region(b)) == BlockState::Absent
+                };
                 let run = (block..last).take_while(|b| absent(*b)).count() as u64;
                 if run == 0 {
                     block += 1;
