@@ -2,6 +2,7 @@
 
 mod chain;
 mod chain_files;
+mod confine;
 mod crash;
 mod fuse;
 mod fuzz_smoke;
