@@ -29,11 +29,7 @@ pub mod status;
 pub mod verify;
 pub mod wait;
 
-use crate::{
-    cli::Verb,
-    context::Context,
-    fail::{Code, Fail, Result},
-};
+use crate::{cli::Verb, context::Context, fail::Result};
 
 impl Verb {
     /// The verb's name, as in its JSON schema.
@@ -95,11 +91,6 @@ impl Verb {
             Verb::Door(args) => door::run(context, args),
         }
     }
-}
-
-/// The answer of a verb whose parts have not all landed.
-fn not_in_this_build(verb: &str) -> Fail {
-    Fail::new(Code::Unsupported, format!("`{verb}` is not part of this build")).help("aquifer --help")
 }
 
 /// A `NAME=SOURCE` option value.

@@ -48,10 +48,11 @@ def scratch():
 
 
 @contextmanager
-def ours(source, *options, repo=None):
+def ours(source, *options, repo=None, cache="256MiB"):
     with scratch() as folder:
-        socket = folder / "a.sock"
-        argv = [AQUIFER] + (["-r", repo] if repo else []) + ["mount", source, "--nbd", f"unix:{socket}", *options]
+        socket, site = folder / "a.sock", folder / "site.toml"
+        site.write_text(f'cache = "{cache}"\n')
+        argv = [AQUIFER, "-c", site] + (["-r", repo] if repo else []) + ["mount", source, "--nbd", f"unix:{socket}", *options]
         with served(argv, socket, env={**os.environ, "AQUIFER_HOME": str(folder / "home")}) as (uri, process):
             yield uri, process
 
