@@ -3,39 +3,28 @@
 
 #![expect(clippy::cast_possible_truncation, reason = "test disks are small")]
 
-use std::{
-    collections::BTreeSet,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{path::PathBuf, sync::Arc};
 
 use aquifer_formats::{
     Error as FormatError, Format,
     aql::{Compression, ContentKey, NewLayer, Reader, Writer, WriterOptions},
 };
 use aquifer_tests::{
+    chains::{image, native_points, next_size, open, qcow2_layer},
     oracle::{Oracle, cases},
     qemu::{contents, img, io, text},
     rng::Rng,
 };
-use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Delta, Error, delta_between, open_chain};
+use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Delta, Error, delta_between};
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1 << 20;
 
-fn open(spec: &ChainSpec, cache: &Arc<BlockCache>) -> Result<Chain, Error> {
-    open_chain(spec, cache.clone(), &|uri| Err(FormatError::unsupported(uri, "no network in this test")))
-}
-
-fn image(path: &Path) -> ChainSpec {
-    ChainSpec::Image { path: path.into(), format: None, allow_backing: Vec::new(), snapshot: None }
-}
-
-fn assert_reads_as(chain: &Chain, wanted: &[u8], dice: &mut Rng) {
+fn assert_reads_as(chain: &Chain, wanted: &[u8], rng: &mut Rng) {
     assert_eq!(chain.size(), wanted.len() as u64);
     for _ in 0..200 {
-        let at = dice.below(chain.size());
-        let len = (1 + dice.below(20_000)).min(chain.size() - at);
+        let at = rng.below(chain.size());
+        let len = (1 + rng.below(20_000)).min(chain.size() - at);
         let mut part = vec![0xAA; len as usize];
         chain.read(at, &mut part).expect("a good chain");
         assert!(part == wanted[at as usize..(at + len) as usize], "{at}+{len}");
@@ -65,68 +54,22 @@ fn assert_delta_leads(old: &Chain, new: &Chain) -> Delta {
     delta
 }
 
-/// One image on `below`, of a random kind, with random writes of every sort.
-fn qcow2_layer(dir: &Path, number: u64, below: Option<&Path>, size: u64, dice: &mut Rng) -> PathBuf {
-    let path = dir.join(format!("{number}.qcow2"));
-    let cluster = [64 * KIB, 64 * KIB, 64 * KIB, 4 * KIB, 512, 256 * KIB][dice.below(6) as usize];
-    let mut options = format!("cluster_size={cluster}");
-    match dice.below(4) {
-        0 => options += ",compat=0.10",
-        1 => options += ",compression_type=zstd",
-        2 if cluster >= 16 * KIB => options += ",extended_l2=on",
-        _ => {}
-    }
-    let v2 = options.contains("compat");
-    let size_text = size.to_string();
-    let mut args = vec!["create", "-q", "-f", "qcow2", "-o", &options];
-    if let Some(below) = below {
-        let format = if below.extension().is_some_and(|e| e == "raw") { "raw" } else { "qcow2" };
-        args.extend(["-F", format, "-b", below.file_name().and_then(|n| n.to_str()).expect("a name")]);
-    }
-    args.extend([text(&path), &size_text]);
-    img(&args);
-    let whole = cluster.max(4 * KIB);
-    // Compressed writes come first: they need clusters that are not allocated yet.
-    let packed: BTreeSet<u64> = (0..dice.below(4)).map(|_| dice.below(size / whole) * whole).collect();
-    let mut writes: Vec<String> =
-        packed.iter().map(|at| format!("write -c -P {} {at} {cluster}", 1 + dice.below(255))).collect();
-    writes.extend((0..1 + dice.below(4)).map(|_| {
-        let at = dice.below(size / whole) * whole;
-        let len = ((1 + dice.below(4)) * whole).min(size - at) / 512 * 512;
-        let pattern = 1 + dice.below(255);
-        match dice.below(6) {
-            0 => format!("write -z {at} {len}"),
-            1 if !v2 => format!("write -z -u {at} {len}"),
-            2 => format!("discard {at} {len}"),
-            // Parts of clusters, for subclusters and copies on write.
-            3 => format!("write -P {pattern} {} 512", at + 1024.min(len - 512)),
-            _ => format!("write -P {pattern} {at} {len}"),
-        }
-    }));
-    io(&path, "qcow2", &writes);
-    path
-}
-
 #[test]
 fn qemu_chains_read_as_qemu_reads_them() {
     let cache = Arc::new(BlockCache::new(8 * MIB));
     for seed in 0..u64::from(cases(6)) {
-        let (dir, mut dice) = (tempfile::tempdir().expect("a folder"), Rng::new(seed));
-        let mut size = MIB + 512 * dice.below(4096);
+        let (dir, mut rng) = (tempfile::tempdir().expect("a folder"), Rng::new(seed));
+        let mut size = MIB + 512 * rng.below(4096);
         let base = dir.path().join("base.raw");
         let bytes: Vec<u8> = (0..size).map(|i| if i / 5000 % 3 == 0 { 0 } else { (i % 251) as u8 }).collect();
         std::fs::write(&base, bytes).expect("a base");
         let mut below = (seed % 2 == 0).then_some(base);
         let mut chains = Vec::new();
         for number in 0..8 {
-            size = match dice.below(5) {
-                0 => size + 512 * dice.below(3000),
-                1 => (size / 2 + 512 * dice.below(size / 2048)).max(MIB) / 512 * 512,
-                _ => size,
-            };
-            let path = qcow2_layer(dir.path(), number, below.as_deref(), size, &mut dice);
+            size = next_size(size, &mut rng);
+            let path = qcow2_layer(dir.path(), number, below.as_deref(), size, &mut rng);
             let chain = open(&image(&path), &cache).expect("a good chain");
-            assert_reads_as(&chain, &contents(&path, "qcow2"), &mut dice);
+            assert_reads_as(&chain, &contents(&path, "qcow2"), &mut rng);
             chains.push(chain);
             below = Some(path);
         }
@@ -140,17 +83,17 @@ fn qemu_chains_read_as_qemu_reads_them() {
 
 #[test]
 fn a_deep_chain_reads_as_qemu_reads_it() {
-    let (dir, mut dice) = (tempfile::tempdir().expect("a folder"), Rng::new(7));
+    let (dir, mut rng) = (tempfile::tempdir().expect("a folder"), Rng::new(7));
     let cache = Arc::new(BlockCache::new(8 * MIB));
     let depth = if cases(1) > 1 { 200 } else { 60 };
     let mut below: Option<PathBuf> = None;
     for number in 0..depth {
-        below = Some(qcow2_layer(dir.path(), number, below.as_deref(), 4 * MIB, &mut dice));
+        below = Some(qcow2_layer(dir.path(), number, below.as_deref(), 4 * MIB, &mut rng));
     }
     let tip = below.expect("a tip");
     let chain = open(&image(&tip), &cache).expect("a good chain");
     assert_eq!(chain.layers().len() as u64, depth);
-    assert_reads_as(&chain, &contents(&tip, "qcow2"), &mut dice);
+    assert_reads_as(&chain, &contents(&tip, "qcow2"), &mut rng);
     let parent = open(&image(&dir.path().join(format!("{}.qcow2", depth - 2))), &cache).expect("a good chain");
     let delta = assert_delta_leads(&parent, &chain);
     assert!(delta.bytes() <= 4 * MIB / 2, "one layer's writes, not the disk: {} bytes", delta.bytes());
@@ -261,62 +204,18 @@ fn snapshots_of_one_image_differ_where_their_tables_do() {
     }
 }
 
-/// Points of a native chain as a repository lays them out, with the bytes of each.
-fn native_points(dir: &Path, count: u64, compression: Compression, dice: &mut Rng) -> Vec<(PathBuf, Vec<u8>)> {
-    let (key, mut size) = (ContentKey::generate(), 3 * MIB + 700);
-    let mut disk = Oracle::new(size as usize);
-    let mut points: Vec<(PathBuf, Vec<u8>)> = Vec::new();
-    for number in 0..count {
-        std::fs::create_dir(dir.join(number.to_string())).expect("a folder");
-        let path = dir.join(format!("{number}/disk.aql"));
-        let mut new = match points.last() {
-            None => NewLayer::full(size, key.clone()),
-            Some((parent, _)) => {
-                let parent = Arc::new(Reader::open_path(parent).expect("the parent"));
-                NewLayer::increment(parent, format!("../{}/disk.aql", number - 1), key.clone())
-            }
-        };
-        size = match dice.below(4) {
-            0 => size + dice.below(MIB),
-            1 if size > 2 * MIB => size - dice.below(MIB),
-            _ => size,
-        };
-        new.virtual_size = size;
-        disk.resize(size as usize);
-        let options = WriterOptions { compression, threads: 0, ..WriterOptions::default() };
-        let mut writer = Writer::create_file(&path, new, options).expect("a new layer");
-        let block = writer.block_bytes();
-        for _ in 0..1 + dice.below(12) {
-            let first = dice.below(writer.blocks());
-            let at = first as usize * block;
-            let len = block.min(disk.size() - at);
-            let seed = dice.below(3);
-            let bytes: Vec<u8> = match seed {
-                0 => (0..len).map(|_| dice.below(256) as u8).collect(),
-                1 => vec![dice.below(5) as u8; len],
-                _ => (0..len).map(|i| (i / 100) as u8).collect(),
-            };
-            disk.write(at, &bytes);
-            writer.put(first, &bytes).expect("a block");
-        }
-        writer.finish().expect("a sealed layer");
-        points.push((path, disk.bytes().to_vec()));
-    }
-    points
-}
-
 #[test]
 fn native_points_read_at_any_depth() {
     let cache = Arc::new(BlockCache::new(16 * MIB));
     for (seed, compression) in [Compression::Zstd(1), Compression::Lz4, Compression::Raw].into_iter().enumerate() {
-        let (dir, mut dice) = (tempfile::tempdir().expect("a folder"), Rng::new(seed as u64));
-        let points = native_points(dir.path(), 12, compression, &mut dice);
+        let (dir, mut rng) = (tempfile::tempdir().expect("a folder"), Rng::new(seed as u64));
+        let points = native_points(dir.path(), 12, compression, &mut rng);
         let chains: Vec<Chain> = points
             .iter()
             .map(|(path, _)| open(&ChainSpec::Native { path: path.clone() }, &cache).expect("a good point"))
             .collect();
         for (chain, (path, bytes)) in chains.iter().zip(&points) {
-            assert_reads_as(chain, bytes, &mut dice);
+            assert_reads_as(chain, bytes, &mut rng);
             assert_eq!(chain.layers().len(), 1);
             let probed = open(&image(path), &cache).expect("probed");
             assert_eq!(probed.fingerprint().expect("sealed"), chain.fingerprint().expect("sealed"));
@@ -355,8 +254,8 @@ fn native_points_share_the_blocks_of_their_common_file() {
 
 #[test]
 fn a_native_point_without_its_older_file_does_not_open() {
-    let (dir, mut dice) = (tempfile::tempdir().expect("a folder"), Rng::new(4));
-    let points = native_points(dir.path(), 3, Compression::Zstd(1), &mut dice);
+    let (dir, mut rng) = (tempfile::tempdir().expect("a folder"), Rng::new(4));
+    let points = native_points(dir.path(), 3, Compression::Zstd(1), &mut rng);
     std::fs::remove_file(&points[0].0).expect("gone");
     let cache = Arc::new(BlockCache::new(MIB));
     let error = open(&ChainSpec::Native { path: points[2].0.clone() }, &cache).expect_err("incomplete");

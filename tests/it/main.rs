@@ -13,6 +13,7 @@ mod loopdev;
 mod nbd;
 mod overlay;
 mod qcow2;
+mod same_bytes;
 mod session;
 mod tidy;
 

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "tests fail by panicking")]
 
 pub mod boot_sector;
+pub mod chains;
 pub mod door;
 pub mod faults;
 pub mod fuzz;
