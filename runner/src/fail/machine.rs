@@ -1,6 +1,6 @@
 //! Codes for what sessions and hosts report.
 
-use aquifer_mount::{fuse, session};
+use aquifer_mount::{fuse, loopdev, session};
 
 use super::{At, Code, Fail, table::from_io};
 use crate::host::{self, qmp};
@@ -69,6 +69,15 @@ impl From<fuse::Error> for Fail {
             E::Io { path, action, source } => from_io(&path, action, None, &source),
             E::Busy { path } => Fail::new(Code::Busy, format!("another door serves at {path}")).at(path),
             E::Name { path, name } => Fail::new(Code::Usage, format!("`{name}` cannot name a file")).at(path),
+        }
+    }
+}
+
+impl From<loopdev::Error> for Fail {
+    fn from(error: loopdev::Error) -> Self {
+        match error {
+            loopdev::Error::Io { path, action, source } => from_io(&path, action, None, &source),
+            error @ loopdev::Error::NoneFree => Fail::new(Code::Busy, error.to_string()).help("losetup -a"),
         }
     }
 }

@@ -45,6 +45,9 @@ pub struct Args {
     /// Serve each disk as a file in this folder, which is made if need be; without --nbd, only there
     #[arg(long, value_name = "DIR")]
     pub fuse: Option<PathBuf>,
+    /// Attach each disk to a loop device, so that mount, fdisk and fsck work on it; needs root
+    #[arg(long = "loop")]
+    pub loops: bool,
     /// Take writes into an overlay; the source is never written
     #[arg(long)]
     pub writable: bool,

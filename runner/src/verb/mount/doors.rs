@@ -9,6 +9,7 @@ use std::{
 
 use aquifer_mount::{
     fuse::{Audience, FuseDoor, FuseFile, FuseOptions, MountAccess},
+    loopdev::{Detached, LoopAccess, LoopDevice, SectorSize},
     nbd::{Address, Export, Server, ServerTls, address},
 };
 use aquifer_vdisk::Disk;
@@ -25,6 +26,7 @@ use crate::{
 pub(super) struct Place {
     nbd: Option<Address>,
     fuse: Option<PathBuf>,
+    loops: bool,
     tls: Option<ServerTls>,
     /// A folder made for the socket, removed at the end.
     private: Option<PathBuf>,
@@ -34,21 +36,27 @@ impl Place {
     /// Reads the options; makes nothing.
     pub(super) fn of(context: &Context, args: &Args) -> Result<Self> {
         let tls = args.tls.as_deref().map(ServerTls::from_dir).transpose()?;
-        let fuse = args.fuse.clone();
+        let (mut fuse, loops) = (args.fuse.clone(), args.loops);
         let nbd = args.nbd.as_deref().map(str::parse).transpose()?;
-        if nbd.is_some() || fuse.is_some() {
-            return Ok(Self { nbd, fuse, tls, private: None });
-        }
         let folder = context.runtime_dir()?.join(format!("mount-{}", std::process::id()));
+        if loops && fuse.is_none() {
+            // A loop device stands on a file.
+            fuse = Some(folder.join("disks"));
+            return Ok(Self { nbd, fuse, loops, tls, private: Some(folder) });
+        }
+        if nbd.is_some() || fuse.is_some() {
+            return Ok(Self { nbd, fuse, loops, tls, private: None });
+        }
         let place = address::Place::Unix(folder.join("nbd.sock"));
         let nbd = Some(Address { place, export: String::new(), tls: false });
-        Ok(Self { nbd, fuse, tls, private: Some(folder) })
+        Ok(Self { nbd, fuse, loops, tls, private: Some(folder) })
     }
 }
 
 /// Open doors.
 pub(super) struct Doors {
     server: Server,
+    loops: Vec<LoopDevice>,
     fuse: Option<FuseDoor>,
     served: Vec<Served>,
     private: Option<PathBuf>,
@@ -64,13 +72,15 @@ pub(super) struct Served {
     pub(super) uri: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) path: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) device: Option<PathBuf>,
 }
 
 impl Served {
-    /// Where to reach it: the URI, or else the file.
+    /// Where to reach it: the URI, or else the device or file.
     pub(super) fn address(&self) -> String {
-        let path = || self.path.as_ref().map(|path| path.display().to_string());
-        self.uri.clone().or_else(path).unwrap_or_default()
+        let file = || self.device.as_ref().or(self.path.as_ref()).map(|path| path.display().to_string());
+        self.uri.clone().or_else(file).unwrap_or_default()
     }
 }
 
@@ -91,16 +101,28 @@ impl Doors {
         }
         let server = builder.build()?;
         let private = place.private.clone();
-        let mut doors = Self { server, fuse: None, served: Vec::new(), private };
+        let mut doors = Self { server, loops: Vec::new(), fuse: None, served: Vec::new(), private };
         let address = place.nbd.as_ref().map(|nbd| doors.server.listen(nbd)).transpose()?;
         doors.fuse = place.fuse.as_deref().map(|dir| open_fuse(dir, disks)).transpose()?;
         for disk in disks {
+            let path = doors.fuse.as_ref().map(|door| door.path(disk.name()));
+            let device = match (&path, place.loops) {
+                (Some(path), true) => {
+                    let access = if disk.is_writable() { LoopAccess::ReadWrite } else { LoopAccess::ReadOnly };
+                    let device = LoopDevice::attach(path, access, SectorSize::default())?;
+                    let shown = device.path().to_owned();
+                    doors.loops.push(device);
+                    Some(shown)
+                }
+                _ => None,
+            };
             doors.served.push(Served {
                 disk: disk.name().to_owned(),
                 size: disk.size(),
                 writable: disk.is_writable(),
                 uri: address.as_ref().map(|address| address.with_export(disk.name()).to_string()),
-                path: doors.fuse.as_ref().map(|door| door.path(disk.name())),
+                path,
+                device,
             });
         }
         Ok(doors)
@@ -115,12 +137,12 @@ impl Doors {
     pub(super) fn announce(&self, context: &Context, beside_command: bool) {
         for served in &self.served {
             context.out.record("serving", served);
-            let path = served.path.as_ref().map(|path| path.display().to_string());
-            for shown in [&served.uri, &path].into_iter().flatten() {
+            let shown = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+            for shown in [served.uri.clone(), shown(&served.path), shown(&served.device)].into_iter().flatten() {
                 if beside_command {
-                    context.out.say(shown);
+                    context.out.say(&shown);
                 } else {
-                    context.out.line(shown);
+                    context.out.line(&shown);
                 }
             }
         }
@@ -145,6 +167,16 @@ impl Doors {
 
     /// Ends serving: requests in the air are answered first.
     pub(super) fn close(mut self, context: &Context) {
+        for device in self.loops.drain(..) {
+            let path = device.path().display().to_string();
+            match device.detach() {
+                Ok(Detached::Gone) => {}
+                Ok(Detached::InUse) => {
+                    context.out.say(format_args!("{path} is still mounted or open, and fails from now on"))
+                }
+                Err(error) => context.out.say(error),
+            }
+        }
         if let Some(Err(error)) = self.fuse.take().map(FuseDoor::stop) {
             context.out.say(format_args!("the folder could not be unmounted: {error}"));
         }
