@@ -244,6 +244,135 @@ fn record_seeds(folder: &Path) {
     }
 }
 
+/// Whole sessions of clients, behind the byte that says how the server is set up.
+fn nbd_server_seeds(folder: &Path) {
+    use aquifer_mount::nbd::{
+        negotiate::Mode,
+        request::Request,
+        wire::{self, command as cmd, command_flag as flag, option as opt},
+    };
+    let option = |number: u32, data: &[u8]| {
+        let fields = [number.to_be_bytes(), u32::try_from(data.len()).expect("short").to_be_bytes()].concat();
+        [&wire::MAGIC_OPTION.to_be_bytes()[..], &fields, data].concat()
+    };
+    let contexts = b"\0\0\0\x03vda\0\0\0\x01\0\0\0\x0fbase:allocation";
+    let go = b"\0\0\0\x03vda\0\x02\0\x03\0\x01";
+    for (how, mode) in [(2u8, Mode::Simple), (0, Mode::Structured), (2, Mode::Extended), (3, Mode::Structured)] {
+        let mut seed = vec![how, 0, 0, 0, 3];
+        let (headers, write) = match mode {
+            Mode::Simple => (opt::LIST, 0),
+            Mode::Structured => (opt::STRUCTURED_REPLY, 0),
+            Mode::Extended => (opt::EXTENDED_HEADERS, flag::PAYLOAD_LEN),
+        };
+        let tls = if how & 1 == 1 { option(opt::STARTTLS, &[]) } else { Vec::new() };
+        let options = [
+            tls,
+            option(headers, &[]),
+            option(opt::LIST_META_CONTEXT, contexts),
+            option(opt::INFO, go),
+            option(0x77, &[5; 9]),
+        ];
+        seed.extend(options.concat());
+        seed.extend(option(opt::SET_META_CONTEXT, contexts));
+        seed.extend(option(opt::GO, go));
+        for (flags, command, len) in [
+            (0, cmd::READ, 4096),
+            (write, cmd::WRITE, 16),
+            (0, cmd::BLOCK_STATUS, 60 << 10),
+            (0, cmd::FLUSH, 0),
+            (flag::NO_HOLE, cmd::WRITE_ZEROES, 512),
+            (0, cmd::TRIM, 512),
+            (0, cmd::CACHE, 512),
+            (0, cmd::DISC, 0),
+        ] {
+            let offset = if len == 0 { 0 } else { 4096 };
+            Request { flags, command, cookie: 7, offset, len }.put(mode, &mut seed);
+            if command == cmd::WRITE {
+                seed.extend([9; 16]);
+            }
+        }
+        assert_eq!(fuzz::nbd_server(&seed), 8, "seeds are valid to their end");
+        fs::write(folder.join(format!("{mode:?}{how}")), &seed).expect("write");
+    }
+}
+
+/// Whole sessions of servers that answer the requests of `fuzz::nbd_client`.
+fn nbd_client_seeds(folder: &Path) {
+    use aquifer_mount::nbd::{
+        negotiate::Mode,
+        reply::{self, Chunk, DataHead, StatusHead},
+        wire::{self, chunk, option as opt, option_reply as rep},
+    };
+    let answer = |option: u32, kind: u32, payload: &[u8]| {
+        let len = u32::try_from(payload.len()).expect("short");
+        let fields = [option, kind, len].map(u32::to_be_bytes).concat();
+        [&wire::MAGIC_OPTION_REPLY.to_be_bytes()[..], &fields, payload].concat()
+    };
+    for mode in [Mode::Simple, Mode::Structured, Mode::Extended] {
+        let mut seed =
+            [&[0xfc][..], &wire::MAGIC_NBD.to_be_bytes(), &wire::MAGIC_OPTION.to_be_bytes(), &[0, 3]].concat();
+        let kind = |of: Mode| if mode == of { rep::ACK } else { rep::ERR_UNSUP };
+        seed.extend(answer(opt::EXTENDED_HEADERS, kind(Mode::Extended), &[]));
+        if mode != Mode::Extended {
+            seed.extend(answer(opt::STRUCTURED_REPLY, kind(Mode::Structured), &[]));
+        }
+        if mode != Mode::Simple {
+            seed.extend(answer(opt::SET_META_CONTEXT, rep::META_CONTEXT, b"\0\0\0\x01base:allocation"));
+            seed.extend(answer(opt::SET_META_CONTEXT, rep::ACK, &[]));
+        }
+        seed.extend(answer(opt::GO, rep::INFO, &[0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1]));
+        seed.extend(answer(opt::GO, rep::INFO, &[0, 3, 0, 0, 0, 1, 0, 0, 16, 0, 0, 16, 0, 0]));
+        seed.extend(answer(opt::GO, rep::ACK, &[]));
+        let head = DataHead { cookie: 2, request: 8192, offset: 8192, len: 2000, done: true };
+        reply::put_data(&mut seed, mode, head);
+        seed.extend([8; 2000]);
+        let head = DataHead { cookie: 1, request: 4096, offset: 4096, len: 1000, done: mode == Mode::Simple };
+        if mode == Mode::Simple {
+            reply::put_data(&mut seed, mode, head);
+            seed.extend([8; 1000]);
+        } else {
+            reply::put_data(&mut seed, mode, DataHead { len: 600, ..head });
+            seed.extend([8; 600]);
+            let hole = Chunk { done: true, kind: chunk::OFFSET_HOLE, cookie: 1, offset: 4096, len: 12 };
+            reply::put_chunk(&mut seed, mode, &hole);
+            seed.extend([0, 0, 0, 0, 0, 0, 0x12, 0x58, 0, 0, 1, 0x90]);
+            let head = StatusHead { cookie: 4, request: 16384, context: 1, done: true };
+            reply::put_extents(&mut seed, mode, head, &[(3000, 0), (1000, 3)]);
+        }
+        reply::put_error(&mut seed, mode, (3, 12288), aquifer_mount::errno::Errno::NoSpace);
+        reply::put_done(&mut seed, mode, 5, 0);
+        let answered = if mode == Mode::Simple { 4 } else { 5 };
+        assert_eq!(fuzz::nbd_client(&seed), answered, "seeds are valid to their end");
+        fs::write(folder.join(format!("{mode:?}")), &seed).expect("write");
+    }
+}
+
+#[test]
+fn nbd_servers_survive_hostile_clients() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    nbd_server_seeds(folder.path());
+    run_bounded("fuzz_smoke::nbd_server_child", folder.path());
+}
+
+#[test]
+#[ignore = "run by its parent test, in a bounded process"]
+fn nbd_server_child() {
+    mutate_and_run(|data| _ = fuzz::nbd_server(data), cases(5000));
+}
+
+#[test]
+fn nbd_clients_survive_hostile_servers() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    nbd_client_seeds(folder.path());
+    run_bounded("fuzz_smoke::nbd_client_child", folder.path());
+}
+
+#[test]
+#[ignore = "run by its parent test, in a bounded process"]
+fn nbd_client_child() {
+    mutate_and_run(|data| _ = fuzz::nbd_client(data), cases(5000));
+}
+
 #[test]
 fn native_layers_survive_hostile_bytes() {
     let folder = tempfile::tempdir().expect("temporary folder");

@@ -11,6 +11,8 @@ mod hydrate;
 mod licences;
 mod loopdev;
 mod nbd;
+mod nbd_hostile;
+mod nbd_liars;
 mod overlay;
 mod qcow2;
 mod same_bytes;

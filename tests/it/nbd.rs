@@ -182,6 +182,7 @@ fn writers_leave_what_they_wrote() {
         "--verify=crc32c",
         "--do_verify=1",
         "--verify_fatal=1",
+        "--verify_state_save=0",
         "--fsync=8",
         "--randseed=3",
         "--verify_state_save=0",
@@ -243,7 +244,7 @@ fn clients_survive_a_restart() {
     });
 }
 
-fn pki(folder: &Path) -> PathBuf {
+pub(super) fn pki(folder: &Path) -> PathBuf {
     use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
     let dir = folder.join("pki");
     fs::create_dir(&dir).expect("folder");

@@ -13,7 +13,7 @@ use aquifer_formats::{
     storage::MemoryStorage,
 };
 
-use crate::{mend, rng::Rng};
+use crate::{door, mend, rng::Rng};
 
 /// Most blocks that are decoded of one input; one hostile table can name the same one a thousand times.
 const UNPACKS_MAX: usize = 64;
@@ -97,6 +97,129 @@ pub fn record(data: &[u8]) {
         5 => drop(r::decode::<r::MachineRecord>("fuzz", data)),
         _ => drop(r::decode::<r::OwnerRecord>("fuzz", data)),
     }
+}
+
+/// Bytes of the disk that the NBD targets serve and read.
+const NBD_SIZE: u64 = 64 << 10;
+
+/// Any bytes as what a client sends to an NBD server, handshake and requests; the first says whether TLS is needed.
+/// Returns how many requests were judged.
+pub fn nbd_server(data: &[u8]) -> usize {
+    use aquifer_mount::nbd::{
+        Export,
+        negotiate::{Catalogue, Negotiation, Outcome, TlsState},
+        request::{Request, Rules},
+        wire::{self, command as cmd},
+    };
+    static CATALOGUE: std::sync::OnceLock<Catalogue> = std::sync::OnceLock::new();
+    let catalogue = CATALOGUE.get_or_init(|| {
+        let disk = door::read_only("vda", vec![1; usize::try_from(NBD_SIZE).expect("small")]);
+        vec![Arc::new(Export::new("vda", disk))].into()
+    });
+    let Some((&[how], mut input)) = data.split_first_chunk::<1>() else { return 0 };
+    let tls = [TlsState::Off, TlsState::Required][usize::from(how & 1)];
+    let mut negotiation = Negotiation::new(Arc::clone(catalogue), tls);
+    let mut out = Vec::new();
+    let agreed = loop {
+        out.clear();
+        let (used, outcome) = negotiation.advance(input, &mut out);
+        assert!(out.len() <= 1024, "{} bytes of answers to one option", out.len());
+        input = &input[used..];
+        match outcome {
+            Outcome::More if used == 0 => return 0,
+            Outcome::More => {}
+            Outcome::StartTls => {
+                assert!(tls == TlsState::Required);
+                negotiation.tls_began();
+            }
+            Outcome::Begin(agreed) => break agreed,
+            Outcome::End(_) => return 0,
+        }
+    };
+    let rules = Rules { size: NBD_SIZE, writable: how & 2 != 0, mode: agreed.mode, contexts: agreed.contexts.len() };
+    let mut judged = 0;
+    while let Ok(Some(request)) = Request::parse(input, rules.mode) {
+        let mut again = Vec::new();
+        request.put(rules.mode, &mut again);
+        assert_eq!(again, input[..again.len()], "a header says what was read from it");
+        let payload = request.payload_len(rules.mode);
+        let filter = request.command == cmd::BLOCK_STATUS && payload > 0;
+        if request.validate(&rules).is_ok() {
+            let inside = request.offset.checked_add(request.len).is_some_and(|end| end <= rules.size);
+            assert!(filter || inside, "{request:?} is said to be legal");
+            assert!(rules.writable || !matches!(request.command, cmd::WRITE | cmd::WRITE_ZEROES | cmd::TRIM));
+            assert!(filter || payload <= u64::from(wire::PAYLOAD_MAX));
+        }
+        let rest = usize::try_from(payload).ok().and_then(|payload| input[again.len()..].get(payload..));
+        judged += 1;
+        let Some(rest) = rest else { break };
+        input = rest;
+    }
+    judged
+}
+
+/// Any bytes as what an NBD server sends to our client, handshake and replies; the first says how they are cut.
+/// Returns how many requests were answered.
+pub fn nbd_client(data: &[u8]) -> usize {
+    use aquifer_mount::nbd::{
+        client::{
+            hello::{Hello, Purpose, Step, Wish},
+            inbox::{Asked, Inbox},
+        },
+        wire::{self, command as cmd},
+    };
+    let Some((&[how], mut input)) = data.split_first_chunk::<1>() else { return 0 };
+    let purpose = [Purpose::Transmit, Purpose::Transmit, Purpose::ListExports, Purpose::ListContexts];
+    let purpose = purpose[usize::from(how & 3)].clone();
+    let contexts = vec![wire::CONTEXT_ALLOCATION.to_owned()];
+    let mut hello = Hello::new(Wish { export: "vda".into(), contexts, tls: false, purpose });
+    let mut out = Vec::new();
+    let offer = loop {
+        let (used, step) = hello.advance(input, &mut out);
+        input = &input[used..];
+        match step {
+            Step::More if used == 0 => return 0,
+            Step::More => {}
+            Step::Ready(offer) => break offer,
+            Step::StartTls => panic!("TLS was not wanted"),
+            Step::Refused(text) | Step::Broken(text) => {
+                assert!(text.len() < 600, "{text}");
+                return 0;
+            }
+            Step::Listed(list) => {
+                assert!(list.len() <= 10_000);
+                return 0;
+            }
+        }
+    };
+    assert!(i64::try_from(offer.size).is_ok() && offer.block_min.is_power_of_two());
+    assert!(offer.contexts.len() <= 1 && offer.block_max <= wire::PAYLOAD_MAX);
+    let mut inbox = Inbox::new(offer.mode, offer.contexts.iter().map(|(id, _)| *id).collect());
+    let commands = [cmd::READ, cmd::READ, cmd::WRITE, cmd::BLOCK_STATUS, cmd::FLUSH];
+    for (cookie, command) in (1..).zip(commands) {
+        let (offset, len) = if command == cmd::FLUSH { (0, 0) } else { (4096 * cookie, 1000 * cookie) };
+        let len_here = if command == cmd::READ { usize::try_from(len).expect("small") } else { 0 };
+        inbox.expect(cookie, Asked { command, offset, len, buf: vec![0; len_here] });
+    }
+    let mut ended = 0;
+    for part in input.chunks(1 + usize::from(how >> 2) * 7) {
+        let fed = inbox.feed(part);
+        while let Some(done) = inbox.next_done() {
+            ended += 1;
+            let (asked, known) = (done.asked, done.error.is_none());
+            assert!(asked.command != cmd::READ || asked.buf.len() as u64 == asked.len);
+            assert!(!known || (asked.command == cmd::BLOCK_STATUS) == !done.status.is_empty());
+            for (_, extents) in &done.status {
+                let told: u64 = extents.iter().map(|(len, _)| *len).sum();
+                assert!(told <= asked.len && extents.iter().all(|(len, _)| *len > 0));
+            }
+        }
+        if fed.is_err() {
+            break;
+        }
+    }
+    assert_eq!(ended + inbox.abandon().len(), commands.len(), "every request ends once");
+    ended
 }
 
 /// Looks all over a layer and checks what the trait promises of each answer.

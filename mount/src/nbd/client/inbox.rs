@@ -19,6 +19,8 @@ use crate::nbd::{
 
 /// Longest payload of a chunk of extents or of an error in bytes.
 const SMALL_MAX: u64 = 32 << 20;
+/// Most chunks of errors in one reply: each may name another offset, but a reply has to end.
+const ERRORS_MAX: usize = 64;
 /// A payload at least this long may be received past the inbox.
 const DIRECT_MIN: usize = 32 << 10;
 
@@ -61,6 +63,7 @@ struct Pending {
     covered: Covered,
     status: Vec<Status>,
     error: Option<(u32, String)>,
+    errors: usize,
 }
 
 /// A payload of which some is still to come.
@@ -102,7 +105,7 @@ impl Inbox {
 
     /// A request is on its way; `cookie` is not in use.
     pub fn expect(&mut self, cookie: u64, asked: Asked) {
-        let pending = Pending { asked, covered: Covered::default(), status: Vec::new(), error: None };
+        let pending = Pending { asked, covered: Covered::default(), status: Vec::new(), error: None, errors: 0 };
         self.pending.insert(cookie, pending);
     }
 
@@ -323,6 +326,10 @@ impl Inbox {
                 let text = cursor.take(len.into()).filter(|_| errno != 0).ok_or(Violation("a malformed error"))?;
                 let text = wire::shown(&String::from_utf8_lossy(text));
                 pending.error.get_or_insert((errno, text));
+                pending.errors += 1;
+                if pending.errors > ERRORS_MAX {
+                    return Err(Violation("errors without end"));
+                }
             }
             kind => {
                 let wide = kind == chunk::BLOCK_STATUS_EXT;
@@ -337,9 +344,9 @@ impl Inbox {
         if head.done { self.finish(head.cookie) } else { Ok(()) }
     }
 
-    /// The last chunk has come: was it all?
+    /// The last chunk has come: was it all? If not the request stays here, for [`Inbox::abandon`] to hand back.
     fn finish(&mut self, cookie: u64) -> Result<(), Violation> {
-        let Some(Pending { asked, covered, status, error }) = self.pending.remove(&cookie) else { return Ok(()) };
+        let Some(Pending { asked, covered, status, error, .. }) = self.pending.get(&cookie) else { return Ok(()) };
         if error.is_none() {
             if asked.command == cmd::READ && !covered.is_all_of(asked.len) {
                 return Err(Violation("a read that ended before all bytes had come"));
@@ -348,7 +355,9 @@ impl Inbox {
                 return Err(Violation("an answer without extents"));
             }
         }
-        self.done.push_back(Done { cookie, asked, status, error });
+        if let Some(Pending { asked, status, error, .. }) = self.pending.remove(&cookie) {
+            self.done.push_back(Done { cookie, asked, status, error });
+        }
         Ok(())
     }
 }
