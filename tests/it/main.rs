@@ -8,6 +8,7 @@ mod fuse;
 mod fuzz_smoke;
 mod host;
 mod hydrate;
+mod kill;
 mod licences;
 mod loopdev;
 mod nbd;

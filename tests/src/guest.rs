@@ -105,6 +105,18 @@ impl Guest {
         Self { allowed: origin.iter().map(|n| vec![*n]).collect(), live: origin.clone(), origin, next: 1 << 32 }
     }
 
+    /// The same guest, whose next write takes the number after `last`.
+    #[must_use]
+    pub fn counting_from(mut self, last: u64) -> Self {
+        self.next = last;
+        self
+    }
+
+    /// Number of the last sector written.
+    pub fn last(&self) -> u64 {
+        self.next
+    }
+
     /// The numbers of the disk below.
     pub fn origin(&self) -> &[u64] {
         &self.origin

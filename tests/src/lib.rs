@@ -1,6 +1,11 @@
 //! What the tests by promise share: the oracle, faults, crash images, fixtures, peers.
 
-#![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "tests fail by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::missing_panics_doc,
+    clippy::cast_possible_truncation,
+    reason = "tests fail by panicking"
+)]
 
 pub mod boot_sector;
 pub mod chains;
