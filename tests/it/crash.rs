@@ -4,6 +4,8 @@
 //! Every crash point of a random history; there all subsets of the unsynced writes (up to 12, else random
 //! ones), whole or torn at 512 bytes; lives that go on after a crash; crashes during recovery.
 
+#![allow(clippy::cast_possible_truncation, reason = "numbers of a small disk")]
+
 use std::time::Instant;
 
 use aquifer_tests::{

@@ -1,6 +1,8 @@
 //! Promise A1 and R-IR-9 to 12: hydration ends with a plain local disk, the guest's write always wins,
 //! what is local is never copied again after a restart, and a source that goes away is waited for.
 
+#![allow(clippy::cast_possible_truncation, reason = "numbers of a small disk")]
+
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -156,7 +158,7 @@ fn what_the_guest_waits_for_comes_first() {
     assert!(near(50 << 20));
     assert!(disk.local().expect("local").hydrated < 40 << 20, "long before the bulk copy came by");
     assert!(!hydrator.trace().is_empty());
-    hydrator.replay(&[30 << 20..31 << 20]);
+    hydrator.replay(&[30 << 20..31 << 20, 31 << 20..32 << 20]);
     while !near(30 << 20) {
         assert!(started.elapsed() < Duration::from_secs(5), "the trace is not replayed");
         std::thread::sleep(Duration::from_millis(1));

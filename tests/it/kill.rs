@@ -4,9 +4,11 @@
 //!
 //! The process tells through a pipe what it is about to do, so the log outlives it.
 
+#![allow(clippy::cast_possible_truncation, reason = "numbers of a small disk")]
+
 use std::{
     io::{BufRead, BufReader, Write},
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
     time::Duration,
@@ -93,7 +95,7 @@ fn start(dir: &Path, life: u64, last: u64) -> Child {
 }
 
 /// Kills a life after a while; returns all it said.
-fn live_and_die(dir: &PathBuf, life: u64, last: u64, millis: u64) -> Vec<String> {
+fn live_and_die(dir: &Path, life: u64, last: u64, millis: u64) -> Vec<String> {
     let mut child = start(dir, life, last);
     let said = Arc::new(Mutex::new(Vec::new()));
     let reader = {

@@ -2,6 +2,8 @@
 //! disk reaches the guest and loses nothing; one owner; nothing that is not ours is opened; writes of
 //! whole blocks leave the source alone.
 
+#![allow(clippy::cast_possible_truncation, reason = "numbers of a small disk")]
+
 use std::{collections::BTreeSet, path::Path, process::Command, sync::Arc, time::Duration};
 
 use aquifer_tests::{

@@ -4,6 +4,8 @@
 //! Needs the feature `schedule`. One test plants the bug others had (look at a block, unlock, store) and
 //! passes only if it is found.
 
+#![allow(clippy::cast_possible_truncation, reason = "numbers of a small disk")]
+
 use std::sync::{Arc, Mutex};
 
 use aquifer_formats::Storage;
