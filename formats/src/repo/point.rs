@@ -5,7 +5,10 @@
 //!   generation, its files and the older files it needs against the lengths they were sealed with.
 //! - A point inherits the state of every file it needs; points that do not need it stay complete.
 
-use std::sync::Arc;
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    sync::Arc,
+};
 
 use jiff::Timestamp;
 use uuid::Uuid;
@@ -27,7 +30,7 @@ pub enum PointState {
     Complete,
     /// It was received and never completed.
     Incomplete,
-    /// A file it needs is gone.
+    /// A file it needs is gone or cannot be read.
     Missing {
         /// Which.
         path: String,
@@ -75,13 +78,18 @@ impl Point {
     }
 }
 
+/// Lengths of layer files that were looked up, so that each is looked up once for many points.
+#[derive(Debug, Default)]
+struct FileLengths(HashMap<String, Option<u64>>);
+
 impl Repository {
     /// The points of a machine in the order of their receipt, each with its state.
     ///
     /// # Errors
     /// A damaged manifest; I/O. Damage of a point is its state.
     pub fn points(&self, machine: &Machine) -> Result<Vec<Point>> {
-        self.listed(machine)?.iter().map(|listed| self.point_state(machine, listed)).collect()
+        let mut files = FileLengths::default();
+        self.listed(machine)?.iter().map(|listed| self.point_state_with(machine, listed, &mut files)).collect()
     }
 
     /// The retained points of the newest generation.
@@ -94,14 +102,28 @@ impl Repository {
     }
 
     pub(super) fn point_state(&self, machine: &Machine, listed: &ManifestPoint) -> Result<Point> {
-        let (state, record) = self.look(machine.id, listed)?;
+        self.point_state_with(machine, listed, &mut FileLengths::default())
+    }
+
+    fn point_state_with(&self, machine: &Machine, listed: &ManifestPoint, files: &mut FileLengths) -> Result<Point> {
+        let (state, record) = self.look(machine.id, listed, files)?;
         let ManifestPoint { id, receipt, pinned, .. } = *listed;
         Ok(Point { machine: machine.id, id, receipt, state, pinned, record })
     }
 
-    fn look(&self, machine: Uuid, listed: &ManifestPoint) -> Result<(PointState, Option<PointRecord>)> {
+    fn look(
+        &self,
+        machine: Uuid,
+        listed: &ManifestPoint,
+        files: &mut FileLengths,
+    ) -> Result<(PointState, Option<PointRecord>)> {
         let file = name::point(machine, listed.id);
-        let Some(bytes) = self.store().get(&file)? else { return Ok((PointState::Incomplete, None)) };
+        let bytes = match self.store().get(&file) {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Ok((PointState::Incomplete, None)),
+            // What cannot be read is as good as gone; other points stay usable.
+            Err(e) => return Ok((PointState::Missing { path: e.to_string() }, None)),
+        };
         let corrupted = |why: String| PointState::Corrupted { why: format!("{}: {why}", self.store().path_of(&file)) };
         if Hash::of(&bytes) != listed.record {
             return Ok((corrupted("not the record its generation names".into()), None));
@@ -114,7 +136,7 @@ impl Repository {
             return Ok((PointState::Corrupted { why: why.clone() }, Some(record)));
         }
         for disk in &record.disks {
-            if let Some(state) = self.disk_state(machine, listed.id, disk)? {
+            if let Some(state) = self.disk_state(machine, listed.id, disk, files) {
                 return Ok((state, Some(record)));
             }
         }
@@ -122,30 +144,29 @@ impl Repository {
     }
 
     /// What is wrong with a disk's files, as far as names and lengths tell.
-    fn disk_state(&self, machine: Uuid, point: Uuid, disk: &PointDisk) -> Result<Option<PointState>> {
-        let own = name::layer(machine, point, &disk.name);
-        match self.store().len(&own)? {
-            None => return Ok(Some(PointState::Missing { path: self.store().path_of(&own) })),
-            Some(len) if len != disk.file_bytes => {
-                let path = self.store().path_of(&own);
-                let why = format!("{path}: {len} bytes instead of {}", disk.file_bytes);
-                return Ok(Some(PointState::Corrupted { why }));
-            }
-            Some(_) => {}
-        }
-        for needed in &disk.needs {
-            let file = name::layer(machine, needed.point, &needed.disk);
-            match self.store().len(&file)? {
-                None => return Ok(Some(PointState::Missing { path: self.store().path_of(&file) })),
-                Some(len) if len != needed.file_bytes => {
-                    let path = self.store().path_of(&file);
-                    let why = format!("{path}: {len} bytes instead of {}", needed.file_bytes);
-                    return Ok(Some(PointState::Corrupted { why }));
+    fn disk_state(&self, machine: Uuid, point: Uuid, disk: &PointDisk, files: &mut FileLengths) -> Option<PointState> {
+        let own = (point, &disk.name, disk.file_bytes);
+        let older = disk.needs.iter().map(|needed| (needed.point, &needed.disk, needed.file_bytes));
+        for (point, disk, expected) in std::iter::once(own).chain(older) {
+            let file = name::layer(machine, point, disk);
+            let found = match files.0.entry(file) {
+                Entry::Occupied(known) => *known.get(),
+                Entry::Vacant(unknown) => {
+                    let found = self.store().len(unknown.key()).ok().flatten();
+                    *unknown.insert(found)
+                }
+            };
+            let path = || self.store().path_of(&name::layer(machine, point, disk));
+            match found {
+                None => return Some(PointState::Missing { path: path() }),
+                Some(len) if len != expected => {
+                    let why = format!("{}: {len} bytes instead of {expected}", path());
+                    return Some(PointState::Corrupted { why });
                 }
                 Some(_) => {}
             }
         }
-        Ok(None)
+        None
     }
 
     /// Opens one disk of a complete point. Every older file it needs is opened and identified now.
