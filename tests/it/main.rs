@@ -16,6 +16,7 @@ mod nbd_hostile;
 mod nbd_liars;
 mod overlay;
 mod qcow2;
+mod repository;
 mod same_bytes;
 mod session;
 mod tidy;
