@@ -157,11 +157,14 @@ class Demo:
             time.sleep(0.05)
         self.report["command to login prompt"] = f"{time.monotonic() - began:.1f} s ({session['machine']['accel']})"
         session = self.session()
-        fetched = sum(disk["fetched"] or 0 for disk in session["disks"])
-        size = sum(disk["size"] for disk in session["disks"])
-        self.report["fetched before the login prompt"] = f"{fetched / MIB:.1f} MiB of {size // MIB} MiB"
-        for line in read(log).decode(errors="replace").replace("\r", "").split("\n")[-4:]:
-            self.say("  | " + re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line))
+        door, size = session["door"], sum(disk["size"] for disk in session["disks"])
+        read_mib, decoded_mib = door["bytes_read"] / MIB, door["cache"]["decoded_bytes"] / MIB
+        self.report["fetched before the login prompt"] = (
+            f"{read_mib:.1f} MiB read by the guest, {decoded_mib:.1f} MiB decoded, of a disk of {size // MIB} MiB"
+        )
+        screen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", read(log).decode(errors="replace")).replace("\r", "")
+        for line in [line for line in screen.split("\n") if line.strip()][-3:]:
+            self.say("  | " + line)
         console = drive.Console(session["machine"]["console"])
         console.socket.sendall(b"\n")
         console.log_in()

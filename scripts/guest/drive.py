@@ -62,12 +62,12 @@ class Console:
 
     def run(self, command, timeout=120):
         """Runs a command; returns its output. A command that fails ends the demo."""
-        self.socket.sendall(command.encode() + b"; echo rc=$?\n")
-        out = self.until(rb"rc=\d+\r?\n", timeout)
+        # The shell echoes what is typed, folded at its own width: the output lies between two marks it never echoes.
+        self.socket.sendall(b"echo BE''GIN; " + command.encode() + b"; echo E''ND=$?\n")
+        out = self.until(rb"END=\d+\r?\n", timeout).replace(b"\r", b"")
         self.until(PROMPT)
-        lines = out.replace(b"\r", b"").split(b"\n")
-        text = b"\n".join(line for line in lines[1:] if not line.startswith(b"rc=")).decode(errors="replace")
-        code = int(re.search(rb"rc=(\d+)\r?\n$", out).group(1))
+        out = out[out.rindex(b"BEGIN\n") + 6:]
+        text, code = out[: out.rindex(b"END=")].decode(errors="replace"), int(out[out.rindex(b"END=") + 4:])
         if code != 0:
             raise SystemExit(f"in the guest: {command!r} ended with {code}: {text}")
         return text
