@@ -10,6 +10,7 @@
 mod source;
 
 use std::{
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -19,7 +20,10 @@ use arc_swap::ArcSwapOption;
 pub use self::source::Parked;
 use self::source::Patience;
 use crate::{
-    Chain, Delta, Error, Extent, ExtentKind, LocalProgress, Overlay, Result, hydrate::demand::Demand, overlay::Run,
+    Chain, Delta, Error, Extent, ExtentKind, LocalProgress, Overlay, Result,
+    hydrate::demand::Demand,
+    overlay::Run,
+    unflushed::{Boot, Operation, Unflushed},
 };
 
 /// One virtual disk.
@@ -30,6 +34,8 @@ pub struct Disk {
     /// `None` once everything is local and the source has been let go.
     chain: ArcSwapOption<Chain>,
     overlay: Option<Overlay>,
+    /// Acknowledged writes for the next process, where that is wanted.
+    unflushed: Option<Unflushed>,
     demand: Arc<Demand>,
     patience: Patience,
 }
@@ -83,7 +89,22 @@ impl Disk {
     fn new(name: String, size: u64, chain: Option<Arc<Chain>>, overlay: Option<Overlay>) -> Self {
         let patience = Patience::new(if overlay.is_some() { PATIENCE } else { Duration::ZERO });
         let demand = Arc::new(Demand::new(size));
-        Self { name, size, chain: ArcSwapOption::new(chain), overlay, demand, patience }
+        Self { name, size, chain: ArcSwapOption::new(chain), overlay, unflushed: None, demand, patience }
+    }
+
+    /// Keeps acknowledged writes where the next process finds them, flushed or not, in two files in `dir`, the
+    /// overlay's folder; first brings back what an earlier process of this `boot` of the machine left there. For disks
+    /// whose user may outlive this process: to it the disk never stopped.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`] without an overlay; as [`Disk::write`] and [`Disk::flush`].
+    pub fn surviving(mut self, dir: &Path, boot: Boot) -> Result<Self> {
+        self.overlay()?;
+        let unflushed = Unflushed::open(dir, boot, &mut |operation| self.apply(operation))?;
+        self.flush()?;
+        unflushed.replayed()?;
+        self.unflushed = Some(unflushed);
+        Ok(self)
     }
 
     /// Name, as exports and messages give it.
@@ -181,8 +202,8 @@ impl Disk {
     /// [`Error::NoSpace`]: nothing acknowledged is lost, the write may be tried again;
     /// [`Error::SyncFailed`] after any failed sync; [`Error::ReadOnly`].
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.check_range(offset, bytes.len() as u64)?;
-        self.overlay()?.write(offset, bytes, &|at, buf| self.read_chain(at, buf))
+        self.apply(Operation::Write(offset, bytes))?;
+        self.record(Operation::Write(offset, bytes))
     }
 
     /// Makes a range read as zeros, exactly; durable after the next [`Disk::flush`].
@@ -190,8 +211,30 @@ impl Disk {
     /// # Errors
     /// As [`Disk::write`].
     pub fn write_zeroes(&self, offset: u64, len: u64, zeroing: Zeroing) -> Result<()> {
-        self.check_range(offset, len)?;
-        self.overlay()?.zero(offset, len, zeroing, &|at, buf| self.read_chain(at, buf))
+        self.apply(Operation::Zero(offset, len, zeroing))?;
+        self.record(Operation::Zero(offset, len, zeroing))
+    }
+
+    fn apply(&self, operation: Operation<'_>) -> Result<()> {
+        let below = |at: u64, buf: &mut [u8]| self.read_chain(at, buf);
+        match operation {
+            Operation::Write(offset, bytes) => {
+                self.check_range(offset, bytes.len() as u64)?;
+                self.overlay()?.write(offset, bytes, &below)
+            }
+            Operation::Zero(offset, len, zeroing) => {
+                self.check_range(offset, len)?;
+                self.overlay()?.zero(offset, len, zeroing, &below)
+            }
+        }
+    }
+
+    fn record(&self, operation: Operation<'_>) -> Result<()> {
+        let Some(unflushed) = &self.unflushed else { return Ok(()) };
+        while !unflushed.record(operation)? {
+            self.flush()?;
+        }
+        Ok(())
     }
 
     /// Gives a range back; it reads as zeros afterwards.
@@ -205,7 +248,11 @@ impl Disk {
     /// # Errors
     /// [`Error::SyncFailed`], from then on always; [`Error::NoSpace`].
     pub fn flush(&self) -> Result<()> {
-        self.overlay.as_ref().map_or(Ok(()), Overlay::flush)
+        let Some(overlay) = &self.overlay else { return Ok(()) };
+        let Some(unflushed) = &self.unflushed else { return overlay.flush() };
+        let turned = unflushed.turn()?;
+        overlay.flush()?;
+        unflushed.flushed(&turned)
     }
 
     /// Reads a range into the cache, so that later reads are quick. A hint: errors are dropped.
@@ -290,7 +337,9 @@ impl Disk {
         if absent > 0 {
             return Err(self.not_local(absent));
         }
-        self.overlay()?.drain()
+        self.overlay()?.drain()?;
+        // Every write is in the page cache of `disk.raw` before it is acknowledged from here on, and soon others write there.
+        self.unflushed.as_ref().map_or(Ok(()), Unflushed::close)
     }
 
     /// Records durably that somebody else (the hypervisor, after the pivot) writes `disk.raw` from now

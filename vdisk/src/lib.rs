@@ -26,6 +26,7 @@ pub mod open;
 pub mod overlay;
 pub mod readahead;
 mod sync;
+pub mod unflushed;
 
 pub use cache::{BlockCache, CacheStats};
 pub use chain::Chain;

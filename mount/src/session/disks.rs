@@ -41,16 +41,24 @@ pub(super) fn open(spec: &Spec, disk: &DiskSpec, cache: &Arc<BlockCache>, connec
     if dir.exists() {
         let overlay = Overlay::open(&dir, of, options)?;
         if overlay.local().absent == 0 {
-            return Ok(Arc::new(Disk::detached(&disk.name, overlay)?));
+            return surviving(Disk::detached(&disk.name, overlay)?, &dir);
         }
         let chain = chain_of(disk, cache, connect)?;
-        return Ok(Arc::new(Disk::writable(&disk.name, chain, overlay)?));
+        return surviving(Disk::writable(&disk.name, chain, overlay)?, &dir);
     }
     // The source first: nothing is made for one that cannot be read.
     let chain = chain_of(disk, cache, connect)?;
     create_overlay(&dir, of, options, spec.options.preallocate)?;
     let overlay = Overlay::open(&dir, of, options)?;
-    Ok(Arc::new(Disk::writable(&disk.name, chain, overlay)?))
+    surviving(Disk::writable(&disk.name, chain, overlay)?, &dir)
+}
+
+/// The machine stays when this process dies: nothing it was told is written may be gone then.
+fn surviving(disk: Disk, dir: &Path) -> Result<Arc<Disk>> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    let text = fs::read_to_string(path).map_err(|e| Error::io(Path::new(path), "read", e))?;
+    let boot = uuid::Uuid::try_parse(text.trim()).map_err(|e| Error::bad_file(Path::new(path), e.to_string()))?;
+    Ok(Arc::new(disk.surviving(dir, boot.into_bytes())?))
 }
 
 fn chain_of(disk: &DiskSpec, cache: &Arc<BlockCache>, connect: Connect<'_>) -> Result<Arc<Chain>> {
