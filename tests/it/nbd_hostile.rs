@@ -584,7 +584,8 @@ fn idle_handshakes_make_way() {
     let mut newcomer = target.transmitting("rw", Mode::Simple);
     newcomer.is_in_step(&target.bytes);
     // Those that work are never turned out: with four of them the fifth is.
-    let _others = [target.transmitting("rw", Mode::Simple), target.transmitting("rw", Mode::Simple)];
+    let mut others = [target.transmitting("rw", Mode::Simple), target.transmitting("rw", Mode::Simple)];
+    others.iter_mut().for_each(|other| other.is_in_step(&target.bytes));
     let mut fifth = UnixStream::connect(target.folder.path().join("s")).expect("connect");
     fifth.set_read_timeout(Some(SOON)).expect("timeout");
     assert_eq!(fifth.read(&mut [0; 18]).expect("closed, not reset"), 0);
