@@ -1,5 +1,7 @@
 //! Tests by promise, one module each, in one binary.
 
+#![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are known to fit")]
+
 mod chain;
 mod chain_files;
 mod confine;

@@ -141,7 +141,7 @@ impl Peer {
         let head = self.take(20).expect("an answer");
         let mut fields = wire::Cursor::new(&head);
         assert_eq!((fields.u64(), fields.u32()), (Some(wire::MAGIC_OPTION_REPLY), Some(number)));
-        let (kind, len) = (fields.u32().unwrap(), fields.u32().unwrap());
+        let (kind, len) = (fields.u32().expect("four bytes"), fields.u32().expect("four bytes"));
         assert!(len <= 2 * 4096, "an answer of {len} bytes");
         (kind, self.take(len as usize).expect("its payload"))
     }
@@ -208,7 +208,7 @@ impl Peer {
     }
 
     /// The server ends the connection without being told that no more comes; what it said before.
-    fn is_closed(mut self, why: &str) -> Vec<u8> {
+    fn drain_to_close(mut self, why: &str) -> Vec<u8> {
         let began = Instant::now();
         let mut said = Vec::new();
         if let Err(e) = self.stream.read_to_end(&mut said) {
@@ -343,19 +343,19 @@ fn requests_out_of_step_end_the_connection() {
         for bytes in [wrong, vec![0; 64], vec![0xff; 28]] {
             let mut peer = target.transmitting("rw", mode);
             peer.send(&bytes);
-            assert!(peer.is_closed("wrong magic").is_empty());
+            assert!(peer.drain_to_close("wrong magic").is_empty());
         }
         // Nobody waits for gigabytes that were only announced.
         let far = if mode == Mode::Extended { u64::MAX } else { u64::from(u32::MAX) };
         let mut peer = target.transmitting("rw", mode);
         peer.request(if mode == Mode::Extended { flag::PAYLOAD_LEN } else { 0 }, cmd::WRITE, 1, (0, far));
         assert_eq!(peer.reply(0).expect("told why").1, INVALID);
-        assert!(peer.is_closed("giant payload").is_empty());
+        assert!(peer.drain_to_close("giant payload").is_empty());
     }
     let mut peer = target.transmitting("rw", Mode::Extended);
     peer.request(flag::PAYLOAD_LEN, cmd::BLOCK_STATUS, 1, (0, 1 << 40));
     assert_eq!(peer.reply(0).expect("told why").1, INVALID);
-    peer.is_closed("giant filter");
+    peer.drain_to_close("giant filter");
     target.is_unharmed();
 }
 
@@ -433,7 +433,7 @@ fn what_is_no_handshake_is_closed() {
     for (why, bytes) in cases {
         let mut peer = target.connected();
         peer.send(&bytes);
-        assert!(peer.is_closed(why).is_empty(), "{why}");
+        assert!(peer.drain_to_close(why).is_empty(), "{why}");
     }
     let mut peer = target.greeted();
     let flood = option(0x77, &[]).repeat(5000);
@@ -475,18 +475,18 @@ fn nothing_in_the_clear_counts_where_tls_is_required() {
     }
     assert_eq!(peer.ask(opt::STARTTLS, &[1]).0, rep::ERR_INVALID);
     peer.send(&option(opt::EXPORT_NAME, b"rw"));
-    assert!(peer.is_closed("a name in the clear").is_empty());
+    assert!(peer.drain_to_close("a name in the clear").is_empty());
 
     for glued in [option(opt::GO, &named("rw")), vec![0x16, 3, 1], vec![0]] {
         let mut peer = target.greeted();
         peer.send(&[option(opt::STARTTLS, &[]), glued].concat());
         assert_eq!(peer.answer(opt::STARTTLS).0, rep::ACK);
-        assert!(peer.is_closed("glued behind the request for TLS").is_empty());
+        assert!(peer.drain_to_close("glued behind the request for TLS").is_empty());
     }
     let mut peer = target.greeted();
     assert_eq!(peer.ask(opt::STARTTLS, &[]).0, rep::ACK);
     peer.send(&option(opt::GO, &named("rw")));
-    let said = peer.is_closed("in the clear instead of TLS");
+    let said = peer.drain_to_close("in the clear instead of TLS");
     assert!(!said.windows(8).any(|w| w == wire::MAGIC_OPTION_REPLY.to_be_bytes()), "{said:?}");
     assert!(target.server.stop());
     assert_eq!((target.server.stats().open, target.server.stats().panics), (0, 0));
@@ -521,7 +521,7 @@ fn a_session_cut_at_any_byte_leaves_nothing_behind() {
             // Half of them say that no more comes, and listen; the others are just gone.
             if cut % 2 == 0 {
                 peer.stream.shutdown(Shutdown::Write).expect("shutdown");
-                peer.is_closed("cut");
+                peer.drain_to_close("cut");
             }
         }
     }
@@ -616,7 +616,7 @@ fn a_handshake_ends_in_time_whatever_the_client_does() {
     });
     assert!(written.count() < 1000, "a byte at a time kept the handshake alive");
     for peer in silent {
-        assert!(peer.is_closed("deadline").is_empty());
+        assert!(peer.drain_to_close("deadline").is_empty());
     }
     assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
     drop(busy);
@@ -658,7 +658,7 @@ fn stop_waits_for_nobody() {
     held.release();
     assert!(took < Duration::from_secs(5), "{took:?}");
     for peer in [fresh, shaking, idle, writing] {
-        peer.is_closed("stopped");
+        peer.drain_to_close("stopped");
     }
     assert_eq!(target.server.stats().panics, 0);
     drop((deaf, waiting));

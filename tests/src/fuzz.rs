@@ -208,7 +208,7 @@ pub fn nbd_client(data: &[u8]) -> usize {
             ended += 1;
             let (asked, known) = (done.asked, done.error.is_none());
             assert!(asked.command != cmd::READ || asked.buf.len() as u64 == asked.len);
-            assert!(!known || (asked.command == cmd::BLOCK_STATUS) == !done.status.is_empty());
+            assert!(!known || (asked.command == cmd::BLOCK_STATUS) != done.status.is_empty());
             for (_, extents) in &done.status {
                 let told: u64 = extents.iter().map(|(len, _)| *len).sum();
                 assert!(told <= asked.len && extents.iter().all(|(len, _)| *len > 0));
