@@ -334,7 +334,7 @@ fn the_client_reads_other_servers() {
         ("nbdkit", ["-f", "-U", "SOCKET", "--filter=delay", "memory", "40M", "rdelay=2ms"].map(str::to_owned).to_vec()),
         (
             "nbdkit",
-            ["-f", "-U", "SOCKET", "--filter=error", "memory", "40M", "error-rate=5%", "error-pread=EIO"]
+            ["-f", "-U", "SOCKET", "--filter=error", "memory", "40M", "error-rate=50%", "error-pread=EIO"]
                 .map(str::to_owned)
                 .to_vec(),
         ),
