@@ -36,7 +36,7 @@ mod store;
 mod transaction;
 
 pub use error::{Error, Result};
-pub use lease::{LEASE_TTL, Lease, LeaseObserver, Liveness};
+pub use lease::{LEASE_TTL, Lease, LeaseMemory, LeaseObserver, Liveness};
 pub use manifest::{Freshness, Seen};
 pub use name::DiskName;
 pub use open::{Access, Machine, Repository};

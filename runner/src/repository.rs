@@ -14,10 +14,11 @@ use std::{
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use aquifer_formats::repo::{
-    Liveness, Machine, Point, PointQuery, Repository,
+    LeaseObserver, Liveness, Machine, Point, PointQuery, Repository,
     record::{Holder, Owner},
 };
 use serde::{Deserialize, Serialize};
@@ -124,6 +125,29 @@ pub fn tell(holder: &Holder) -> Liveness {
         Ok(theirs) if Some(&theirs) == ours.as_ref() => Liveness::Alive,
         _ => Liveness::Unknown,
     }
+}
+
+/// Judges leases by what this command and earlier ones have seen: a lease whose holder cannot be seen from
+/// here, and whose beat has not changed since an earlier command looked, is known to be gone without waiting.
+pub fn observing<T>(context: &Context, judge: impl FnOnce(&mut LeaseObserver) -> Result<T>) -> Result<T> {
+    let path = context.home()?.join("leases-seen.json");
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let now = || (Instant::now(), since_boot());
+    // Without a memory, or with one that cannot be read, judging only takes longer.
+    let memory = fs::read(&path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
+    let mut observer = LeaseObserver::recall(&memory, boot.trim(), now());
+    let done = judge(&mut observer);
+    if let Ok(text) = serde_json::to_vec(&observer.remember(boot.trim(), now())) {
+        let _ = fs::write(&path, text);
+    }
+    done
+}
+
+/// Time since this computer started, asleep or not.
+fn since_boot() -> Duration {
+    let text = fs::read_to_string("/proc/uptime").unwrap_or_default();
+    let seconds = text.split_whitespace().next().and_then(|word| word.parse().ok()).unwrap_or(0.0);
+    Duration::try_from_secs_f64(seconds).unwrap_or_default()
 }
 
 fn host_name() -> String {

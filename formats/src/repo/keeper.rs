@@ -11,7 +11,10 @@
 //!
 //! Not here: which points to give up (retention rules), and who may ask.
 
-use std::{collections::BTreeSet, time::Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use uuid::Uuid;
 
@@ -20,6 +23,9 @@ use super::{
     name,
     record::{Holder, LeaseKind, LeaseRecord, ManifestPoint, ManifestRecord, PointRecord, read},
 };
+
+/// How often a lease that is watched is looked at.
+const WATCH_EVERY: Duration = Duration::from_millis(500);
 
 /// Allows deleting; made only here.
 #[derive(Debug)]
@@ -165,6 +171,42 @@ pub fn sweep(
         })?;
     }
     Ok(swept)
+}
+
+/// Withdraws append leases of a machine whose holders are gone, so that a backup can begin. A holder that
+/// cannot be seen from here is watched, as long as `patience` lasts: one that beats lives, one whose beat
+/// stands still for [`super::LEASE_TTL`] is gone. Returns what was withdrawn.
+///
+/// # Errors
+/// [`Error::ForeignOwner`]; I/O.
+pub fn reclaim(
+    repo: &Repository,
+    machine: &Machine,
+    observer: &mut LeaseObserver,
+    tell: &dyn Fn(&Holder) -> Liveness,
+    patience: Duration,
+) -> Result<Vec<LeaseRecord>> {
+    repo.writable()?;
+    let wanted = |lease: &&LeaseRecord| lease.machine == machine.id && lease.kind == LeaseKind::Append;
+    let start = Instant::now();
+    let mut first_beats: Option<Vec<(Uuid, u64)>> = None;
+    let mut withdrawn = Vec::new();
+    loop {
+        let (live, dead) = observer.observe(repo, Instant::now(), tell)?;
+        for lease in dead.into_iter().filter(|lease| wanted(&lease)) {
+            withdraw(repo.store(), lease.id)?;
+            withdrawn.push(lease);
+        }
+        let standing: Vec<&LeaseRecord> = live.iter().filter(wanted).collect();
+        let beats: Vec<(Uuid, u64)> = standing.iter().map(|lease| (lease.id, lease.beat)).collect();
+        let first = first_beats.get_or_insert_with(|| beats.clone());
+        let beaten = beats.iter().any(|(id, beat)| first.iter().any(|(i, b)| i == id && b != beat));
+        let seen_alive = standing.iter().any(|lease| tell(&lease.holder) == Liveness::Alive);
+        if standing.is_empty() || beaten || seen_alive || start.elapsed() >= patience {
+            return Ok(withdrawn);
+        }
+        std::thread::sleep(WATCH_EVERY.min(patience));
+    }
 }
 
 /// Deletes what can go of one given-up point; `true` if nothing of it is left.

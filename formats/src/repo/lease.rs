@@ -14,6 +14,7 @@ use std::{
 };
 
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{
@@ -23,6 +24,10 @@ use super::{
 
 /// How long a beat may stand still before its holder counts as gone. Holders beat four times as often.
 pub const LEASE_TTL: Duration = Duration::from_secs(60);
+
+/// How often, and how long, one of two that come at the same moment waits for the other.
+const LOOKS: u32 = 40;
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// A claim of this process.
 #[derive(Debug)]
@@ -59,6 +64,15 @@ impl Lease {
     }
 }
 
+/// What an observer saw, to be kept between short-lived processes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseMemory {
+    /// The boot of the computer, whose clock counts below.
+    pub boot: String,
+    /// Lease, its beat, and since how many seconds after that boot it stands there.
+    pub seen: Vec<(Uuid, u64, u64)>,
+}
+
 /// What an observer can tell of a holder by other means than its beat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Liveness {
@@ -81,6 +95,28 @@ impl LeaseObserver {
     /// holder can be seen to be dead.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// One that goes on where another left off, if that was since the same boot. `now` is the present on
+    /// both clocks: this process's monotonic one and the seconds since the boot.
+    pub fn recall(memory: &LeaseMemory, boot: &str, now: (Instant, Duration)) -> Self {
+        let mut seen = HashMap::new();
+        for (lease, beat, since) in memory.seen.iter().filter(|_| memory.boot == boot) {
+            let age = now.1.checked_sub(Duration::from_secs(*since));
+            if let Some(since) = age.and_then(|age| now.0.checked_sub(age)) {
+                seen.insert(*lease, (*beat, since));
+            }
+        }
+        Self { seen }
+    }
+
+    /// What it has seen, for [`LeaseObserver::recall`].
+    pub fn remember(&self, boot: &str, now: (Instant, Duration)) -> LeaseMemory {
+        let since = |at: &Instant| now.1.saturating_sub(now.0.saturating_duration_since(*at));
+        // Rounded up: a lease never looks older than it is.
+        let seconds = |at: Duration| at.as_secs() + u64::from(at.subsec_nanos() > 0);
+        let seen = self.seen.iter().map(|(lease, (beat, at))| (*lease, *beat, seconds(since(at)))).collect();
+        LeaseMemory { boot: boot.to_owned(), seen }
     }
 
     /// The live leases, and the others.
@@ -144,10 +180,17 @@ impl Repository {
     /// gets it.
     pub(super) fn lease_append(&self, machine: &Machine, parent: Option<Uuid>, holder: Holder) -> Result<Lease> {
         let lease = self.take(machine, LeaseKind::Append, parent, holder)?;
-        let others = self.leases()?;
-        let other =
-            others.iter().find(|l| l.kind == LeaseKind::Append && l.machine == machine.id && l.id != lease.record.id);
-        if let Some(other) = other {
+        for look in 0.. {
+            let all = self.leases()?;
+            let other =
+                |l: &&LeaseRecord| l.kind == LeaseKind::Append && l.machine == machine.id && l.id != lease.record.id;
+            let Some(other) = all.iter().find(other) else { break };
+            // Two at the same moment: the lesser id waits for the other to withdraw. Who was there before
+            // does not, whatever its id.
+            if look < LOOKS && lease.record.id < other.id {
+                std::thread::sleep(LOOK_AGAIN);
+                continue;
+            }
             let error = Error::Locked {
                 path: self.store().path_of(&name::machine_folder(machine.id)),
                 holder: other.holder.to_string(),

@@ -8,7 +8,7 @@
 use std::time::Instant;
 
 use aquifer_formats::repo::{
-    LeaseObserver, Machine, Point, PointState, Repository,
+    Machine, Point, PointState, Repository,
     keeper::{self, LastPoint},
 };
 use serde::Serialize;
@@ -83,8 +83,9 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     for (machine, points) in &chosen {
         let ids: Vec<uuid::Uuid> = points.iter().map(|point| point.id).collect();
         keeper::forget(&repo, machine, &ids, last)?;
-        let mut observer = LeaseObserver::new();
-        let swept = keeper::sweep(&repo, machine, &mut observer, Instant::now(), &repository::tell)?;
+        let swept = repository::observing(context, |observer| {
+            Ok(keeper::sweep(&repo, machine, observer, Instant::now(), &repository::tell)?)
+        })?;
         freed += swept.bytes;
         if !swept.leased.is_empty() {
             context.out.say(format_args!(

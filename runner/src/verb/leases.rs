@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use aquifer_formats::repo::{
-    LeaseObserver, Liveness, Machine,
+    Liveness, Machine,
     record::{LeaseKind, LeaseRecord},
 };
 use jiff::Timestamp;
@@ -38,7 +38,8 @@ struct Record<'a> {
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let repo = repository::open(context)?;
     let machines = repo.machines()?;
-    let (live, gone) = LeaseObserver::new().observe(&repo, Instant::now(), &repository::tell)?;
+    let (live, gone) =
+        repository::observing(context, |observer| Ok(observer.observe(&repo, Instant::now(), &repository::tell)?))?;
     let shown_gone: &[LeaseRecord] = if args.all { &gone } else { &[] };
     for lease in live.iter().chain(shown_gone) {
         let state = match repository::tell(&lease.holder) {

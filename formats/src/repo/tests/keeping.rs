@@ -166,3 +166,46 @@ fn a_sweep_cut_at_any_step_leaves_retained_points_whole() {
     }
     panic!("the sweep never ended");
 }
+
+#[test]
+fn a_killed_backups_lease_is_reclaimed_by_sight_or_by_its_silence() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (repo, machine) = with_points(dir.path(), 1);
+    let leave = || std::mem::forget(repo.begin(&machine, None, holder()).expect("begin"));
+    let reclaim = |observer: &mut LeaseObserver, tell| {
+        keeper::reclaim(&repo, &machine, observer, &move |_| tell, Duration::ZERO).expect("reclaim").len()
+    };
+    leave();
+    let mut observer = LeaseObserver::new();
+    assert_eq!(reclaim(&mut observer, Liveness::Alive), 0);
+    assert_eq!(reclaim(&mut observer, Liveness::Unknown), 0, "seen for the first time");
+    assert!(matches!(repo.begin(&machine, None, holder()), Err(Error::Locked { .. })));
+    assert_eq!(reclaim(&mut observer, Liveness::Dead), 1);
+    leave();
+    // Another process, long after, remembers the first one's look.
+    let boot = Duration::from_secs(1000);
+    let now = Instant::now();
+    let mut first = LeaseObserver::new();
+    first.observe(&repo, now, &|_| Liveness::Unknown).expect("observe");
+    let memory = first.remember("boot", (now, boot));
+    let later = |seconds| (Instant::now(), boot + Duration::from_secs(seconds));
+    assert_eq!(reclaim(&mut LeaseObserver::recall(&memory, "boot", later(30)), Liveness::Unknown), 0);
+    assert_eq!(reclaim(&mut LeaseObserver::recall(&memory, "another boot", later(90)), Liveness::Unknown), 0);
+    assert_eq!(reclaim(&mut LeaseObserver::recall(&memory, "boot", later(90)), Liveness::Unknown), 1);
+    repo.begin(&machine, None, holder()).expect("free").interrupt().expect("release");
+}
+
+#[test]
+fn of_backups_that_begin_at_the_same_moment_one_goes_on() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (repo, machine) = with_points(dir.path(), 1);
+    for _ in 0..5 {
+        let begun = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| repo.begin(&machine, None, holder()))).collect();
+            let all: Vec<_> = threads.into_iter().map(|t| t.join().expect("thread")).collect();
+            all.into_iter().filter_map(|begun| begun.ok()).collect::<Vec<_>>()
+        });
+        assert_eq!(begun.len(), 1);
+        begun.into_iter().for_each(|tx| tx.interrupt().expect("interrupt"));
+    }
+}

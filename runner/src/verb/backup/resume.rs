@@ -14,7 +14,7 @@ use std::{
 
 use aquifer_formats::{
     aql::WriterOptions,
-    repo::{Machine, Point, Repository, Transaction, keeper},
+    repo::{LEASE_TTL, Machine, Point, Repository, Transaction, keeper},
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -70,6 +70,10 @@ pub(super) fn begin<'r>(
     parent: Option<&Point>,
     wanted: &[Wanted],
 ) -> Result<Begun<'r>> {
+    // Whoever was killed while appending still holds its lease.
+    repository::observing(context, |observer| {
+        Ok(keeper::reclaim(repo, machine, observer, &repository::tell, LEASE_TTL + LEASE_TTL / 4)?)
+    })?;
     let now = sources_of(args, wanted);
     let parent_id = parent.map(|point| point.id);
     let left = repo.interrupted(machine)?;
