@@ -7,7 +7,7 @@
 //! - After the first failed write or sync nothing more is written.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     ops::Range,
     sync::Arc,
 };
@@ -135,13 +135,27 @@ pub(crate) struct Appender {
     waymark_end: u64,
     waymark_every: u64,
     parent_hint: String,
+    /// Blocks found behind the last waymark, which nobody has counted, and not given again yet: their
+    /// stored bytes.
+    recovered: BTreeMap<u64, u32>,
 }
 
 impl Appender {
     pub(crate) fn new(identity: Identity, tail: Tail, map: LeafMap, waymark_every: u64, parent_hint: String) -> Self {
         let waymark_end = tail.offset();
         let stats = Stats::default();
-        Self { identity, tail, map, stats, cursor: 0, waymark: 0, waymark_end, waymark_every, parent_hint }
+        Self {
+            identity,
+            tail,
+            map,
+            stats,
+            cursor: 0,
+            waymark: 0,
+            waymark_end,
+            waymark_every,
+            parent_hint,
+            recovered: BTreeMap::new(),
+        }
     }
 
     /// Takes over what a scan found in an interrupted file.
@@ -159,14 +173,26 @@ impl Appender {
         if !found.leaves_in_waymarks {
             self.map.mark_all_changed(found.leaves.keys().copied());
         }
-        let own = self.map.own_live();
         self.cursor = found.cursor;
         self.waymark = found.waymark;
-        self.stats.blocks_given = found.blocks_given;
-        self.stats.blocks_written = own.blocks;
-        self.stats.bytes_raw = own.blocks * u64::from(self.identity.block_bytes());
-        self.stats.bytes_stored = own.bytes;
+        self.stats = found.stats;
+        self.recovered.clone_from(&found.uncounted);
         Ok(())
+    }
+
+    /// Counts a block that is as it was: unchanged, unless it was found behind the last waymark, where nobody
+    /// had counted it yet.
+    fn count_unchanged(&mut self, block: u64) {
+        match self.recovered.remove(&block) {
+            Some(stored) => self.count_written(stored),
+            None => self.stats.blocks_unchanged += 1,
+        }
+    }
+
+    fn count_written(&mut self, stored_bytes: u32) {
+        self.stats.blocks_written += 1;
+        self.stats.bytes_raw += u64::from(self.identity.block_bytes());
+        self.stats.bytes_stored += u64::from(stored_bytes) + FRAME_HEADER_BYTES as u64;
     }
 
     pub(crate) fn apply(&mut self, item: Item, dedupe: &parking_lot::RwLock<DedupeTable>) -> Result<Vec<u8>> {
@@ -177,6 +203,7 @@ impl Appender {
                 let blocks = range.end - range.start;
                 self.stats.blocks_given += blocks;
                 self.stats.blocks_zero += blocks;
+                self.recovered.retain(|block, _| !range.contains(block));
                 // In steps, so that a sweep over a large disk keeps memory bounded.
                 let step = (LEAF_ENTRIES * LEAVES_IN_MEMORY) as u64;
                 let mut at = range.start;
@@ -214,12 +241,13 @@ impl Appender {
             self.stats.blocks_given += 1;
             let (entry, id) = match outcome {
                 Outcome::Zero => {
+                    self.recovered.remove(&block);
                     self.stats.blocks_zero += 1;
                     (Entry::Zero, ZERO_ID)
                 }
                 Outcome::AsParent(id) => match self.map.get(block, &self.tail)? {
                     (_, now) if now == id => {
-                        self.stats.blocks_unchanged += 1;
+                        self.count_unchanged(block);
                         continue;
                     }
                     _ => match self.map.parent_entry(block)? {
@@ -236,6 +264,7 @@ impl Appender {
                     match known {
                         Some(known) => self.point_at(block, &known)?,
                         None => {
+                            self.recovered.remove(&block);
                             let at = self.place_frame(block, &mut frames, bytes, &mut kept, codec, id, payload_crc);
                             dedupe.write().insert(Known { id, at, logical: block });
                             (Entry::Data(at), id)
@@ -258,7 +287,7 @@ impl Appender {
     fn point_at(&mut self, block: u64, known: &Known) -> Result<(Entry, ContentId)> {
         let at = Stored { shared: known.logical != block, ..known.at };
         if self.map.get(block, &self.tail)?.1 == known.id {
-            self.stats.blocks_unchanged += 1;
+            self.count_unchanged(block);
         } else {
             self.stats.blocks_shared += 1;
         }
@@ -295,9 +324,7 @@ impl Appender {
         if let Some(to) = frames.get_mut(start..start + FRAME_HEADER_BYTES) {
             to.copy_from_slice(&header);
         }
-        self.stats.blocks_written += 1;
-        self.stats.bytes_raw += u64::from(info.raw_bytes);
-        self.stats.bytes_stored += info.frame_bytes();
+        self.count_written(info.stored_bytes);
         let place = Place { slot: self.identity.slot, offset: self.tail.offset() + start as u64 };
         Stored { place, stored_bytes: info.stored_bytes, codec, shared: false, check }
     }
@@ -396,8 +423,14 @@ impl Appender {
             previous: U64::new(self.waymark),
             // Only the last part of a waymark may promise that all below the cursor is known.
             cursor: U64::new(if last { self.cursor } else { 0 }),
-            blocks: U64::new(self.stats.blocks_given),
-            reserved: U64::ZERO,
+            blocks_given: U64::new(self.stats.blocks_given),
+            blocks_zero: U64::new(self.stats.blocks_zero),
+            blocks_unchanged: U64::new(self.stats.blocks_unchanged),
+            blocks_shared: U64::new(self.stats.blocks_shared),
+            blocks_written: U64::new(self.stats.blocks_written),
+            blocks_moved: U64::new(self.stats.blocks_moved),
+            bytes_raw: U64::new(self.stats.bytes_raw),
+            bytes_stored: U64::new(self.stats.bytes_stored),
         };
         let mut payload = header.as_bytes().to_vec();
         for (leaf, at) in leaves {
@@ -430,6 +463,10 @@ impl Appender {
     /// Leaves, root and its copy, sync, seals, sync.
     pub(crate) fn seal(mut self) -> Result<Sealed> {
         self.map.flush(&mut self.tail)?;
+        for stored in std::mem::take(&mut self.recovered).into_values() {
+            self.stats.blocks_given += 1;
+            self.count_written(stored);
+        }
         self.stats.data_blocks = self.map.data_blocks();
         let raw = self.map.root(&self.parent_hint).encode();
         let mut payload = Vec::new();

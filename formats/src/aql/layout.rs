@@ -286,7 +286,7 @@ on_disk! {
 
 on_disk! {
     /// Head of a decoded waymark; the references of leaves changed since the one before follow.
-    WaymarkHeader, 40, WAYMARK_FIELDS {
+    WaymarkHeader, 88, WAYMARK_FIELDS {
         /// `AQLW`
         magic: [u8; 4],
         /// changed leaves that follow
@@ -295,10 +295,22 @@ on_disk! {
         previous: U64,
         /// every block below this index was given to the writer before
         cursor: U64,
-        /// blocks given to the writer so far
-        blocks: U64,
-        /// zero
-        reserved: U64,
+        /// what the writer has counted, as in the seal
+        blocks_given: U64,
+        /// of these, all zeros
+        blocks_zero: U64,
+        /// of these, equal to the parent
+        blocks_unchanged: U64,
+        /// of these, already stored in the chain
+        blocks_shared: U64,
+        /// of these, written to this file
+        blocks_written: U64,
+        /// blocks taken over from older files
+        blocks_moved: U64,
+        /// decoded bytes written to this file
+        bytes_raw: U64,
+        /// stored bytes of those, headers included
+        bytes_stored: U64,
     }
 }
 

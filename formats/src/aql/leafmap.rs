@@ -344,11 +344,6 @@ impl LeafMap {
         Ok(())
     }
 
-    /// How much of the disk lies in this very file.
-    pub(crate) fn own_live(&self) -> Live {
-        self.live.get(&self.identity.slot).copied().unwrap_or_default()
-    }
-
     /// The leaves in memory, for a reader that serves them without their being written.
     pub(crate) fn take_leaves(&mut self) -> BTreeMap<u64, (Arc<MapPage>, Arc<IdPage>)> {
         let dirty = std::mem::take(&mut self.dirty);
@@ -358,7 +353,7 @@ impl LeafMap {
     /// The root as it stands. All leaves must have been flushed.
     pub(crate) fn root(&self, parent_hint: &str) -> Root {
         debug_assert!(self.dirty.is_empty(), "leaves are flushed before the root");
-        let own = self.own_live();
+        let own = self.live.get(&self.identity.slot).copied().unwrap_or_default();
         let mut layers = BTreeMap::new();
         if let Some(parent) = &self.parent {
             for (slot, live) in self.live.iter().filter(|(slot, live)| **slot != self.identity.slot && !live.is_empty())

@@ -49,11 +49,14 @@ pub(crate) struct Found {
     pub(crate) leaves_in_waymarks: bool,
     /// Blocks written after their leaf.
     pub(crate) blocks: BTreeMap<u64, (Stored, ContentId)>,
+    /// Blocks written behind the last waymark, with their stored bytes, whether a leaf knows them or not.
+    pub(crate) uncounted: BTreeMap<u64, u32>,
     /// Blocks whose frame is there and damaged.
     pub(crate) lost: BTreeSet<u64>,
     /// Every block below was given to the writer.
     pub(crate) cursor: u64,
-    pub(crate) blocks_given: u64,
+    /// What the last waymark had counted.
+    pub(crate) stats: Stats,
     /// Offset of the last waymark; 0 for none.
     pub(crate) waymark: u64,
     /// A root follows everything: only the seal is missing.
@@ -167,7 +170,21 @@ fn unsealed(identity: &Identity, found: &Found, data_blocks: u64) -> SealInfo {
         root_raw: 0,
         root_hash: [0; 32],
         waymark: found.waymark,
-        stats: Stats { blocks_given: found.blocks_given, data_blocks, ..Stats::default() },
+        stats: Stats { data_blocks, ..found.stats },
+    }
+}
+
+fn stats_of(header: &WaymarkHeader) -> Stats {
+    Stats {
+        blocks_given: header.blocks_given.get(),
+        blocks_zero: header.blocks_zero.get(),
+        blocks_unchanged: header.blocks_unchanged.get(),
+        blocks_shared: header.blocks_shared.get(),
+        blocks_written: header.blocks_written.get(),
+        blocks_moved: header.blocks_moved.get(),
+        bytes_raw: header.bytes_raw.get(),
+        bytes_stored: header.bytes_stored.get(),
+        data_blocks: 0,
     }
 }
 
@@ -272,7 +289,7 @@ impl Scan<'_> {
             sequence: info.sequence,
             leaves_in_waymarks: true,
             cursor: header.cursor.get(),
-            blocks_given: header.blocks.get(),
+            stats: stats_of(&header),
             waymark: offset,
             ..Found::default()
         };
@@ -341,7 +358,8 @@ impl Scan<'_> {
     fn fold_waymark(&self, found: &mut Found, offset: u64) -> Result<()> {
         if let Some((_, header, leaves)) = self.waymark(offset)? {
             found.cursor = found.cursor.max(header.cursor.get());
-            found.blocks_given = found.blocks_given.max(header.blocks.get());
+            found.stats = stats_of(&header);
+            found.uncounted.clear();
             for leaf in leaves.iter().filter(|leaf| leaf.leaf.get() < self.identity.leaves()) {
                 match LeafRef::unpack(&leaf.at) {
                     Ok(LeafRef::Pages(pages)) => found.add_leaf(leaf.leaf.get(), pages),
@@ -388,6 +406,7 @@ impl Found {
     fn add_block(&mut self, info: &FrameInfo, place: Place, check: u32) {
         let at = Stored { place, stored_bytes: info.stored_bytes, codec: info.codec, shared: false, check };
         self.lost.remove(&info.logical);
+        self.uncounted.insert(info.logical, info.stored_bytes);
         self.blocks.insert(info.logical, (at, info.id));
     }
 
