@@ -377,16 +377,23 @@ fn the_budget_holds_and_what_is_too_large_for_it_still_reads() {
 }
 
 #[test]
-fn a_large_read_keeps_nothing_and_takes_what_is_kept() {
+fn a_large_read_pushes_nothing_out_and_takes_what_is_kept() {
     let mut disk = Oracle::new(0);
     let layer = Arc::new(Synthetic::build(layer(MIB, &[(0, MIB, Kind::Packed)]), 1, &mut disk));
-    let chain = chain(std::slice::from_ref(&layer), 4 * MIB);
-    chain.prefetch(0, BLOCK);
-    let mut all = vec![0; MIB as usize];
-    chain.read(0, &mut all).expect("a good chain");
-    assert!(all == disk.bytes());
-    assert_eq!(layer.unpacks(), MIB / BLOCK, "the kept block is not decoded again");
-    assert_eq!(chain.cache().stats().blocks, 1);
+    let chain = chain(std::slice::from_ref(&layer), 10 * BLOCK);
+    chain.prefetch(12 * BLOCK, BLOCK);
+    let (mut all, mut page) = (vec![0; MIB as usize], [0; 4096]);
+    for turn in 1..=3 {
+        chain.read(0, &mut all).expect("a good chain");
+        assert!(all == disk.bytes());
+        let stats = chain.cache().stats();
+        assert!(
+            stats.resident_bytes <= 10 * BLOCK / 8 * 7 && stats.blocks >= 7,
+            "as much as there is room for: {stats:?}"
+        );
+        assert!(chain.read_now(12 * BLOCK, &mut page).expect("in range"), "still kept");
+        assert_eq!(layer.unpacks(), 1 + 7 + turn * 8, "what is kept is not decoded again");
+    }
 }
 
 #[test]

@@ -170,6 +170,12 @@ impl BlockCache {
         }
     }
 
+    /// Whether a block of `len` bytes can be kept without another having to go.
+    pub(crate) fn has_room(&self, len: u32) -> bool {
+        // Shards fill unevenly; the last eighth is left to reads that need it.
+        self.blocks.weight() + u64::from(len) <= self.bytes_max / 8 * 7
+    }
+
     /// At least the first `need` bytes of a block of `layer`, if they are kept. Never waits for a decode.
     pub(crate) fn peek(&self, layer: &dyn Layer, block: &BlockRef, need: usize) -> Option<Arc<Decoded>> {
         let kept = self.blocks.get(&BlockKey::of(layer, block))?;

@@ -7,7 +7,8 @@
 //! - A chain is immutable; a change builds a new one.
 //! - A layer shorter than the chain reads as zero past its end and stops the walk there.
 //! - A read gives the right bytes or an error, and the error comes from just the range that has it.
-//! - Large reads leave the cache as it is: their blocks are decoded straight for the caller.
+//! - Large reads push nothing out of the cache: without room to spare their blocks are decoded straight
+//!   for the caller.
 //!
 //! Not here: writing, retries, how layers were found, threads.
 
@@ -20,8 +21,8 @@ use crate::{
     map::{Found, WindowMap},
 };
 
-/// Reads of this size and more are sequential work (a copy, hydration, a backup) that will not come
-/// back for the same blocks: whole blocks in them get no cache entry.
+/// Reads of this size and more are sequential work (a copy, hydration, a backup) that seldom comes
+/// back for the same blocks: whole blocks in them are kept only while nothing has to go for them.
 pub const BULK_READ_BYTES: usize = 256 * 1024;
 
 /// One read-only disk made of layers.
@@ -165,7 +166,8 @@ impl Chain {
             Content::Packed { block, skip } => {
                 let layer = self.layer(index)?;
                 let (start, end) = place(layer, &block, skip, part.len())?;
-                if bulk && start == 0 && part.len() as u64 == u64::from(block.raw_len) {
+                let whole = start == 0 && part.len() as u64 == u64::from(block.raw_len);
+                if bulk && whole && !self.cache.has_room(block.raw_len) {
                     let kept = self.cache.peek(layer, &block, end);
                     if !kept.is_some_and(|decoded| decoded.copy_to(0, part)) {
                         self.cache.decode_once(layer, &block, part)?;
