@@ -361,6 +361,20 @@ impl Disk {
         Ok(done)
     }
 
+    /// Reads the same restore point through another chain from now on: one that was opened anew after the
+    /// source had been away. Reads that wait try it next. Nothing happens where the source was let go.
+    ///
+    /// # Errors
+    /// [`Error::WrongOverlay`] if the sizes differ; that the contents are the same is the caller's to know.
+    pub fn renew_chain(&self, chain: &Arc<Chain>) -> Result<()> {
+        if chain.size() != self.size {
+            let what = format!("the disk has {} bytes, the chain opened anew {}", self.size, chain.size());
+            return Err(Error::WrongOverlay { path: self.name.clone(), what });
+        }
+        self.chain.rcu(|old| old.as_ref().map(|_| Arc::clone(chain)));
+        Ok(())
+    }
+
     /// Bytes of guest writes that are only in memory and journal; 0 without an overlay.
     pub fn memory_bytes(&self) -> u64 {
         self.overlay.as_ref().map_or(0, Overlay::memory_bytes)
@@ -373,7 +387,7 @@ impl Disk {
         self.patience.set(patience);
     }
 
-    /// Reads that wait for the source now.
+    /// Reads that have been waiting for the source for half a second or more.
     pub fn parked(&self) -> Vec<Parked> {
         self.patience.parked()
     }
@@ -385,8 +399,11 @@ impl Disk {
     }
 
     fn read_chain(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        let Some(chain) = self.chain() else { return self.read_detached(offset, buf) };
-        self.patience.with(offset, buf.len() as u64, || chain.read(offset, buf))
+        self.patience.with(offset, buf.len() as u64, || match self.chain() {
+            // Asked for anew at each attempt: it may have been renewed meanwhile.
+            Some(chain) => chain.read(offset, buf),
+            None => self.read_detached(offset, buf),
+        })
     }
 
     /// What was absent when it was looked at may be local by now, and the chain gone since.

@@ -27,6 +27,9 @@ pub struct Parked {
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 
+/// A read that has taken less is only slow.
+const PARKED_AFTER: Duration = Duration::from_millis(500);
+
 /// Reads that wait, and how long they may.
 #[derive(Debug)]
 pub(super) struct Patience {
@@ -53,19 +56,16 @@ impl Patience {
 
     pub(super) fn parked(&self) -> Vec<Parked> {
         let inner = self.inner.lock();
-        inner
-            .waiting
-            .iter()
-            .map(|(_, offset, len, since)| Parked { offset: *offset, len: *len, waited: since.elapsed() })
-            .collect()
+        let all = inner.waiting.iter().map(|(_, offset, len, since)| Parked {
+            offset: *offset,
+            len: *len,
+            waited: since.elapsed(),
+        });
+        all.filter(|parked| parked.waited >= PARKED_AFTER).collect()
     }
 
     /// Tries `read` until it succeeds, fails for good, or the patience is over.
     pub(super) fn with(&self, offset: u64, len: u64, mut read: impl FnMut() -> Result<()>) -> Result<()> {
-        let first = match read() {
-            Err(Error::Format(e)) if is_transient(&e) => e,
-            other => return other,
-        };
         let since = Instant::now();
         let id = {
             let mut inner = self.inner.lock();
@@ -74,8 +74,15 @@ impl Patience {
             inner.waiting.push((id, offset, len, since));
             id
         };
-        let result = self.wait_out(offset, len, since, first, &mut read);
-        self.inner.lock().waiting.retain(|(waiting, ..)| *waiting != id);
+        // Listed from the start: a source may also be away by not answering at all.
+        let result = match read() {
+            Err(Error::Format(e)) if is_transient(&e) => self.wait_out(offset, len, since, e, &mut read),
+            other => other,
+        };
+        let mut inner = self.inner.lock();
+        if let Some(at) = inner.waiting.iter().position(|(waiting, ..)| *waiting == id) {
+            inner.waiting.swap_remove(at);
+        }
         result
     }
 
