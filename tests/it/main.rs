@@ -18,6 +18,7 @@ mod nbd_hostile;
 mod nbd_liars;
 mod overlay;
 mod qcow2;
+mod recover;
 mod repository;
 mod same_bytes;
 mod session;

@@ -15,7 +15,7 @@ pub const SECTOR_BYTES: usize = 512;
 pub const FIRST_LBA: u32 = 2048;
 
 /// Sectors it goes through in one round, about one in 55 ms.
-pub const SECTORS: u32 = 32;
+pub const SECTORS: u32 = 16;
 
 /// Distance to the copies, in sectors.
 pub const AWAY_SECTORS: u32 = 4096;

@@ -19,4 +19,5 @@ pub mod program;
 pub mod qemu;
 pub mod rig;
 pub mod rng;
+pub mod site;
 pub mod synthetic;

@@ -20,6 +20,14 @@ pub fn aquifer() -> &'static Path {
         if profile.file_name().is_some_and(|name| name == "release") {
             build.arg("--release");
         }
+        // What cargo sets for a test would make another build of it, and then another for the next test.
+        for (name, _) in std::env::vars_os() {
+            let name = name.to_string_lossy().into_owned();
+            let cargos = name.starts_with("CARGO") && !["CARGO_HOME", "CARGO_TARGET_DIR"].contains(&&*name);
+            if cargos || name == "LD_LIBRARY_PATH" || name == "RUST_RECURSION_COUNT" {
+                build.env_remove(name);
+            }
+        }
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
         let built = build.current_dir(root).status().expect("cargo");
         assert!(built.success(), "aquifer cannot be built");

@@ -12,7 +12,7 @@ use std::{
 };
 
 use aquifer_mount::session::{Client, Folder, Registry, Spec, State, Status, control::Clients};
-use aquifer_vdisk::Overlay;
+use aquifer_vdisk::{Overlay, unflushed};
 
 use super::{
     door,
@@ -105,7 +105,7 @@ pub fn keep(context: &Context, folder: &Folder) -> Result<Kept> {
         disks.extend(spec.disks.iter().map(|d| (d.name.clone(), disk_file(&spec, &d.name), None)));
     }
     for disk in &spec.disks {
-        for part in ["map", "journal", "owner"] {
+        for part in ["map", "journal", "owner"].into_iter().chain(unflushed::NAMES) {
             remove(&spec.disk_dir(&disk.name).join(part))?;
         }
     }
