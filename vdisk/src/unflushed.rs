@@ -14,6 +14,9 @@
 //! - An operation is applied first, recorded second, acknowledged third. A flush turns to the other file before it
 //!   begins; when it has succeeded, everything in the file that was left is durable, and that file is emptied.
 //! - What counts in a file are the records of the epoch its header names; one write of the header empties it.
+//! - No epoch is ever used twice, in this or any other life: each life begins at one that is drawn by lot. Behind the
+//!   last record of a file lie records of earlier epochs, whole and of the same lengths; they must never count again.
+//! - Files are emptied in the order they were written in: the older alone would undo what the newer holds.
 //! - Files of another boot are never replayed: after a power failure the overlay alone is the truth, and a record
 //!   here could be older than what it holds.
 //! - A record that was cut by a kill was never acknowledged. It ends its file.
@@ -73,7 +76,7 @@ struct State {
     /// The file that is written now, and where.
     active: usize,
     at: u64,
-    /// What each header names; 0 for an empty file. They only grow.
+    /// What each header names; 0 for an empty file. Within a life they only grow.
     epochs: [u64; 2],
     newest: u64,
     closed: bool,
@@ -96,15 +99,12 @@ impl Unflushed {
         for (file, epoch) in files.iter().zip(&mut epochs) {
             *epoch = epoch_of(file, boot)?;
         }
-        let mut order = [0, 1];
-        order.sort_by_key(|index| epochs.get(*index).copied());
-        for index in order {
+        for index in by_age(epochs) {
             if let (Some(file), Some(epoch)) = (files.get(index), epochs.get(index).filter(|e| **e > 0)) {
                 replay_file(file, *epoch, replay)?;
             }
         }
-        let newest = epochs.into_iter().max().unwrap_or(0);
-        let state = State { active: 0, at: START, epochs, newest, closed: true };
+        let state = State { active: 0, at: START, epochs, newest: 0, closed: true };
         Ok(Self { files, state: Mutex::new(state), boot })
     }
 
@@ -114,11 +114,10 @@ impl Unflushed {
     /// I/O.
     pub(crate) fn replayed(&self) -> Result<()> {
         let mut state = self.state.lock();
-        state.newest += 1;
-        let newest = state.newest;
-        self.name_epoch(&mut state, 1, 0)?;
-        self.name_epoch(&mut state, 0, newest)?;
-        (state.active, state.at, state.closed) = (0, START, false);
+        self.empty(&mut state)?;
+        let first = any_epoch();
+        self.name_epoch(&mut state, 0, first)?;
+        (state.active, state.at, state.newest, state.closed) = (0, START, first, false);
         Ok(())
     }
 
@@ -200,8 +199,12 @@ impl Unflushed {
     pub(crate) fn close(&self) -> Result<()> {
         let mut state = self.state.lock();
         state.closed = true;
-        self.name_epoch(&mut state, 0, 0)?;
-        self.name_epoch(&mut state, 1, 0)
+        self.empty(&mut state)
+    }
+
+    /// Empties both files, the older one first.
+    fn empty(&self, state: &mut State) -> Result<()> {
+        by_age(state.epochs).into_iter().try_for_each(|index| self.name_epoch(state, index, 0))
     }
 
     fn name_epoch(&self, state: &mut State, index: usize, epoch: u64) -> Result<()> {
@@ -219,6 +222,18 @@ impl Unflushed {
 
 /// Names of the files.
 pub const NAMES: [&str; 2] = ["unflushed.0", "unflushed.1"];
+
+/// Indices of the files, the one written earlier first.
+fn by_age(epochs: [u64; 2]) -> [usize; 2] {
+    let [first, second] = epochs;
+    if first <= second { [0, 1] } else { [1, 0] }
+}
+
+/// An epoch nobody has used, with room to count on from it.
+fn any_epoch() -> u64 {
+    let (lot, _) = uuid::Uuid::new_v4().as_u64_pair();
+    (lot >> 1).max(1)
+}
 
 fn open_file(path: &Path) -> Result<FileStorage> {
     if path.exists() {

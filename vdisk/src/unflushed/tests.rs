@@ -106,6 +106,68 @@ fn a_drained_disk_leaves_nothing_to_replay() {
     assert_eq!(content(&life(dir.path(), BOOT))[4096], 5);
 }
 
+/// Two blocks in one file, the second of them flushed anew later: its first version lies behind the first record.
+fn leave_an_old_record(disk: &Disk) {
+    disk.write(0, &[1; 4096]).expect("write");
+    disk.write(4096, &[1; 4096]).expect("write");
+    disk.flush().expect("flush");
+    disk.write(4096, &[2; 4096]).expect("write");
+    disk.flush().expect("flush");
+}
+
+#[test]
+fn records_of_an_earlier_boot_never_count_again() {
+    let dir = tempfile::tempdir().expect("folder");
+    leave_an_old_record(&life(dir.path(), BOOT));
+    // The power fails, the machine starts again, the session is resumed; then its process is killed.
+    life(dir.path(), [8; 16]).write(0, &[3; 4096]).expect("write");
+    let now = content(&life(dir.path(), [8; 16]));
+    assert_eq!((now[0], now[4096]), (3, 2), "a flushed write stays");
+}
+
+#[test]
+fn records_from_before_a_drain_never_count_again() {
+    let dir = tempfile::tempdir().expect("folder");
+    let disk = life(dir.path(), BOOT);
+    leave_an_old_record(&disk);
+    disk.hydrate(0, SIZE as u64).expect("hydrate");
+    disk.drain().expect("drain");
+    drop(disk);
+    life(dir.path(), BOOT).write(0, &[3; 4096]).expect("write");
+    let now = content(&life(dir.path(), BOOT));
+    assert_eq!((now[0], now[4096]), (3, 2), "a flushed write stays");
+}
+
+#[test]
+fn the_older_file_is_emptied_first() {
+    let dir = tempfile::tempdir().expect("folder");
+    let log = Unflushed::open(dir.path(), BOOT, &mut |_| Ok(())).expect("open");
+    log.replayed().expect("begin");
+    assert!(log.record(Operation::Write(0, &[1; 512])).expect("record"));
+    let _cut_off = log.turn().expect("turn");
+    assert!(log.record(Operation::Write(0, &[2; 512])).expect("record"));
+    drop(log);
+    // The first file is the older one, and cannot be emptied: what counts of the second must stay.
+    let refuse = |log: &mut Unflushed| {
+        let path = dir.path().join(NAMES[0]);
+        log.files[0] = FileStorage::open(&path, Access::ReadOnly).expect("file");
+    };
+    for end in [Unflushed::replayed, Unflushed::close] {
+        let mut log = Unflushed::open(dir.path(), BOOT, &mut |_| Ok(())).expect("open");
+        refuse(&mut log);
+        end(&log).expect_err("it cannot be written");
+        let mut last = 0;
+        Unflushed::open(dir.path(), BOOT, &mut |operation| {
+            if let Operation::Write(_, bytes) = operation {
+                last = bytes[0];
+            }
+            Ok(())
+        })
+        .expect("open");
+        assert_eq!(last, 2, "the older write alone would undo the newer");
+    }
+}
+
 #[test]
 fn a_torn_record_ends_the_replay() {
     let dir = tempfile::tempdir().expect("folder");
