@@ -4,6 +4,7 @@
 //! - A page is written back only where a durable record says `Written`, so recovery never finds guest
 //!   bytes under a hydrated mark.
 //! - A half of the journal is freed in this order: its blocks to `disk.raw`, sync, marks to `map`, sync.
+//! - Which half is active changes under the lock of `map` only.
 //! - Hydrated marks enter `map` by the same order; from the moment they are chosen guest writes over
 //!   those blocks are held back in memory.
 //!
@@ -12,6 +13,7 @@
 use super::{
     core::Core,
     failure::io_failed,
+    mapfile::MapFile,
     region::{BlockState, OVERLAY_BLOCK_BYTES},
 };
 use crate::{Delta, Result, sync::Ordering};
@@ -28,17 +30,23 @@ pub(super) enum Scope {
 }
 
 impl Core {
-    /// Brings the inactive half's contents home, so that it may be written again.
+    /// Brings the inactive half's contents home, and writes it again from here on. Nobody settles in
+    /// between: whoever does must find the same half inactive when he begins and when he ends.
     pub(super) fn switch_half(&self) -> Result<()> {
-        self.settle(Scope::Inactive)?;
+        let mut map = self.map.lock();
+        self.settle_with(&mut map, Scope::Inactive)?;
         self.journal.lock().switch();
+        drop(map);
         self.wake();
         Ok(())
     }
 
     /// Settles, one thread at a time.
     pub(super) fn settle(&self, scope: Scope) -> Result<()> {
-        let mut map = self.map.lock();
+        self.settle_with(&mut self.map.lock(), scope)
+    }
+
+    fn settle_with(&self, map: &mut MapFile, scope: Scope) -> Result<()> {
         self.check()?;
         let (active, floor) = {
             let journal = self.journal.lock();
