@@ -7,8 +7,10 @@
 use std::{collections::BTreeSet, path::Path, process::Command, sync::Arc, time::Duration};
 
 use aquifer_tests::{
-    faults::{CrashPoint, Failing, Image, Told, World},
+    failing,
+    faults::{Failing, Image, World},
     guest::{Act, Guest},
+    ledger::Ledger,
     oracle::cases,
     rig::{Rig, perform, read_all},
     rng::Rng,
@@ -19,77 +21,25 @@ fn numbers(sectors: u64) -> Vec<u64> {
     (1..=sectors).collect()
 }
 
-/// A scenario that touches every kind of call, and how far it came with the n-th call failing.
-fn scenario(seed: u64, n: u64, failing: Failing) -> bool {
-    let mut dice = Rng::new(seed);
-    let rig = Rig::any(&numbers(160), &mut dice);
-    let world = Rig::world();
-    drop(rig.create(&world));
-    let base = world.now();
-    let world = World::new(base.clone());
-    world.fail_at(n, failing);
-    let mut guest = Guest::new(numbers(160));
-    let what = format!("seed {seed}, call {n}, {failing:?}");
-    if let Ok(disk) = rig.open(&world) {
-        for _ in 0..60 {
-            attempt(&disk, &world, &mut guest, Act::any(&mut dice, 160), &what);
-        }
-        if world.told().iter().any(|t| matches!(t, Told::Sync { ok: false, .. })) {
-            assert!(matches!(disk.flush(), Err(Error::SyncFailed { .. })), "{what}: a flush after a failed sync");
-            let doubt = disk.doubtful();
-            // What is not named is safe: it has to be found as it was read last.
-            guest.sure_of(&|at| !doubt.contains(at));
-        }
-    }
-    let touched = world.calls() >= n;
-    world.heal();
-    // Once as the next process finds it, and as it may be after a loss of power.
-    let mut point = CrashPoint::new(base);
-    world.told().iter().for_each(|told| point.pass(told));
-    let mut found = vec![world.now()];
-    found.extend((0..3).map(|_| point.crash(dice.next_u64(), dice.next_u64() & dice.next_u64(), &mut dice)));
-    for files in found {
-        let disk = rig.open(&World::new(files)).unwrap_or_else(|e| panic!("{what}: {e}"));
-        let dirty = disk.dirty().expect("dirty");
-        guest.judge(&read_all(&disk), &|at| dirty.contains(at)).unwrap_or_else(|e| panic!("{what}: {e}"));
-    }
-    touched
-}
-
-/// One act that may fail; what may be found afterwards is kept in step.
-fn attempt(disk: &Disk, world: &World, guest: &mut Guest, act: Act, what: &str) {
-    let failed_sync = world.told().iter().any(|t| matches!(t, Told::Sync { ok: false, .. }));
-    let bytes = guest.begin(act);
-    let whole = disk.local().expect("local").absent == 0;
-    match perform(disk, act, &bytes) {
-        Ok(()) if act == Act::Flush || act == Act::Drain && whole => {
-            assert!(!failed_sync, "{what}: {act:?} was acknowledged after a failed sync");
-            guest.flushed();
-        }
-        Ok(()) => {}
-        // The guest is told, so old or new are both right from here on.
-        Err(_) => {
-            let mut now = vec![0; usize::try_from(disk.size()).expect("small")];
-            // The failing call may be this read: it fails once.
-            if disk.read(0, &mut now).is_err() {
-                disk.read(0, &mut now).expect("read again");
-            }
-            guest.unsure(&now);
-        }
-    }
-}
-
 #[test]
 fn whichever_call_fails_nothing_acknowledged_is_lost() {
-    for seed in 1..=u64::from(cases(15)) {
-        for failing in [Failing::Io, Failing::NoSpace, Failing::Short] {
-            let mut n = 1;
-            while scenario(seed, n, failing) {
-                n += 1;
-            }
-            assert!(n > 50, "seed {seed}: the scenario makes only {n} calls");
+    let ledger = Ledger::begin("calls failed in memory");
+    let (seeds, mut failed) = (1..=u64::from(cases(12)), 0);
+    let mut sites = BTreeSet::new();
+    for seed in seeds.clone() {
+        for failing in [Failing::Io, Failing::NoSpace, Failing::Interrupted, Failing::Short] {
+            let calls = failing::each_call(seed, failing, &mut sites).unwrap_or_else(|what| panic!("{what}"));
+            assert!(calls > 50, "seed {seed}: the scenario makes only {calls} calls");
+            failed += calls;
         }
     }
+    let wanted = failing::sync_lines();
+    let missed: Vec<_> = wanted.difference(&sites).collect();
+    assert!(wanted.len() >= 8 && missed.is_empty(), "syncs that never failed: {missed:?}");
+    ledger.tell(
+        &format!("{seeds:?}"),
+        &[("calls failed", failed), ("lines that sync, each failed", wanted.len() as u64)],
+    );
 }
 
 #[test]

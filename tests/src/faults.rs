@@ -9,9 +9,10 @@
 //! Not here: folders and names.
 
 use std::{
-    collections::BTreeMap,
+    backtrace::Backtrace,
+    collections::{BTreeMap, BTreeSet},
     io,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard, OnceLock},
 };
 
 use aquifer_formats::Storage;
@@ -21,11 +22,28 @@ use crate::rng::Rng;
 const SECTOR: usize = 512;
 const PAGE: usize = 4096;
 
+/// A page of a file, and a digest of it once somebody has asked for one.
+#[derive(Clone, Debug)]
+struct Sheet {
+    bytes: [u8; PAGE],
+    digest: OnceLock<u64>,
+}
+
+impl Sheet {
+    fn digest(&self) -> u64 {
+        let fold = |sum: u64, word: &[u8]| {
+            let word = u64::from_le_bytes(word.try_into().unwrap());
+            (sum ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
+        };
+        *self.digest.get_or_init(|| self.bytes.chunks_exact(8).fold(1, fold))
+    }
+}
+
 /// Contents of a file; cheap to copy, holes take nothing.
 #[derive(Clone, Debug, Default)]
 pub struct Image {
     len: u64,
-    pages: BTreeMap<u64, Arc<[u8; PAGE]>>,
+    pages: BTreeMap<u64, Arc<Sheet>>,
 }
 
 impl Image {
@@ -47,7 +65,7 @@ impl Image {
             let n = (PAGE - skip).min(rest.len());
             let (part, tail) = rest.split_at_mut(n);
             match self.pages.get(&(at / PAGE as u64)) {
-                Some(page) => part.copy_from_slice(&page[skip..skip + n]),
+                Some(page) => part.copy_from_slice(&page.bytes[skip..skip + n]),
                 None => part.fill(0),
             }
             at += n as u64;
@@ -62,11 +80,20 @@ impl Image {
         while !rest.is_empty() {
             let skip = at as usize % PAGE;
             let n = (PAGE - skip).min(rest.len());
-            let page = self.pages.entry(at / PAGE as u64).or_insert_with(|| Arc::new([0; PAGE]));
-            Arc::make_mut(page)[skip..skip + n].copy_from_slice(&rest[..n]);
+            let blank = || Arc::new(Sheet { bytes: [0; PAGE], digest: OnceLock::new() });
+            let page = Arc::make_mut(self.pages.entry(at / PAGE as u64).or_insert_with(blank));
+            page.bytes[skip..skip + n].copy_from_slice(&rest[..n]);
+            page.digest = OnceLock::new();
             at += n as u64;
             rest = &rest[n..];
         }
+    }
+
+    /// Equal for equal images (of 2^64 numbers); pages never changed are not looked at twice. A hole and a page of
+    /// zeros differ, as they do to whoever asks what is allocated.
+    pub fn digest(&self) -> u64 {
+        let mix = |sum: u64, number: u64| (sum ^ number).wrapping_mul(0xbf58_476d_1ce4_e5b9).rotate_left(31);
+        self.pages.iter().fold(self.len, |sum, (at, page)| mix(mix(sum, *at), page.digest()))
     }
 
     /// Zeros a range, as far as the file goes.
@@ -160,6 +187,8 @@ pub enum Failing {
     Io,
     /// `ENOSPC`, nothing done; a sync fails with `EIO`.
     NoSpace,
+    /// `EINTR`, nothing done: a storage tries again by itself, so what still reaches its user is a failure.
+    Interrupted,
     /// Half of a write is done, in whole sectors, then `ENOSPC`.
     Short,
 }
@@ -172,6 +201,8 @@ struct State {
     fail_at: Option<(u64, Failing)>,
     /// Fail every call from `fail_at` on, for as long as it is set.
     for_good: bool,
+    /// Who asked for a sync that was made to fail, as `file.rs:line`, callers included; only if asked for.
+    sites: Option<BTreeSet<String>>,
 }
 
 /// A set of files that live and die together.
@@ -220,6 +251,16 @@ impl World {
         state.for_good = false;
     }
 
+    /// Notes from now on who asks for a sync that is made to fail.
+    pub fn note_sites(&self) {
+        self.state().sites = Some(BTreeSet::new());
+    }
+
+    /// Lines of the source, as `file.rs:line`, that such a sync went through.
+    pub fn sites(&self) -> BTreeSet<String> {
+        self.state().sites.clone().unwrap_or_default()
+    }
+
     /// Makes every call fail from now on.
     pub fn fail_from_now(&self, failing: Failing) {
         let mut state = self.state();
@@ -250,9 +291,18 @@ struct FaultStorage {
     label: String,
 }
 
+/// The places in a backtrace, as `file.rs:line`.
+fn places(trace: &str) -> impl Iterator<Item = String> {
+    trace.lines().filter_map(|line| {
+        let mut parts = line.trim().strip_prefix("at ")?.rsplit('/').next()?.split(':');
+        Some(format!("{}:{}", parts.next()?, parts.next()?))
+    })
+}
+
 fn error(failing: Failing) -> io::Error {
     match failing {
         Failing::Io => io::Error::from_raw_os_error(libc::EIO),
+        Failing::Interrupted => io::Error::from_raw_os_error(libc::EINTR),
         Failing::NoSpace | Failing::Short => io::Error::from_raw_os_error(libc::ENOSPC),
     }
 }
@@ -351,6 +401,9 @@ impl Storage for FaultStorage {
         let mut state = self.world.state();
         let failing = state.call();
         state.told.push(Told::Sync { file: self.file, ok: failing.is_none() });
+        if let (Some(_), Some(sites)) = (failing, &mut state.sites) {
+            sites.extend(places(&Backtrace::force_capture().to_string()));
+        }
         failing.map_or(Ok(()), |_| Err(error(Failing::Io)))
     }
 }

@@ -90,6 +90,18 @@ impl Act {
     }
 }
 
+/// A disk as it was found: the number of each sector, if it is full of one, and whether it is dirty.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Found(Vec<(Option<u64>, bool)>);
+
+impl Found {
+    /// The disk of these bytes; `dirty` tells of places in bytes.
+    pub fn of(disk: &[u8], dirty: &dyn Fn(u64) -> bool) -> Self {
+        let sector = |(at, bytes)| (number(bytes), dirty((at * SECTOR) as u64));
+        Self(disk.chunks_exact(SECTOR).enumerate().map(sector).collect())
+    }
+}
+
 /// What the guest knows.
 #[derive(Clone, Debug)]
 pub struct Guest {
@@ -174,12 +186,19 @@ impl Guest {
     /// Whether a disk found after a crash is one the guest may find, and `dirty` (in bytes) names every
     /// sector that differs from the disk below. Returns what is wrong.
     pub fn judge(&self, disk: &[u8], dirty: &dyn Fn(u64) -> bool) -> Result<(), String> {
-        for (at, allowed) in self.allowed.iter().enumerate() {
-            let found = number(&disk[at * SECTOR..(at + 1) * SECTOR]);
+        self.judge_found(&Found::of(disk, dirty))
+    }
+
+    /// As [`Guest::judge`].
+    pub fn judge_found(&self, found: &Found) -> Result<(), String> {
+        if found.0.len() != self.allowed.len() {
+            return Err(format!("a disk of {} sectors, not {}", found.0.len(), self.allowed.len()));
+        }
+        for (at, (allowed, (found, dirty))) in self.allowed.iter().zip(&found.0).enumerate() {
             let Some(found) = found.filter(|n| allowed.contains(n)) else {
                 return Err(format!("sector {at} holds {found:x?}, allowed are {allowed:x?}"));
             };
-            if found != self.origin[at] && !dirty((at * SECTOR) as u64) {
+            if found != self.origin[at] && !dirty {
                 return Err(format!("sector {at} holds {found:x}, not {:x}, and is not dirty", self.origin[at]));
             }
         }
@@ -188,10 +207,18 @@ impl Guest {
 
     /// Compares with a disk read without any crash: exactly what was written last.
     pub fn judge_live(&self, disk: &[u8]) {
+        self.agrees(disk).unwrap_or_else(|what| panic!("{what}"));
+    }
+
+    /// As [`Guest::judge_live`]. Returns what is wrong.
+    pub fn agrees(&self, disk: &[u8]) -> Result<(), String> {
         for (at, live) in self.live.iter().enumerate() {
             let found = number(&disk[at * SECTOR..(at + 1) * SECTOR]);
-            assert!(found == Some(*live), "sector {at} holds {found:x?}, not {live:x}");
+            if found != Some(*live) {
+                return Err(format!("sector {at} holds {found:x?}, not {live:x}"));
+            }
         }
+        Ok(())
     }
 
     /// Notes that certain places (in bytes) are as safe as after a flush.

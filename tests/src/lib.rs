@@ -10,9 +10,12 @@
 pub mod boot_sector;
 pub mod chains;
 pub mod door;
+pub mod explore;
+pub mod failing;
 pub mod faults;
 pub mod fuzz;
 pub mod guest;
+pub mod ledger;
 pub mod mend;
 pub mod oracle;
 pub mod program;

@@ -72,8 +72,13 @@ impl Rig {
 
     /// Makes a new overlay.
     pub fn create(&self, world: &World) -> Disk {
-        let overlay = Overlay::create_on(Self::files(world), self.of(), self.options).expect("create");
-        Disk::writable("d", Arc::clone(&self.chain), overlay).expect("a disk")
+        self.try_create(world).expect("create")
+    }
+
+    /// Makes a new overlay in a world that may fail.
+    pub fn try_create(&self, world: &World) -> aquifer_vdisk::Result<Disk> {
+        let overlay = Overlay::create_on(Self::files(world), self.of(), self.options)?;
+        Disk::writable("d", Arc::clone(&self.chain), overlay)
     }
 
     /// Opens the overlay of a world.
