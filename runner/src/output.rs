@@ -26,6 +26,9 @@ pub use progress::Progress;
 
 use crate::fail::{At, Code, Fail, FailRecord};
 
+/// Rows of a table are written in pieces of about this many bytes.
+const TABLE_BYTES: usize = 64 << 10;
+
 /// The form of stdout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
@@ -117,6 +120,24 @@ impl Output {
     pub fn line(&self, text: impl fmt::Display) {
         if self.form == Form::Human {
             self.stdout(&format!("{text}\n"));
+        }
+    }
+
+    /// Rows of a table that may be long: records or lines, written together.
+    pub fn table<T: Serialize + fmt::Display>(&self, kind: &str, rows: impl Iterator<Item = T>) {
+        let mut text = String::new();
+        for row in rows {
+            match self.form {
+                Form::Human => text.push_str(&format!("{row}\n")),
+                Form::Json => text.push_str(&self.json_line(kind, &row).unwrap_or_default()),
+            }
+            if text.len() >= TABLE_BYTES {
+                self.stdout(&text);
+                text.clear();
+            }
+        }
+        if !text.is_empty() {
+            self.stdout(&text);
         }
     }
 
@@ -225,11 +246,20 @@ impl Output {
     }
 
     fn json(&self, kind: &str, fields: &impl Serialize) {
+        if let Some(line) = self.json_line(kind, fields) {
+            self.stdout(&line);
+        }
+    }
+
+    fn json_line(&self, kind: &str, fields: &impl Serialize) -> Option<String> {
         let line = Line { schema: format!("aquifer.{}/1", self.verb), kind, fields };
         match serde_json::to_string(&line) {
-            Ok(text) => self.stdout(&format!("{text}\n")),
+            Ok(text) => Some(format!("{text}\n")),
             // Only a record that is no map can fail, and no verb has one; say so rather than lose it.
-            Err(error) => self.stderr(&format!("a {kind} record cannot be printed: {error}\n")),
+            Err(error) => {
+                self.stderr(&format!("a {kind} record cannot be printed: {error}\n"));
+                None
+            }
         }
     }
 

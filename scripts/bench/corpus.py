@@ -3,20 +3,24 @@
 mix   4 GiB, 40 % used: a Debian tree on ext4, half-random blocks, a few fully random ones.
 tree  a Debian tree alone, the honest corpus for compression.
 
-Chains of either: a zstd qcow2, a backing chain of 129 files, and native repositories of both depths.
+Chains of either: a zstd qcow2, a backing chain of 129 files, and a native repository of as many points.
+
+wide  1 TiB virtual with a block in every 16 MiB, and 100 increments: as native points, the newest with every leaf
+      changed, and as a backing chain.
 """
 import hashlib
 import os
 import random
-import subprocess
+import shutil
 from pathlib import Path
 
+from servers import AQUIFER, environment, run
+
 GIB = 1 << 30
+TIB = 1 << 40
 BLOCK = 64 << 10
-
-
-def run(*argv, **kw):
-    return subprocess.run([str(a) for a in argv], check=True, stdout=subprocess.DEVNULL, **kw)
+LEAF = 256 * BLOCK
+STEPS = 100
 
 
 def tree_image(path, size, limit):
@@ -43,7 +47,7 @@ def tree_image(path, size, limit):
             if used > limit * 0.98:
                 break
     path.unlink(missing_ok=True)
-    run("mkfs.ext4", "-q", "-F", "-d", stage, path, f"{size >> 20}M", stderr=subprocess.DEVNULL)
+    run("mkfs.ext4", "-q", "-F", "-d", stage, path, f"{size >> 20}M")
     run("rm", "-rf", stage)
 
 
@@ -70,23 +74,101 @@ def zstd_qcow2(raw, out):
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd", raw, out)
 
 
-def chain(base, folder, depth):
-    """`depth` increments on `base`, each with 24 clusters of real bytes; returns the files, oldest first."""
+def increments(depth):
+    """What changes in each of `depth` increments of mix: the 64 KiB that are written, and the places in bytes."""
     rng = random.Random(depth)
-    files = [base]
-    donor = folder / "donor.bin"
-    donor.write_bytes(rng.randbytes(32 << 10) + (b"the quick brown fox " * 2000)[: 32 << 10])
-    size = 4 * GIB
-    for n in range(1, depth + 1):
+    donor = rng.randbytes(32 << 10) + (b"the quick brown fox " * 2000)[: 32 << 10]
+    return donor, [[place * BLOCK for place in rng.sample(range(4 * GIB // BLOCK), 24)] for _ in range(depth)]
+
+
+def chain(base, folder, depth):
+    """`depth` increments on `base`, each with 24 clusters of real bytes."""
+    donor, steps = increments(depth)
+    (folder / "donor.bin").write_bytes(donor)
+    below = base
+    for n, places in enumerate(steps, 1):
         top = folder / f"inc{n:03}.qcow2"
-        run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "compression_type=zstd", "-b", files[-1].name, "-F", "qcow2", top, cwd=folder)
-        places = rng.sample(range(size // BLOCK), 24)
-        argv = ["qemu-io", "-f", "qcow2"]
-        for place in places:
-            argv += ["-c", f"write -q -c -s {donor} {place * BLOCK} {BLOCK}"]
-        run(*argv, top)
-        files.append(top)
-    return files
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "compression_type=zstd", "-b", below.name, "-F", "qcow2", top, cwd=folder)
+        script = "".join(f"write -q -c -s {folder}/donor.bin {place} {BLOCK}\n" for place in places)
+        run("qemu-io", "-f", "qcow2", top, input=script.encode())
+        below = top
+
+
+def once(folder, name):
+    """Whether `name` still has to be made; an unfinished one is taken away."""
+    made = folder / name
+    if (made / "done").exists():
+        return False
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True)
+    return True
+
+
+def backup(repo, *argv):
+    run(AQUIFER, "-r", repo, "backup", *argv, env=environment(repo.parent / "home"))
+
+
+def native(folder):
+    """The same disk and the same 128 changes as the backing chain, each stored as a native increment."""
+    made = folder / "native-1"
+    repo, disk = made / "repo", made / "disk.qcow2"
+    if once(folder, made.name):
+        run(AQUIFER, "-r", repo, "init", env=environment(made / "home"))
+        run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", folder / "mix.raw", disk)
+        backup(repo, "mix", "--disk", f"vda={disk}")
+        for n, places in enumerate(increments(128)[1], 1):
+            script = "".join(f"write -q -s {folder}/donor.bin {place} {BLOCK}\n" for place in places)
+            step(repo, "mix", disk, n, script)
+        disk.unlink()
+        (made / "done").touch()
+    return repo
+
+
+def step(repo, machine, disk, n, script):
+    """Changes a disk under a bitmap and backs up what has changed."""
+    run("qemu-img", "bitmap", "--add", "--enable", disk, f"b{n}")
+    run("qemu-io", "-f", "qcow2", "-t", "writeback", disk, input=script.encode())
+    backup(repo, machine, "--disk", f"vda={disk}", "--bitmap", f"b{n}")
+    run("qemu-img", "bitmap", "--remove", disk, f"b{n}")
+
+
+def pages(n):
+    """Where increment `n` of the wide disk writes, in bytes: 16 scattered places, its own."""
+    return [((n * 7919 + k * 104729) % (TIB // LEAF)) * LEAF + (1 + n % 200) * BLOCK for k in range(16)]
+
+
+def wide(folder):
+    """101 points of 1 TiB and one more in which every leaf differs."""
+    made = folder / "wide-1"
+    repo, disk = made / "repo", made / "disk.qcow2"
+    if once(folder, made.name):
+        run(AQUIFER, "-r", repo, "init", env=environment(made / "home"))
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", disk, "1T")
+        everywhere = [leaf * LEAF for leaf in range(TIB // LEAF)]
+        for n in range(STEPS + 2):
+            script = "".join(f"write -q -P {1 + n} {place} 4k\n" for place in (everywhere if n in (0, STEPS + 1) else pages(n)))
+            if n:
+                step(repo, "wide", disk, n, script)
+            else:
+                run("qemu-io", "-f", "qcow2", "-t", "writeback", disk, input=script.encode())
+                backup(repo, "wide", "--disk", f"vda={disk}")
+        disk.unlink()
+        (made / "done").touch()
+    return repo
+
+
+def wide_chain(folder):
+    """A backing chain of 101 qcow2 files of 1 TiB; the newest is w100.qcow2."""
+    made = folder / "wide-chain-1"
+    if once(folder, made.name):
+        for n in range(STEPS + 1):
+            top = made / f"w{n}.qcow2"
+            below = ["-b", f"w{n - 1}.qcow2", "-F", "qcow2", top] if n else [top, "1T"]
+            run("qemu-img", "create", "-q", "-f", "qcow2", *below, cwd=made)
+            script = "".join(f"write -q -P {1 + n} {place} 64k\n" for place in pages(n))
+            run("qemu-io", "-f", "qcow2", "-t", "writeback", top, input=script.encode())
+        (made / "done").touch()
+    return made
 
 
 def prepare(folder):
@@ -100,7 +182,6 @@ def prepare(folder):
     for name in ("mix", "tree"):
         zstd_qcow2(folder / f"{name}.raw", folder / f"{name}.qcow2")
     chain(folder / "mix.qcow2", folder, 128)
-    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", folder / "mix.raw", folder / "mix-plain.qcow2")
     done.touch()
 
 

@@ -1,216 +1,159 @@
-"""The rows of the budget: our figure, the peer's, the ratio; both sides interleaved in one run."""
+"""The rows of the budget, one function for each group of them; every peer is measured in the same run as ours.
+
+`cold` reads go through a cache of 1 MiB, so each one decodes; the files themselves are in the page cache on both sides.
+"""
 import json
-import os
-import statistics
+import socket as sockets
 import subprocess
 import time
-from pathlib import Path
 
-from servers import AQUIFER, fio, ours, qemu_nbd, resident_kib, scratch, served, timed
+import corpus
+import table
+from servers import (AQUIFER, environment, fio, first_byte, forget_pages, our_fuse, ours, qemu_fuse, qemu_nbd, resident_kib, run, running,
+                     scratch, site, synced, timed)
+from table import compare, limit
 
-ROWS = []
-ROUNDS = int(os.environ.get("AQUIFER_BENCH_ROUNDS", "3"))
-
-
-def row(group, work, budget, unit, better, us, peer, note=""):
-    """Takes the medians of interleaved samples; ratio above 1 means we are better."""
-    a, b = statistics.median(us), statistics.median(peer)
-    ratio = (a / b) if better == "more" else (b / a)
-    ROWS.append({"group": group, "work": work, "budget": budget, "unit": unit, "ours": a, "peer": b, "ratio": ratio,
-                 "ours_all": us, "peer_all": peer, "note": note})
-    print(f"{group}: {work}: {a:.4g} against {b:.4g} {unit}: {ratio:.2f} x (budget {budget})", flush=True)
+COLD = "1MiB"
+QD1, QD16, FOUR = ("QD1", 1, 1), ("QD16", 16, 1), ("QD16 x 4 connections", 16, 4)
 
 
-def alternate(us, peer):
-    """Runs both in turn, several times; each is called afresh and returns one figure."""
-    a, b = [], []
-    for _ in range(ROUNDS):
-        a.append(us())
-        b.append(peer())
-    return a, b
+def chain_files(work):
+    return [work / "mix.qcow2", *sorted(work.glob("inc*.qcow2"))]
 
 
-LOADS = (("QD1", 1, 1), ("QD16", 16, 1), ("QD1 x 4 connections", 1, 4))
-
-
-def reads(group, budgets, our_server, peer_server, warm=False, **load):
-    """Random 4 KiB reads over NBD at three loads. `warm`: touch everything before measuring."""
-    for (name, depth, jobs), budget in zip(LOADS, budgets):
-        if budget is None:
-            continue
+def reads(group, our_server, peer_name, peer_server, budgets, files, warm=False, touch=False):
+    """Random 4 KiB reads over NBD. `files` are in the page cache; `warm`: everything is read once first; `touch`: the
+    map's windows are."""
+    for (name, depth, jobs), budget in budgets:
 
         def one(server):
             with server() as (uri, _):
                 if warm:
-                    subprocess.run(["nbdcopy", uri, "null:"], check=True, capture_output=True)
-                return fio(uri, depth=depth, jobs=jobs, **load)[0]
+                    run("nbdcopy", uri, "null:")
+                if touch:
+                    run("nbdinfo", "--map", uri)
+                return fio(uri, depth=depth, jobs=jobs)[0]
 
-        us, peer = alternate(lambda: one(our_server), lambda: one(peer_server))
-        row(group, f"4 KiB random read, {name}", budget, "IOPS", "more", us, peer)
-
-
-def native_repository(work):
-    """All points of the chain of 129 files, each stored as a native increment of the one before."""
-    repo = work / "repo"
-    if not (repo / "done").exists():
-        subprocess.run(["rm", "-rf", str(repo)], check=True)
-        subprocess.run([AQUIFER, "-r", str(repo), "init"], check=True, capture_output=True)
-        for image in [work / "mix.qcow2"] + [work / f"inc{n:03}.qcow2" for n in range(1, 129)]:
-            subprocess.run([AQUIFER, "-r", str(repo), "backup", "mix", "--disk", f"vda={image}"], check=True, capture_output=True)
-        (repo / "done").touch()
-    return repo
+        compare(group, f"4 KiB random read, {name}", lambda: one(our_server), (peer_name, budget, lambda: one(peer_server)),
+                unit="IOPS", better="more", warm=files)
 
 
-def nbd_rows(work):
+def depth(work):
     flat, deep = work / "mix.qcow2", work / "inc128.qcow2"
-    reads("depth 128 against depth 1 (ours both, windows touched)", (">= 0.95", ">= 0.95", None),
-          lambda: ours(deep, cache="1MiB"), lambda: ours(flat, cache="1MiB"))
-    reads("cold zstd qcow2, depth 1, against qemu-nbd", (">= 1.5", ">= 1.5", ">= 2"), lambda: ours(flat), lambda: qemu_nbd(flat))
-    if os.environ.get("AQUIFER_BENCH_NATIVE", "1") != "0":
-        native_repository(work)
-        reads("cold native zstd, depth 1, against qemu-nbd zstd qcow2", (">= 1.5", ">= 1.5", ">= 2"),
-              lambda: ours("mix@latest~128", repo=work / "repo"), lambda: qemu_nbd(flat))
-        reads("cold native, depth 128, against qemu-nbd depth 129", (">= 5", ">= 8", ">= 12"),
-              lambda: ours("mix@latest", repo=work / "repo"), lambda: qemu_nbd(deep))
-    reads("cold zstd qcow2, depth 128, against qemu-nbd", (">= 5", ">= 8", ">= 12"), lambda: ours(deep), lambda: qemu_nbd(deep))
-    reads("cached, depth 128, against qemu-nbd", (None, ">= 25", None), lambda: ours(deep, cache="4GiB"), lambda: qemu_nbd(deep), warm=True)
-    raw = f"raw:{work}/mix.raw"
-    reads("cached hit against qemu-nbd raw (io_uring)", (">= 1.2", ">= 1.2", ">= 2.5"), lambda: ours(raw),
-          lambda: qemu_nbd(work / "mix.raw", "raw", "--aio=io_uring", "--cache=writeback"), warm=True)
+    reads("depth 128 against depth 1", lambda: ours(deep, cache=COLD), "ours at depth 1", lambda: ours(flat, cache=COLD),
+          ((QD1, 0.95), (QD16, 0.95), (FOUR, 0.95)), chain_files(work), touch=True)
 
 
-def sequential_rows(work):
-    flat, deep = work / "mix.qcow2", work / "inc128.qcow2"
-    for name, image, budget in (("depth 1", flat, ">= 3"), ("depth 128", deep, ">= 8")):
+def cold(work):
+    flat, deep, native = work / "mix.qcow2", work / "inc128.qcow2", corpus.native(work)
+    files = [*chain_files(work), *native.rglob("*.aql")]
+    one, many = ((QD1, 1.5), (QD16, 1.5), (FOUR, 2.0)), ((QD1, 5.0), (QD16, 8.0), (FOUR, 12.0))
+    reads("cold zstd qcow2, depth 1", lambda: ours(flat, cache=COLD), "qemu-nbd", lambda: qemu_nbd(flat), one, files)
+    reads("cold native point, depth 1", lambda: ours("mix@latest~128", repo=native, cache=COLD), "qemu-nbd, zstd qcow2",
+          lambda: qemu_nbd(flat), one, files)
+    reads("cold zstd qcow2, depth 128", lambda: ours(deep, cache=COLD), "qemu-nbd", lambda: qemu_nbd(deep), many, files)
+    reads("cold native point, depth 128", lambda: ours("mix@latest", repo=native, cache=COLD), "qemu-nbd, qcow2 chain",
+          lambda: qemu_nbd(deep), many, files)
 
-        def pull(server, argv):
+
+def hot(work):
+    deep, raw = work / "inc128.qcow2", work / "mix.raw"
+    reads("cached", lambda: ours(deep, cache="4GiB"), "qemu-nbd, chain of 129", lambda: qemu_nbd(deep), ((QD16, 25.0),), chain_files(work), warm=True)
+    reads("cached", lambda: ours(deep, cache="4GiB"), "qemu-nbd, raw, io_uring",
+          lambda: qemu_nbd(raw, "raw", "--aio=io_uring", "--cache=writeback"), ((QD1, 1.2), (QD16, 1.2), (FOUR, 2.5)),
+          [*chain_files(work), raw], warm=True)
+
+
+def sequential(work):
+    for name, image, by_copy, by_convert in (("depth 1", work / "mix.qcow2", 2.0, 3.0), ("depth 128", work / "inc128.qcow2", 2.0, 8.0)):
+
+        def copy(server):
             with server() as (uri, _):
-                return timed(*[a.format(uri=uri) for a in argv])
+                return timed("nbdcopy", uri, "null:")
 
-        copy = ["nbdcopy", "{uri}", "null:"]
-        us, peer = alternate(lambda: pull(lambda: ours(image), copy), lambda: pull(lambda: qemu_nbd(image), copy))
-        row("sequential", f"nbdcopy to null, {name}", ">= 2" if image == flat else "-", "s", "less", us, peer)
-        null = 'json:{{"driver":"null-co","size":4294967296}}'
-        convert = ["qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", "{uri}", null]
-        us, peer = alternate(lambda: pull(lambda: ours(image), convert), lambda: pull(lambda: qemu_nbd(image), convert))
-        row("sequential", f"qemu-img convert from the door, {name}", budget, "s", "less", us, peer)
+        def convert(server):
+            with server() as (uri, _):
+                return timed("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", uri, 'json:{"driver":"null-co","size":4294967296}')
 
-
-def fuse_rows(work):
-    def load(path, depth, jobs):
-        argv = ["fio", "--name=b", "--ioengine=io_uring", f"--filename={path}", "--rw=randread", "--bs=4k", f"--iodepth={depth}",
-                f"--numjobs={jobs}", "--direct=1", "--runtime=2", "--time_based", "--size=1g", "--group_reporting", "--readonly", "--output-format=json"]
-        out = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
-        return json.loads(out[out.index("{"):])["jobs"][0]["read"]["iops"]
-
-    def mounted(source, depth):
-        with scratch() as folder:
-            mount = folder / "m"
-            mount.mkdir()
-            argv = [AQUIFER, "mount", source, "--fuse", mount]
-            process = subprocess.Popen([str(a) for a in argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                       env={**os.environ, "AQUIFER_HOME": str(folder / "home")})
-            try:
-                for _ in range(500):
-                    files = [f for f in mount.iterdir()]
-                    if files:
-                        break
-                    time.sleep(0.01)
-                return load(files[0], depth, 1)
-            finally:
-                process.terminate()
-                process.wait(15)
-
-    def daemon(image, form, depth):
-        with scratch() as folder:
-            point, pid = folder / "f", folder / "pid"
-            point.touch()
-            argv = ["qemu-storage-daemon", "--blockdev", f"driver=file,node-name=f,filename={image},read-only=on", "--blockdev",
-                    f"driver={form},node-name=d,file=f,read-only=on", "--export", f"type=fuse,id=e,node-name=d,mountpoint={point},writable=off",
-                    "--pidfile", pid]
-            with served(argv, pid):
-                time.sleep(0.2)
-                return load(point, depth, 1)
-
-    for what, source, image, form, budgets in (("hot, raw", f"raw:{work}/mix.raw", work / "mix.raw", "raw", (">= 2", ">= 2.5")),
-                                               ("cold zstd", work / "mix.qcow2", work / "mix.qcow2", "qcow2", (">= 1.5", ">= 1.5"))):
-        for depth, budget in zip((1, 16), budgets):
-            us, peer = alternate(lambda: mounted(source, depth), lambda: daemon(image, form, depth))
-            row("FUSE against qemu-storage-daemon", f"{what}, 4 KiB random read, QD{depth}", budget, "IOPS", "more", us, peer)
+        for what, how, budget in (("nbdcopy to null", copy, by_copy), ("qemu-img convert from the door", convert, by_convert)):
+            compare("sequential", f"{what}, {name}", lambda: how(lambda: ours(image, cache="64MiB")),
+                    ("qemu-nbd zstd", budget, lambda: how(lambda: qemu_nbd(image))), unit="s", better="less", warm=chain_files(work))
 
 
-def write_rows(work):
+def fuse(work):
+    def load(file, depth, warm):
+        with file() as path:
+            if warm:
+                timed("dd", f"if={path}", "of=/dev/null", "bs=1M", "count=1024", "iflag=direct")
+            return fio(path, depth=depth)[0]
+
+    raw, zstd = work / "mix.raw", work / "mix.qcow2"
+    peer = "qemu-storage-daemon"
+    for depth, hot_budget in ((1, 2.0), (16, 2.5)):
+        compare("FUSE", f"hot, raw, QD{depth}", lambda: load(lambda: our_fuse(f"raw:{raw}"), depth, True),
+                (peer, hot_budget, lambda: load(lambda: qemu_fuse(raw, "raw"), depth, True)), unit="IOPS", better="more", warm=[raw])
+        compare("FUSE", f"cold zstd, QD{depth}", lambda: load(lambda: our_fuse(zstd, COLD), depth, False),
+                (peer, 1.5, lambda: load(lambda: qemu_fuse(zstd, "qcow2"), depth, False)), unit="IOPS", better="more",
+                warm=[zstd])
+
+
+def write(work):
     flat = work / "mix.qcow2"
 
-    def our_writes(depth):
-        with scratch() as folder, ours(flat, "--writable", "--overlay", folder / "overlay") as (uri, _):
+    def load(server, depth):
+        with server as (uri, _):
             return fio(uri, rw="randwrite", depth=depth, fsync=1, size="4g")[0]
 
-    def overlay_writes(depth):
+    def mine(depth):
+        with scratch() as folder:
+            return load(ours(flat, "--writable", "--overlay", folder / "overlay"), depth)
+
+    def overlay(depth):
         with scratch() as folder:
             top = folder / "top.qcow2"
-            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", flat, "-F", "qcow2", top], check=True)
-            with qemu_nbd(top, "qcow2", "--cache=writeback", write=True) as (uri, _):
-                return fio(uri, rw="randwrite", depth=depth, fsync=1, size="4g")[0]
+            run("qemu-img", "create", "-q", "-f", "qcow2", "-b", flat, "-F", "qcow2", top)
+            return load(qemu_nbd(top, "qcow2", "--cache=writeback", write=True), depth)
 
-    def raw_writes(depth):
+    def raw(depth):
         with scratch() as folder:
             top = folder / "top.raw"
-            subprocess.run(["qemu-img", "create", "-q", "-f", "raw", top, "4G"], check=True)
-            with qemu_nbd(top, "raw", "--cache=writeback", "--aio=io_uring", write=True) as (uri, _):
-                return fio(uri, rw="randwrite", depth=depth, fsync=1, size="4g")[0]
+            run("qemu-img", "create", "-q", "-f", "raw", top, "4G")
+            return load(qemu_nbd(top, "raw", "--cache=writeback", "--aio=io_uring", write=True), depth)
 
-    for depth, over, raw in ((1, ">= 2.5", ">= 1.3"), (16, ">= 8", ">= 4")):
-        us, peer = alternate(lambda: our_writes(depth), lambda: overlay_writes(depth))
-        row("flushed 4 KiB writes", f"against a qcow2 overlay, QD{depth}", over, "IOPS", "more", us, peer)
-        us, peer = alternate(lambda: our_writes(depth), lambda: raw_writes(depth))
-        row("flushed 4 KiB writes", f"against raw under qemu-nbd, QD{depth}", raw, "IOPS", "more", us, peer)
+    for depth, over_overlay, over_raw in ((1, 2.5, 1.3), (16, 8.0, 4.0)):
+        compare("flushed writes", f"4 KiB random write, a FLUSH after each, QD{depth}", lambda: mine(depth),
+                ("qemu-nbd, qcow2 overlay", over_overlay, lambda: overlay(depth)),
+                ("qemu-nbd, raw, io_uring", over_raw, lambda: raw(depth)), unit="IOPS", better="more", warm=[flat])
 
 
-def hydrate(source, folder):
-    """Seconds until a machine-less session over `source` is all local and durable."""
-    out = subprocess.run([AQUIFER, "bench", "hydrate", str(source), "--json"], check=True, capture_output=True, text=True,
-                         env={**os.environ, "AQUIFER_HOME": str(folder / "home"), "TMPDIR": str(folder)}).stdout
-    for line in out.splitlines():
-        data = json.loads(line)
-        if "seconds" in data:
-            return data["seconds"]
-    raise RuntimeError(f"no result in {out}")
+def bench_hydrate(source, *options, key="seconds"):
+    """What `aquifer bench hydrate` says: a throw-away overlay is filled, made durable, and compared with nothing."""
+    with scratch() as folder:
+        argv = [AQUIFER, "bench", "hydrate", source, "--json", *options]
+        out = run(*argv, stdout=subprocess.PIPE, text=True, env=environment(folder / "home")).stdout
+    return next(data[key] for data in map(json.loads, out.splitlines()) if data.get(key) is not None)
 
 
-def hydration_rows(work):
+def hydration(work):
     def convert(image):
         with scratch() as folder:
             out = folder / "o.raw"
-            seconds = timed("qemu-img", "convert", "-W", "-m", "4", "-f", "qcow2", "-O", "raw", image, out)
-            return seconds + timed("sync", "-d", out)
+            return timed("qemu-img", "convert", "-W", "-m", "4", "-f", "qcow2", "-O", "raw", image, out) + synced(out)
 
-    def stream(image):
-        with scratch() as folder:
-            top = folder / "top.qcow2"
-            subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", top], check=True)
-            return qmp_stream(top, folder)
-
-    def mine(image):
-        with scratch() as folder:
-            return hydrate(image, folder)
-
-    for name, image, over_stream, over_convert in (("depth 1", work / "mix.qcow2", ">= 4", ">= 2"), ("depth 128", work / "inc128.qcow2", "-", ">= 10")):
-        us, peer = alternate(lambda: mine(image), lambda: convert(image))
-        row("bulk hydration, synced", f"against qemu-img convert -W, {name}", over_convert, "s", "less", us, peer)
-        if over_stream != "-":
-            us, peer = alternate(lambda: mine(image), lambda: stream(image))
-            row("bulk hydration, synced", f"against block-stream, {name}", over_stream, "s", "less", us, peer)
+    for name, image, over_stream, over_convert in (("depth 1", work / "mix.qcow2", 4.0, 2.0), ("depth 128", work / "inc128.qcow2", 10.0, 10.0)):
+        compare("bulk hydration, synced", name, lambda: bench_hydrate(image), ("qemu-img convert -W", over_convert, lambda: convert(image)),
+                ("block-stream", over_stream, lambda: block_stream(image)), unit="s", better="less", warm=chain_files(work))
 
 
-def qmp_stream(top, folder):
-    """Seconds of QEMU's block-stream of the whole backing chain into `top`, synced."""
-    import socket as sockets
-    path = folder / "qmp"
-    argv = ["qemu-storage-daemon", "--blockdev", f"driver=file,node-name=f,filename={top}", "--blockdev", "driver=qcow2,node-name=d,file=f",
-            "--chardev", f"socket,id=c,path={path},server=on,wait=off", "--monitor", "chardev=c"]
-    with served(argv, path):
-        with sockets.socket(sockets.AF_UNIX) as s:
+def block_stream(image):
+    """Seconds of QEMU's block-stream of a whole chain into a new image, synced."""
+    with scratch() as folder:
+        top, path = folder / "top.qcow2", folder / "qmp"
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", top)
+        argv = ["qemu-storage-daemon", "--blockdev", f"driver=file,node-name=f,filename={top}", "--blockdev", "driver=qcow2,node-name=d,file=f",
+                "--chardev", f"socket,id=c,path={path},server=on,wait=off", "--monitor", "chardev=c"]
+        with running(argv, path.exists), sockets.socket(sockets.AF_UNIX) as s:
+            s.settimeout(120)
             s.connect(str(path))
             stream = s.makefile("rw")
             stream.readline()
@@ -225,19 +168,27 @@ def qmp_stream(top, folder):
                 if message.get("event") == "BLOCK_JOB_COMPLETED":
                     break
             seconds = time.monotonic() - start
-    return seconds + timed("sync", "-d", top)
+        return seconds + synced(top)
 
 
-def backup_rows(work):
+def latency(work):
+    """A 500 IOPS reader beside hydration that runs flat out, against the same reader alone."""
+    def guest(*options):
+        return bench_hydrate(work / "mix.qcow2", "--victim", "500", *options, key="victim_p99_us")
+
+    compare("guest beside hydration", "p99 of 500 IOPS of 4 KiB reads", guest,
+            ("the same, nothing hydrating", 0.5, lambda: guest("--paused", "--duration", "3s")), unit="us", better="less", warm=[work / "mix.qcow2"])
+
+
+def backup(work):
     for name in ("mix", "tree"):
         raw, sizes = work / f"{name}.raw", {}
 
         def mine():
             with scratch() as folder:
-                repo = folder / "repo"
-                subprocess.run([AQUIFER, "-r", str(repo), "init"], check=True, capture_output=True)
-                seconds = timed(AQUIFER, "-r", repo, "backup", "m", "--disk", f"vda=raw:{raw}")
-                seconds += timed("sync", "-f", repo)
+                repo, home = folder / "repo", {"env": environment(folder / "home")}
+                run(AQUIFER, "-r", repo, "init", **home)
+                seconds = timed(AQUIFER, "-r", repo, "backup", "m", "--disk", f"vda=raw:{raw}", **home) + synced(repo)
                 sizes["ours"] = sum(f.stat().st_size for f in repo.rglob("*.aql"))
                 return seconds
 
@@ -246,60 +197,66 @@ def backup_rows(work):
                 out = folder / "o.qcow2"
                 seconds = timed("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd", *options, raw, out)
                 sizes["peer"] = out.stat().st_size
-                return seconds + timed("sync", "-d", out)
+                return seconds + synced(out)
 
-        us, other = alternate(mine, peer)
-        row("full backup, synced", f"{name}: against qemu-img convert -c zstd", ">= 3", "s", "less", us, other)
-        us, other = alternate(mine, lambda: peer("-m", "16", "-W"))
-        row("full backup, synced", f"{name}: against its -m 16 -W", ">= 2", "s", "less", us, other)
-        row("full backup, synced", f"{name}: size against qemu's", ">= 0.98 (size <= 1.02 x)", "bytes", "less", [sizes["ours"]], [sizes["peer"]])
-
-
-def wide_rows(work):
-    """1 TiB virtual, 100 increments: first byte, memory, delta. No peer: the budget is absolute."""
-    repo, folder = work / "wide", work
-    base, steps = folder / "wide.raw", 100
-    if not (repo / "done").exists():
-        subprocess.run(["rm", "-rf", str(repo)], check=True)
-        subprocess.run([AQUIFER, "-r", str(repo), "init"], check=True, capture_output=True)
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(base), "1T"], check=True)
-        for n in range(steps + 1):
-            subprocess.run(["qemu-img", "bitmap", "--add", "--enable", str(base), f"b{n}"], check=True)
-            writes = [x for k in range(16) for x in ("-c", f"write -q -P {n + 1} {((n * 7919 + k * 104729) % (1 << 24)) << 16} 64k")]
-            subprocess.run(["qemu-io", "-f", "qcow2", *writes, str(base)], check=True, capture_output=True)
-            more = ["--bitmap", f"b{n}"] if n else []
-            subprocess.run([AQUIFER, "-r", str(repo), "backup", "wide", "--disk", f"vda={base}", *more], check=True, capture_output=True)
-            subprocess.run(["qemu-img", "bitmap", "--remove", str(base), f"b{n}"], check=True)
-        (repo / "done").touch()
-
-    def first_byte():
-        with scratch() as home:
-            start = time.monotonic()
-            subprocess.run([AQUIFER, "-r", str(repo), "mount", "wide", "--run", "nbdsh -u \"$uri\" -c 'h.pread(512,0)' >/dev/null; true"],
-                           check=True, capture_output=True, env={**os.environ, "AQUIFER_HOME": str(home)})
-            whole = time.monotonic() - start
-            start = time.monotonic()
-            subprocess.run(["nbdkit", "-U", "-", "null", "--run", "nbdsh -u \"$uri\" -c 'h.pread(512,0)' >/dev/null; true"], capture_output=True)
-            return max(whole - (time.monotonic() - start), 0.0001)
-
-    us = [first_byte() for _ in range(ROUNDS)]
-    row("1 TiB x 100 increments", "command to first byte, over an empty nbdkit (warm)", "<= 20 ms", "s", "less", us, [0.020])
-    us = []
-    for _ in range(ROUNDS):
-        us.append(timed(AQUIFER, "-r", repo, "diff", "wide@latest~50", "wide@latest") - timed(AQUIFER, "--version"))
-    row("1 TiB x 100 increments", "delta of two points", "<= 100 ms", "s", "less", us, [0.1])
-    with ours("wide", repo=repo) as (uri, process):
-        fio(uri, seconds=1)
-        row("1 TiB x 100 increments", "resident memory after 1 s of reads", "<= 72 MiB + cache used", "KiB", "less", [resident_kib(process.pid)], [72 << 10])
+        compare("full backup, synced", name, mine, ("qemu-img convert -c zstd", 3.0, peer),
+                ("the same, -m 16 -W", 2.0, lambda: peer("-m", "16", "-W")), unit="s", better="less", warm=[raw])
+        if len(sizes) == 2:
+            table.add("full backup, synced", f"{name}: stored bytes", "qemu-img convert -c zstd", 1 / 1.02, "bytes", "less",
+                      ([sizes["ours"]], []), ([sizes["peer"]], []), 0.0)
 
 
-def latency_rows(work):
-    """A 500 IOPS guest beside hydration that runs flat out, against the same guest alone."""
-    def guest(hydrating):
+def wide(work):
+    """1 TiB virtual, 100 increments: first byte, memory, delta. The budget is a figure."""
+    group, repo, chain = "1 TiB, 100 increments", corpus.wide(work), corpus.wide_chain(work)
+    point, foreign = ["-r", repo, "mount", "wide@latest~1"], ["mount", chain / "w100.qcow2"]
+    memory = {}
+
+    def opened(argv, cold):
         with scratch() as folder:
-            out = subprocess.run([AQUIFER, "bench", "hydrate", str(work / "mix.qcow2"), "--json", "--victim", "500", *([] if hydrating else ["--paused"])],
-                                 check=True, capture_output=True, text=True, env={**os.environ, "AQUIFER_HOME": str(folder / "h"), "TMPDIR": str(folder)}).stdout
-        return next(d["victim_p99_us"] for d in map(json.loads, out.splitlines()) if "victim_p99_us" in d)
+            if cold:
+                forget_pages(repo if argv is point else chain)
+            argv = [AQUIFER, "-c", site(folder, "64MiB"), *argv, "--nbd", f"unix:{folder}/a.sock"]
+            seconds, memory["KiB"] = first_byte(argv, folder / "a.sock", offset=5 << 24, env=environment(folder / "home"))
+            return seconds * 1e3
 
-    us, peer = alternate(lambda: guest(True), lambda: guest(False))
-    row("guest beside hydration", "p99 of a 500 IOPS reader, against the same reader alone", ">= 0.5 (p99 <= 2 x)", "us", "less", us, peer)
+    def map_memory(argv):
+        with scratch() as folder:
+            empty = folder / "empty.raw"
+            run("truncate", "-s", "1M", empty)
+            opened(["mount", f"raw:{empty}"], False)
+            least = memory["KiB"]
+        opened(argv, False)
+        return (memory["KiB"] - least) / 1024
+
+    for what, argv in (("native point", point), ("qcow2 chain", foreign)):
+        limit(group, f"{what}: command to first byte, warm", lambda: opened(argv, False), 20, "ms")
+        limit(group, f"{what}: command to first byte, its files not in the page cache", lambda: opened(argv, True), 100, "ms")
+        limit(group, f"{what}: resident then, beyond a door on an empty disk", lambda: map_memory(argv), 8, "MiB")
+
+    def diff(a, b):
+        with scratch() as folder:
+            home = {"env": environment(folder / "home")}
+            return (timed(AQUIFER, "-r", repo, "diff", a, b, **home) - timed(AQUIFER, "--version", **home)) * 1e3
+
+    limit(group, "delta of two points, 50 increments apart", lambda: diff("wide@latest~51", "wide@latest~1"), 100, "ms")
+    limit(group, "delta of two points, every leaf different", lambda: diff("wide@latest~1", "wide@latest"), 100, "ms")
+
+
+def memory(work):
+    """Peak memory of a door after every block was read in parallel: cache budget + 64 MiB + 16 B a touched block."""
+    budget_mib = 64
+
+    def peak(image):
+        with ours(image, cache=f"{budget_mib}MiB") as (uri, process):
+            run("nbdcopy", uri, "null:")
+            fio(uri, depth=16, jobs=4, size="4g")
+            return resident_kib(process.pid) / 1024
+
+    most = budget_mib + 64 + (4 << 30 >> 16) * 16 / (1 << 20)
+    for name, image in (("depth 1", work / "mix.qcow2"), ("depth 128", work / "inc128.qcow2")):
+        limit("resident memory", f"peak after a full copy and random reads, cache of {budget_mib} MiB, {name}", lambda: peak(image), most, "MiB")
+
+
+GROUPS = {"depth": depth, "cold": cold, "hot": hot, "sequential": sequential, "fuse": fuse, "write": write, "hydration": hydration,
+          "latency": latency, "backup": backup, "wide": wide, "memory": memory}

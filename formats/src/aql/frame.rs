@@ -151,18 +151,29 @@ pub(crate) fn read<R>(
     let len = FRAME_HEADER_BYTES.saturating_add(stored);
     let done = with_stored(storage, offset, len, |bytes| {
         let (header, payload) = bytes.split_at(FRAME_HEADER_BYTES.min(bytes.len()));
-        let info = expected.confirm(header, payload).map_err(|what| Error::BadBlock {
-            path: storage.label().into(),
-            offset,
-            len: len as u64,
-            what,
-        })?;
+        let info = expected.confirm(header, payload).map_err(|what| bad_frame(storage, offset, bytes, what))?;
         work(payload, &info)
     });
     done.map_err(|e| match e {
         Error::Io { source, action: "read", .. } => read_error(storage, offset, len as u64, source),
         other => other,
     })
+}
+
+/// The payload of a frame that was read with others, only if it is the frame the pointer means.
+pub(crate) fn confirm<'a>(
+    storage: &dyn Storage,
+    offset: u64,
+    expected: &Expected,
+    bytes: &'a [u8],
+) -> Result<&'a [u8]> {
+    let (header, payload) = bytes.split_at(FRAME_HEADER_BYTES.min(bytes.len()));
+    expected.confirm(header, payload).map_err(|what| bad_frame(storage, offset, bytes, what))?;
+    Ok(payload)
+}
+
+fn bad_frame(storage: &dyn Storage, offset: u64, bytes: &[u8], what: String) -> Error {
+    Error::BadBlock { path: storage.label().into(), offset, len: bytes.len() as u64, what }
 }
 
 impl Expected {

@@ -494,12 +494,15 @@ pub(crate) fn read_leaf_page<T>(
     check: u32,
     parse: impl Fn(&[u8]) -> Option<T>,
 ) -> Result<T> {
-    let bytes = LEAF_BYTES;
-    let expected =
-        Expected { kind, codec: Codec::Raw, logical: Some(leaf), raw_bytes: bytes, stored_bytes: bytes, tag, check };
-    frame::read(storage, offset, &expected, |payload, _| {
+    frame::read(storage, offset, &leaf_page_expected(kind, leaf, tag, check), |payload, _| {
         parse(payload).ok_or_else(|| Error::corrupt(storage.label(), offset, "leaf page of the wrong size"))
     })
+}
+
+/// What a reference to a map or id page expects of its frame.
+pub(crate) fn leaf_page_expected(kind: FrameKind, leaf: u64, tag: u64, check: u32) -> Expected {
+    let bytes = LEAF_BYTES;
+    Expected { kind, codec: Codec::Raw, logical: Some(leaf), raw_bytes: bytes, stored_bytes: bytes, tag, check }
 }
 
 /// The root, from its first copy that is whole.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
+
 use crate::{Content, Layer, Storage, storage::MemoryStorage};
 
 mod damage;
@@ -10,6 +11,7 @@ mod document;
 mod oracle;
 mod support;
 mod torn;
+mod wide_delta;
 mod writing;
 
 use support::{Chain, key, options, pattern, read_all, read_into};

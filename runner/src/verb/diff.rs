@@ -5,7 +5,7 @@
 //!   rewritten with equal bytes; `--read` reads those ranges and drops what is equal.
 //! - Exit code 5 only with `--exit-code`, and only where something differs.
 
-use std::{ops::Range, path::PathBuf, sync::Arc};
+use std::{fmt, ops::Range, path::PathBuf, sync::Arc};
 
 use aquifer_vdisk::{Chain, Delta, delta_between};
 use serde::Serialize;
@@ -52,6 +52,12 @@ struct RangeRecord<'a> {
     disk: &'a str,
     offset: u64,
     length: u64,
+}
+
+impl fmt::Display for RangeRecord<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:<12} {:>16} {:>16}", self.disk, self.offset, self.length)
+    }
 }
 
 #[derive(Serialize)]
@@ -124,11 +130,8 @@ fn compare(
     let cut = sizes.0.unwrap_or_default().saturating_sub(sizes.1.unwrap_or_default());
     let removed = if change == "resized" { cut } else { 0 };
     let bytes_different = ranges.iter().map(|r| r.end - r.start).sum::<u64>() + removed;
-    for range in &ranges {
-        let length = range.end - range.start;
-        context.out.record("range", &RangeRecord { disk: name, offset: range.start, length });
-        context.out.line(format_args!("{name:<12} {:>16} {length:>16}", range.start));
-    }
+    let records = ranges.iter().map(|r| RangeRecord { disk: name, offset: r.start, length: r.end - r.start });
+    context.out.table("range", records);
     let record = DiskRecord { disk: name, change, size_a: sizes.0, size_b: sizes.1, bytes_different };
     context.out.record("disk", &record);
     context.out.line(format_args!("{name}: {change}, {} differ", units::bytes(bytes_different)));
