@@ -216,6 +216,54 @@ fn after_a_hand_over_everything_counts_as_dirty() {
     assert_eq!(disk.dirty().expect("dirty").bytes(), disk.size());
 }
 
+/// The guest may be moved onto the file at any moment after the hand over, or not yet, and doors may die meanwhile:
+/// the file is the whole truth for all of them.
+#[test]
+fn after_a_hand_over_every_process_serves_the_file_itself() {
+    let rig = Rig::new(&numbers(2048));
+    let world = Rig::world();
+    let disk = rig.create(&world);
+    disk.hydrate(0, disk.size()).expect("hydrate");
+    disk.trim(32768, 65536).expect("trim");
+    disk.write(131_072, &[1; 700]).expect("write");
+    disk.hand_over().expect("hand over");
+    drop(disk);
+    let raw = Rig::files(&world).raw;
+    let file = |offset: u64, len: usize| {
+        let mut out = vec![0; len];
+        raw.read_at(offset, &mut out).expect("read");
+        out
+    };
+    assert_eq!(file(131_072, 700), [1; 700]);
+    for life in 2..6u8 {
+        let disk = rig.open(&world).expect("opens");
+        assert_eq!(disk.local().expect("local").absent, 0);
+        assert!(disk.absent().expect("absent").is_empty());
+        // Through the door: in the file before it is acknowledged, over written, hydrated and trimmed blocks alike.
+        for at in [131_072 + 100, 200_000, 32768 + 512] {
+            disk.write(at, &[life; 300]).expect("write");
+            assert_eq!(file(at, 300), [life; 300], "life {life}, at {at}");
+        }
+        disk.trim(300_001, 20_000).expect("trim");
+        assert_eq!(file(300_001, 20_000), [0; 20_000]);
+        // Beside the door: found at once, and never undone.
+        raw.write_at(40_000, &[life + 100; 500]).expect("write");
+        raw.write_at(300_500, &[life + 100; 500]).expect("write");
+        disk.flush().expect("flush");
+        disk.hydrate(0, disk.size()).expect("nothing to do");
+        disk.seal().expect("seal");
+        disk.drain().expect("drain");
+        disk.hand_over().expect("once more");
+        let mut out = vec![0; 500];
+        for at in [40_000, 300_500] {
+            disk.read(at, &mut out).expect("read");
+            assert_eq!(out, [life + 100; 500], "life {life}, at {at}");
+        }
+        drop(disk);
+        assert_eq!(file(40_000, 500), [life + 100; 500], "life {life}");
+    }
+}
+
 #[test]
 fn extents_tell_what_is_there() {
     let mut origin = numbers(2048);

@@ -12,6 +12,7 @@
 //! - A block the guest changed is never found hydrated or absent: dirty may say too much, never too little.
 //! - A block leaves `absent` once and never returns; exactly one source is read for each block.
 //! - A write of whole blocks reads nothing from the chain.
+//! - Once handed over, `disk.raw` alone is the disk, in this life and in every later one (`plain`).
 //! - After a failed sync nothing is acknowledged as durable any more, and the ranges in doubt are named.
 //! - No error path deletes or shortens anything.
 //!
@@ -43,6 +44,7 @@ mod journal;
 mod layout;
 mod mapfile;
 mod owner;
+mod plain;
 mod recover;
 mod region;
 mod settle;
@@ -230,7 +232,7 @@ impl Overlay {
 
     /// Whether [`crate::Disk::hand_over`] was called in this or an earlier life.
     pub fn is_handed_over(&self) -> bool {
-        self.core.map.lock().handed_over()
+        self.core.is_plain()
     }
 
     /// What the guest has changed since the overlay was created: written or trimmed, in whole blocks.
@@ -244,6 +246,9 @@ impl Overlay {
 
     /// What is not local yet, in whole blocks.
     pub fn absent(&self) -> Delta {
+        if self.is_handed_over() {
+            return Delta::new();
+        }
         self.core.collect(|state| state == region::BlockState::Absent)
     }
 
@@ -302,10 +307,11 @@ impl Overlay {
     }
 
     pub(crate) fn hand_over(&self) -> Result<()> {
+        if self.core.is_plain() {
+            return self.core.drain();
+        }
         self.core.drain()?;
-        let mut map = self.core.map.lock();
-        let label = self.core.files.map.label();
-        map.hand_over().map_err(|e| self.core.fail(label, &e, Delta::new()))
+        self.core.hand_over()
     }
 
     /// Bytes of guest writes that are only in memory and journal.

@@ -47,6 +47,9 @@ impl Taken {
 impl Core {
     /// Makes everything that was acknowledged before the call durable.
     pub(super) fn flush(&self) -> Result<()> {
+        if self.is_plain() {
+            return self.flush_plain();
+        }
         let mut group = self.group.lock();
         let idle = self.pending.lock().is_empty() && self.intents.lock().is_empty();
         let wanted = match (idle, group.running) {

@@ -53,6 +53,8 @@ pub(super) struct Core {
     pub(super) map: Mutex<MapFile>,
     /// Every write reaches `disk.raw` before it is acknowledged.
     pub(super) through: AtomicBool,
+    /// `disk.raw` alone is the disk; see `plain`.
+    pub(super) plain: AtomicBool,
     /// Trimmed blocks of an earlier life may still have bytes in `disk.raw`.
     pub(super) unswept: AtomicBool,
     failed: AtomicBool,
@@ -120,6 +122,7 @@ impl Core {
             journal: Mutex::new(journal),
             map: Mutex::new(map),
             through: AtomicBool::new(false),
+            plain: AtomicBool::new(false),
             unswept: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             failure: Mutex::new(None),
@@ -205,6 +208,9 @@ impl Core {
 
     /// How the bytes at `offset` are to be had, and for how many of `1..=len_max` that holds.
     pub(super) fn run(&self, offset: u64, len_max: u64) -> (Run, u64) {
+        if self.is_plain() {
+            return (Run::Local, len_max);
+        }
         let region = region_of(offset);
         let stripe = self.stripe(region).read();
         self.run_in(&stripe.view(region), offset, len_max)
@@ -238,6 +244,9 @@ impl Core {
 
     /// As [`Core::run`] for the front of `buf`; what is in memory or zeros is filled in.
     pub(super) fn part(&self, offset: u64, buf: &mut [u8]) -> (Run, usize) {
+        if self.is_plain() {
+            return (Run::Local, buf.len());
+        }
         let region = region_of(offset);
         let stripe = self.stripe(region).read();
         let view = stripe.view(region);

@@ -152,6 +152,12 @@ impl Journal {
         Ok(journal)
     }
 
+    /// The journal of an overlay that has been handed over: nothing is read from it and nothing is appended.
+    pub(super) fn closed(storage: Arc<dyn Storage>, id: [u8; 16]) -> Self {
+        let (first, settled) = ([0, 0], [true, true]);
+        Self { storage, id, half_bytes: 0, active: 0, at: 0, next: 0, synced: 0, first, settled }
+    }
+
     /// Opens a file, and tells `replay` in order its records from `floor` on, the first one that is not
     /// settled. The caller settles them and then calls [`Journal::restart`] before anything is appended.
     ///

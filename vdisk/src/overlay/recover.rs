@@ -77,10 +77,9 @@ impl Found {
     }
 }
 
-/// Reads what the files say and writes nothing.
-fn find(files: &OverlayFiles, of: &OverlayOf) -> Result<(Found, MapFile, Journal)> {
+/// Reads what the files say and writes nothing. Not for an overlay that has been handed over.
+fn find(files: &OverlayFiles, of: &OverlayOf, mut map: MapFile) -> Result<(Found, MapFile, Journal)> {
     let mut found = Found::default();
-    let mut map = MapFile::open(files.map.clone(), of)?;
     let mut repaired = Vec::new();
     let lines = &mut found.lines;
     map.load(&mut repaired, &mut |region, line| {
@@ -95,7 +94,11 @@ fn find(files: &OverlayFiles, of: &OverlayOf) -> Result<(Found, MapFile, Journal
 
 /// How much is local by what the files say. They may be read-only.
 pub(super) fn look(files: &OverlayFiles, of: &OverlayOf) -> Result<LocalProgress> {
-    let (found, ..) = find(files, of)?;
+    let map = MapFile::open(files.map.clone(), of)?;
+    if map.handed_over() {
+        return Ok(LocalProgress { written: of.size, ..LocalProgress::default() });
+    }
+    let (found, ..) = find(files, of, map)?;
     let mut out = LocalProgress { absent: of.size, ..LocalProgress::default() };
     for (region, line) in &found.lines {
         let first = u64::from(*region) * REGION_BLOCKS;
@@ -116,8 +119,12 @@ pub(super) fn look(files: &OverlayFiles, of: &OverlayOf) -> Result<LocalProgress
 
 /// Opens files that hold an overlay; on return the journal is empty.
 pub(super) fn open(files: OverlayFiles, of: OverlayOf, options: OverlayOptions) -> Result<Core> {
-    let (mut found, mut map, mut journal) = find(&files, &of)?;
+    let map = MapFile::open(files.map.clone(), &of)?;
     check_raw(&files, &of)?;
+    if map.handed_over() {
+        return Ok(open_plain(files, of, options, map));
+    }
+    let (mut found, mut map, mut journal) = find(&files, &of, map)?;
     settle(&files, &of, &mut map, &mut journal, &mut found)?;
     let core = Core::new(files, of, options, map, journal);
     let mut trimmed = false;
@@ -131,6 +138,15 @@ pub(super) fn open(files: OverlayFiles, of: OverlayOf, options: OverlayOptions) 
     }
     core.unswept.store(trimmed, Ordering::Release);
     Ok(core)
+}
+
+/// Somebody else may have written `disk.raw` since the flag was set: marks and journal are history.
+fn open_plain(files: OverlayFiles, of: OverlayOf, options: OverlayOptions, map: MapFile) -> Core {
+    let journal = Journal::closed(files.journal.clone(), map.id());
+    let core = Core::new(files, of, options, map, journal);
+    core.count(BlockState::Absent, BlockState::Written, core.of.size);
+    core.plain.store(true, Ordering::Release);
+    core
 }
 
 fn check_raw(files: &OverlayFiles, of: &OverlayOf) -> Result<()> {

@@ -48,6 +48,10 @@ impl Core {
 
     fn settle_with(&self, map: &mut MapFile, scope: Scope) -> Result<()> {
         self.check()?;
+        // Whoever was given the file may have written it since.
+        if self.is_plain() {
+            return Ok(());
+        }
         let (active, floor) = {
             let journal = self.journal.lock();
             let inactive = 1 - journal.active();
@@ -78,6 +82,9 @@ impl Core {
     pub(super) fn relieve(&self) -> Result<()> {
         let _one_at_a_time = self.map.lock();
         self.check()?;
+        if self.is_plain() {
+            return Ok(());
+        }
         self.write_back(0)?;
         self.write_back(1)
     }
@@ -161,6 +168,9 @@ impl Core {
 
     /// Leaves nothing in memory or journal that `disk.raw` does not have, and keeps it so.
     pub(super) fn drain(&self) -> Result<()> {
+        if self.is_plain() {
+            return self.flush();
+        }
         self.through.store(true, Ordering::Release);
         // Whoever stores a page now began before that; nobody does once each lock was free once.
         for stripe in self.stripes() {

@@ -37,6 +37,9 @@ enum Outcome {
 impl Core {
     /// Takes the guest's bytes.
     pub(super) fn write(&self, offset: u64, bytes: &[u8], below: Below<'_>) -> Result<()> {
+        if self.is_plain() {
+            return self.write_plain(offset, bytes);
+        }
         let (mut at, mut rest) = (offset, bytes);
         while !rest.is_empty() {
             let room = usize::try_from(REGION_BYTES - at % REGION_BYTES).unwrap_or(usize::MAX);
@@ -52,6 +55,9 @@ impl Core {
         let edges = self.read_edges(offset, bytes.len(), below)?;
         let region = region_of(offset);
         loop {
+            if self.is_plain() {
+                return self.write_plain(offset, bytes);
+            }
             self.check()?;
             self.make_room()?;
             let outcome = {
@@ -284,6 +290,9 @@ impl Core {
 
     /// Makes a range read as zeros.
     pub(super) fn zero(&self, offset: u64, len: u64, zeroing: Zeroing, below: Below<'_>) -> Result<()> {
+        if self.is_plain() {
+            return self.zero_plain(offset, len, zeroing);
+        }
         let end = offset + len;
         let first = offset.div_ceil(OVERLAY_BLOCK_BYTES);
         // The short block at the end of the disk counts as whole.
@@ -320,6 +329,9 @@ impl Core {
         let region = region_of(from);
         let (first, end) = (from / OVERLAY_BLOCK_BYTES, to.div_ceil(OVERLAY_BLOCK_BYTES));
         loop {
+            if self.is_plain() {
+                return self.zero_plain(from, to - from, zeroing);
+            }
             self.check()?;
             let mut stripe = self.stripe(region).write();
             let target = stripe.region(region);
@@ -395,7 +407,7 @@ impl Core {
     /// it begins, and its length; what was stored is hydrated. The region's lock is held from the look
     /// to the mark.
     fn fill_runs(&self, offset: u64, len: u64, store: &dyn Fn(u64, usize, usize) -> Result<()>) -> Result<u64> {
-        let end = (offset + len).min(self.of.size);
+        let end = if self.is_plain() { offset } else { (offset + len).min(self.of.size) };
         let (mut at, mut stored) = (offset, 0);
         while at < end {
             let next = (at - at % REGION_BYTES + REGION_BYTES).min(end);
