@@ -16,6 +16,7 @@ mod loopdev;
 mod nbd;
 mod nbd_hostile;
 mod nbd_liars;
+mod outage;
 mod overlay;
 mod qcow2;
 mod recover;

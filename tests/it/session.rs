@@ -26,39 +26,40 @@ use aquifer_mount::session::{
     supervise,
 };
 use aquifer_tests::{
-    door::{pattern, scale},
+    door::{nbd_layer, pattern, scale},
     rng::Rng,
 };
 use aquifer_vdisk::{BlockCache, ChainSpec, open_chain};
 use nbd::client::{NbdClient, handshake};
 
 /// A source image and a session on it that nobody serves yet.
-struct Site {
+pub(super) struct Site {
     _tmp: tempfile::TempDir,
-    source: PathBuf,
-    bytes: Vec<u8>,
-    folder: Folder,
-}
-
-fn no_network(uri: &str) -> aquifer_formats::Result<Arc<dyn aquifer_formats::Layer>> {
-    Err(aquifer_formats::Error::unsupported(uri, "no network in this test"))
+    pub(super) source: PathBuf,
+    pub(super) bytes: Vec<u8>,
+    pub(super) folder: Folder,
 }
 
 impl Site {
-    fn new(size: usize, options: Options) -> Self {
+    pub(super) fn new(size: usize, options: Options) -> Self {
+        Self::over(size, options, |source| ChainSpec::Image {
+            path: source.to_path_buf(),
+            format: Some(Format::Raw),
+            allow_backing: Vec::new(),
+            snapshot: None,
+        })
+    }
+
+    /// A session on whatever `chain` makes of an image.
+    pub(super) fn over(size: usize, options: Options, chain: impl FnOnce(&Path) -> ChainSpec) -> Self {
         let tmp = tempfile::tempdir().expect("tempdir");
         let root = fs::canonicalize(tmp.path()).expect("path");
         fs::create_dir(root.join("source")).expect("folder");
         let source = root.join("source/vda.img");
         let bytes = pattern(size, 1);
         fs::write(&source, &bytes).expect("source");
-        let chain = ChainSpec::Image {
-            path: source.clone(),
-            format: Some(Format::Raw),
-            allow_backing: Vec::new(),
-            snapshot: None,
-        };
-        let opened = open_chain(&chain, Arc::new(BlockCache::new(0)), &no_network).expect("chain");
+        let chain = chain(&source);
+        let opened = open_chain(&chain, Arc::new(BlockCache::new(0)), &nbd_layer).expect("chain");
         let fingerprint = hexadecimal(&opened.fingerprint().expect("fingerprint"));
         let disk = DiskSpec { name: "vda".into(), chain, size: opened.size(), fingerprint };
         let now = "2026-11-21T00:00:00Z".parse().expect("time");
@@ -70,16 +71,16 @@ impl Site {
         Self { _tmp: tmp, source, bytes, folder }
     }
 
-    fn client(&self) -> Client {
+    pub(super) fn client(&self) -> Client {
         Client::of(self.folder.clone())
     }
 
     /// Serves in another process until it is killed or told to stop.
-    fn door(&self) -> Child {
+    pub(super) fn door(&self) -> Child {
         door_process(self.folder.dir(), Stdio::null())
     }
 
-    fn spec(&self) -> Spec {
+    pub(super) fn spec(&self) -> Spec {
         self.folder.load().expect("record")
     }
 
@@ -114,11 +115,11 @@ fn serve_here(folder: &Folder, stop: &(dyn Fn() -> bool + Sync)) -> Result<(), E
     let confine = Confine::Reading(Vec::new());
     let listener = inherited_listener().expect("standard input");
     let hooks = Arc::new(NoHooks);
-    serve(folder, &Serving { connect: &no_network, hooks, confine, listener, supervisor: None, stop })
+    serve(folder, &Serving { connect: nbd_layer, hooks, confine, listener, supervisor: None, stop })
 }
 
 /// Kills a process that a failing test leaves behind.
-struct Reap(Child);
+pub(super) struct Reap(pub(super) Child);
 
 impl Drop for Reap {
     fn drop(&mut self) {
@@ -128,7 +129,7 @@ impl Drop for Reap {
 }
 
 /// Raises flags when it goes.
-struct Raise<'a>(&'a [&'a AtomicBool]);
+pub(super) struct Raise<'a>(pub(super) &'a [&'a AtomicBool]);
 
 impl Drop for Raise<'_> {
     fn drop(&mut self) {
@@ -136,7 +137,7 @@ impl Drop for Raise<'_> {
     }
 }
 
-fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
+pub(super) fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
     let start = Instant::now();
     while !so() {
         assert!(start.elapsed() < Duration::from_secs(20), "{what}");
@@ -144,13 +145,13 @@ fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
     }
 }
 
-fn connect(site: &Site) -> NbdClient<UnixStream> {
+pub(super) fn connect(site: &Site) -> NbdClient<UnixStream> {
     let mut stream = UnixStream::connect(site.spec().nbd_socket()).expect("connect");
     let export = handshake(&mut stream, b"vda").expect("handshake");
     NbdClient::new(stream, &export)
 }
 
-fn status(site: &Site) -> Status {
+pub(super) fn status(site: &Site) -> Status {
     site.client().status().expect("status")
 }
 
@@ -516,4 +517,51 @@ fn a_session_serves_files_and_takes_them_down() {
     assert!(start.elapsed() < Duration::from_secs(5), "took {:?}", start.elapsed());
     assert_eq!(fs::read_dir(&dir).expect("list").count(), 0, "unmounted by the confined process");
     drop(held);
+}
+
+/// The hypervisor moves onto `disk.raw` at some moment after the hand over, and doors may die before and after that
+/// moment: neither what a later door acknowledged is missing from the file, nor does one undo what went there directly.
+#[test]
+fn whoever_dies_between_the_hand_over_and_the_move_nothing_is_lost() {
+    let site = Site::new(4 << 20, Options::default());
+    let mut door = Reap(site.door());
+    site.client().wait_for_door(Duration::from_secs(10)).expect("ready");
+    wait_until("all becomes local", || status(&site).is_local());
+    let mut model = site.bytes.clone();
+    let mut put = |client: &mut NbdClient<UnixStream>, at: usize, len: usize, value: u8| {
+        client.seek(SeekFrom::Start(at as u64)).expect("seek");
+        client.write_all(&vec![value; len]).expect("write");
+        model[at..at + len].fill(value);
+        model.clone()
+    };
+    put(&mut connect(&site), 1 << 20, 40_000, 1);
+    site.client().hand_over("vda").expect("hand over");
+    let raw = site.spec().disk_dir("vda").join("disk.raw");
+    for life in 2..5u8 {
+        door.0.kill().expect("kill");
+        door.0.wait().expect("wait");
+        door = Reap(site.door());
+        site.client().wait_for_door(Duration::from_secs(10)).expect("ready again");
+        // Not moved yet: the guest is served by the new door. Moved a moment later: it sees the file.
+        let mut client = connect(&site);
+        put(&mut client, 8192, 12_288, life);
+        let now = put(&mut client, (2 << 20) + 512, 1024, life);
+        assert!(fs::read(&raw).expect("raw") == now, "life {life}: the file lacks what was acknowledged");
+    }
+    let file = File::options().write(true).open(&raw).expect("open");
+    file.write_all_at(&[9; 70_000], 8192).expect("the guest has moved and writes");
+    let mut want = fs::read(&raw).expect("raw");
+    door.0.kill().expect("kill");
+    door.0.wait().expect("wait");
+    let _door = Reap(site.door());
+    site.client().wait_for_door(Duration::from_secs(10)).expect("ready again");
+    file.write_all_at(&[10; 700], 1 << 20).expect("and again");
+    want[1 << 20..(1 << 20) + 700].fill(10);
+    let mut got = vec![0; 4 << 20];
+    connect(&site).read_exact(&mut got).expect("read");
+    assert!(got == want, "a door shows what is in the file");
+    site.client().drain(None).expect("drain");
+    site.client().detach_source().expect("detach");
+    site.client().stop(Clients::Disconnect).expect("stop");
+    assert!(fs::read(&raw).expect("raw") == want, "and no door undid it");
 }

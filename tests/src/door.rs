@@ -9,7 +9,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aquifer_formats::{Storage, raw::RawLayer, storage::MemoryStorage};
+use aquifer_formats::{Layer, Storage, raw::RawLayer, storage::MemoryStorage};
+use aquifer_mount::nbd::{Address, Client, ClientOptions, NbdLayer};
 use aquifer_vdisk::{BlockCache, Chain, Disk, Overlay, OverlayOf, OverlayOptions};
 
 use crate::rng::Rng;
@@ -51,6 +52,17 @@ pub fn writable(name: &str, source: Arc<dyn Storage>, dir: &std::path::Path) -> 
     let of = OverlayOf { size: chain.size(), chain: chain.fingerprint().expect("fingerprint") };
     let overlay = Overlay::create(dir, of, OverlayOptions::default()).expect("overlay");
     Arc::new(Disk::writable(name, chain, overlay).expect("disk"))
+}
+
+/// The export a URI names as a layer, as a door of a session opens it.
+///
+/// # Errors
+/// Whatever the server or the way to it does.
+pub fn nbd_layer(uri: &str) -> aquifer_formats::Result<Arc<dyn Layer>> {
+    let failed = |e| aquifer_formats::Error::io(uri, "connect", 0, io::Error::other(e));
+    let client =
+        Client::connect(&uri.parse::<Address>().map_err(failed)?, &ClientOptions::default()).map_err(failed)?;
+    Ok(Arc::new(NbdLayer::new(Arc::new(client))))
 }
 
 /// A source whose reads can be held up, and that counts what it gives.

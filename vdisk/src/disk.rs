@@ -10,8 +10,12 @@
 mod source;
 
 use std::{
+    cell::RefCell,
     path::Path,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -31,8 +35,10 @@ use crate::{
 pub struct Disk {
     name: String,
     size: u64,
-    /// `None` once everything is local and the source has been let go.
+    /// `None` once everything is local and the source has been let go, or while it is awaited.
     chain: ArcSwapOption<Chain>,
+    /// There is no chain yet, and one is needed: what wants it waits.
+    awaited: AtomicBool,
     overlay: Option<Overlay>,
     /// Acknowledged writes for the next process, where that is wanted.
     unflushed: Option<Unflushed>,
@@ -86,10 +92,18 @@ impl Disk {
         Ok(Self::new(name, size, None, Some(overlay)))
     }
 
+    /// A disk whose source is away: what is local is served, what is not waits for [`Disk::renew_chain`].
+    pub fn awaiting(name: impl Into<String>, overlay: Overlay) -> Self {
+        let disk = Self::new(name.into(), overlay.size(), None, Some(overlay));
+        disk.awaited.store(true, Ordering::Release);
+        disk
+    }
+
     fn new(name: String, size: u64, chain: Option<Arc<Chain>>, overlay: Option<Overlay>) -> Self {
         let patience = Patience::new(if overlay.is_some() { PATIENCE } else { Duration::ZERO });
         let demand = Arc::new(Demand::new(size));
-        Self { name, size, chain: ArcSwapOption::new(chain), overlay, unflushed: None, demand, patience }
+        let awaited = AtomicBool::new(false);
+        Self { name, size, chain: ArcSwapOption::new(chain), awaited, overlay, unflushed: None, demand, patience }
     }
 
     /// Keeps acknowledged writes where the next process finds them, flushed or not, in two files in `dir`, the
@@ -99,8 +113,11 @@ impl Disk {
     /// # Errors
     /// [`Error::ReadOnly`] without an overlay; as [`Disk::write`] and [`Disk::flush`].
     pub fn surviving(mut self, dir: &Path, boot: Boot) -> Result<Self> {
-        self.overlay()?;
-        let unflushed = Unflushed::open(dir, boot, &mut |operation| self.apply(operation))?;
+        if self.overlay()?.is_handed_over() {
+            // Each write is in the page cache of `disk.raw` already, and a double could be older than what others wrote.
+            return Ok(self);
+        }
+        let unflushed = Unflushed::open(dir, boot, &mut |operation| self.apply(operation).map(drop))?;
         self.flush()?;
         unflushed.replayed()?;
         self.unflushed = Some(unflushed);
@@ -202,8 +219,7 @@ impl Disk {
     /// [`Error::NoSpace`]: nothing acknowledged is lost, the write may be tried again;
     /// [`Error::SyncFailed`] after any failed sync; [`Error::ReadOnly`].
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.apply(Operation::Write(offset, bytes))?;
-        self.record(Operation::Write(offset, bytes))
+        self.perform(Operation::Write(offset, bytes))
     }
 
     /// Makes a range read as zeros, exactly; durable after the next [`Disk::flush`].
@@ -211,22 +227,41 @@ impl Disk {
     /// # Errors
     /// As [`Disk::write`].
     pub fn write_zeroes(&self, offset: u64, len: u64, zeroing: Zeroing) -> Result<()> {
-        self.apply(Operation::Zero(offset, len, zeroing))?;
-        self.record(Operation::Zero(offset, len, zeroing))
+        self.perform(Operation::Zero(offset, len, zeroing))
     }
 
-    fn apply(&self, operation: Operation<'_>) -> Result<()> {
-        let below = |at: u64, buf: &mut [u8]| self.read_chain(at, buf);
+    fn perform(&self, operation: Operation<'_>) -> Result<()> {
+        let bases = self.apply(operation)?;
+        // With what it was merged with: the next process may have to do it again while the source is away.
+        bases.iter().try_for_each(|(offset, bytes)| self.record(Operation::Base(*offset, bytes)))?;
+        self.record(operation)
+    }
+
+    /// Does it; returns the chain's blocks that were read for it, if they are of use.
+    fn apply(&self, operation: Operation<'_>) -> Result<Vec<(u64, Vec<u8>)>> {
+        let bases = RefCell::new(Vec::new());
+        let below = |at: u64, buf: &mut [u8]| {
+            self.read_chain(at, buf)?;
+            if self.unflushed.is_some() {
+                bases.borrow_mut().push((at, buf.to_vec()));
+            }
+            Ok(())
+        };
         match operation {
             Operation::Write(offset, bytes) => {
                 self.check_range(offset, bytes.len() as u64)?;
-                self.overlay()?.write(offset, bytes, &below)
+                self.overlay()?.write(offset, bytes, &below)?;
             }
             Operation::Zero(offset, len, zeroing) => {
                 self.check_range(offset, len)?;
-                self.overlay()?.zero(offset, len, zeroing, &below)
+                self.overlay()?.zero(offset, len, zeroing, &below)?;
+            }
+            Operation::Base(offset, bytes) => {
+                self.check_range(offset, bytes.len() as u64)?;
+                self.overlay()?.fill(offset, bytes)?;
             }
         }
+        Ok(bases.into_inner())
     }
 
     fn record(&self, operation: Operation<'_>) -> Result<()> {
@@ -277,6 +312,8 @@ impl Disk {
             match kind {
                 Run::Absent => match self.chain.load().as_ref() {
                     Some(chain) => chain.extents(at, len, out)?,
+                    // Nobody knows, and data is what a range may always be said to be.
+                    None if self.is_awaited() => Extent::push(out, Extent { offset: at, len, kind: ExtentKind::Data }),
                     None => return Err(self.not_local(len)),
                 },
                 Run::Trimmed => Extent::push(out, Extent { offset: at, len, kind: ExtentKind::Zero }),
@@ -343,7 +380,8 @@ impl Disk {
     }
 
     /// Records durably that somebody else (the hypervisor, after the pivot) writes `disk.raw` from now
-    /// on. An overlay opened after that reports the whole disk as dirty.
+    /// on. From then on, and in whatever process opens the overlay later, the file alone is the disk: reads
+    /// and writes go straight to it, so that it does not matter who serves the guest. All of it counts as dirty.
     ///
     /// # Errors
     /// As [`Disk::drain`].
@@ -356,6 +394,7 @@ impl Disk {
     pub fn detach_chain(&self) -> Result<bool> {
         let done = self.local()?.absent == 0;
         if done {
+            self.awaited.store(false, Ordering::Release);
             self.chain.store(None);
         }
         Ok(done)
@@ -371,7 +410,13 @@ impl Disk {
             let what = format!("the disk has {} bytes, the chain opened anew {}", self.size, chain.size());
             return Err(Error::WrongOverlay { path: self.name.clone(), what });
         }
-        self.chain.rcu(|old| old.as_ref().map(|_| Arc::clone(chain)));
+        if self.is_awaited() {
+            self.chain.store(Some(Arc::clone(chain)));
+            self.awaited.store(false, Ordering::Release);
+        } else {
+            self.chain.rcu(|old| old.as_ref().map(|_| Arc::clone(chain)));
+        }
+        self.patience.retry();
         Ok(())
     }
 
@@ -410,6 +455,9 @@ impl Disk {
     fn read_detached(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let overlay = self.overlay()?;
         if overlay.run(offset, buf.len() as u64).0 == Run::Absent {
+            if self.is_awaited() {
+                return Err(self.not_open(offset));
+            }
             return Err(self.not_local(buf.len() as u64));
         }
         self.read_parts(overlay, offset, buf)
@@ -426,9 +474,28 @@ impl Disk {
         Err(Error::OutOfRange { disk: self.name.clone(), offset, len, size: self.size })
     }
 
-    /// The chain, as long as it is needed.
-    pub(crate) fn chain(&self) -> Option<Arc<Chain>> {
+    fn chain(&self) -> Option<Arc<Chain>> {
         self.chain.load_full()
+    }
+
+    /// The chain, as long as it is needed.
+    ///
+    /// # Errors
+    /// An I/O error that may pass, while it is awaited.
+    pub(crate) fn source(&self) -> Result<Option<Arc<Chain>>> {
+        match self.chain() {
+            None if self.is_awaited() => Err(self.not_open(0)),
+            chain => Ok(chain),
+        }
+    }
+
+    fn is_awaited(&self) -> bool {
+        self.awaited.load(Ordering::Acquire)
+    }
+
+    fn not_open(&self, offset: u64) -> Error {
+        let cause = std::io::Error::new(std::io::ErrorKind::NotConnected, "the source is not open yet");
+        aquifer_formats::Error::io(&self.name, "read", offset, cause).into()
     }
 
     /// What the guest waits for.

@@ -35,6 +35,9 @@ use crate::{Disk, Result};
 
 const WORKERS_MAX: usize = 64;
 
+/// How long [`Hydrator::stop`] waits for steps that a source holds up.
+pub const STOP_MAX: Duration = Duration::from_secs(2);
+
 /// A running hydration. Dropping it stops it.
 #[derive(Debug)]
 pub struct Hydrator {
@@ -53,13 +56,15 @@ impl Hydrator {
         disk.local()?;
         let demand = disk.demand();
         demand.set_target(pace.latency_target);
-        let shared = Arc::new(Shared::new(disk, demand, pace));
-        let mut threads: Vec<_> = (0..pace.workers.clamp(1, WORKERS_MAX))
+        let workers = pace.workers.clamp(1, WORKERS_MAX);
+        let shared = Arc::new(Shared::new(disk, demand, pace, workers + 1));
+        let mut threads: Vec<_> = (0..workers)
             .map(|_| {
                 let shared = Arc::clone(&shared);
                 std::thread::spawn(move || {
                     yield_to_guests();
                     shared.run();
+                    shared.leave();
                 })
             })
             .collect();
@@ -67,6 +72,7 @@ impl Hydrator {
         threads.push(std::thread::spawn(move || {
             yield_to_guests();
             surveyed.survey();
+            surveyed.leave();
         }));
         Ok(Self { shared, threads: Mutex::new(threads) })
     }
@@ -118,21 +124,30 @@ impl Hydrator {
         self.shared.progress()
     }
 
-    /// Ends the threads, and makes durable what has been copied. Steps on their way are finished.
-    pub fn stop(&self) {
+    /// Begins no further step. [`Hydrator::stop`] waits for those on their way, [`STOP_MAX`] from here at most.
+    pub fn wind_down(&self) {
         {
             let mut state = self.shared.state.lock();
-            state.stopping = true;
+            state.stopping.get_or_insert_with(Instant::now);
             self.shared.set_phase(&mut state, HydrateState::Stopped);
         }
         self.shared.demand.wake();
+    }
+
+    /// Ends the threads, and makes durable what has been copied. Steps on their way are finished, unless the source
+    /// holds them up: then they are left to themselves after [`STOP_MAX`]. What such a step may still store is a
+    /// chain's bytes in an absent block, which hurts nobody; its thread keeps the disk open for as long.
+    pub fn stop(&self) {
+        self.wind_down();
         let threads = std::mem::take(&mut *self.threads.lock());
         if threads.is_empty() {
             return;
         }
-        for thread in threads {
-            // It has no result; a panic of it has been reported where it happened.
-            let _ended = thread.join();
+        if self.shared.all_left() {
+            for thread in threads {
+                // It has no result; a panic of it has been reported where it happened.
+                let _ended = thread.join();
+            }
         }
         if self.shared.state.lock().phase == HydrateState::Stopped {
             // What is not durable is copied again; the next flush meets the error.

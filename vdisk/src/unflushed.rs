@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! unflushed.0, unflushed.1:   magic 8 | boot 16 | epoch 8 | record | record | ...
-//! record:                     magic 4 | crc32c 4 | epoch 8 | offset 8 | len 8 | kind 4 | zero 4 | bytes, of a write
+//! record:                     magic 4 | crc32c 4 | epoch 8 | offset 8 | len 8 | kind 4 | zero 4 | bytes, of a write or base
 //! ```
 //!
 //! Invariants
@@ -19,6 +19,7 @@
 //! - Files are emptied in the order they were written in: the older alone would undo what the newer holds.
 //! - Files of another boot are never replayed: after a power failure the overlay alone is the truth, and a record
 //!   here could be older than what it holds.
+//! - What a write that covers part of an absent block was merged with is recorded before it: replay needs no source.
 //! - A record that was cut by a kill was never acknowledged. It ends its file.
 //! - Once closed (the overlay writes through from then on) nothing is recorded and nothing is ever replayed.
 //!
@@ -50,6 +51,7 @@ const WRITE_BYTES_MAX: u64 = 64 << 20;
 const KIND_WRITE: u32 = 1;
 const KIND_TRIM: u32 = 2;
 const KIND_ZERO: u32 = 3;
+const KIND_BASE: u32 = 4;
 
 /// Which boot of the machine this is: the kernel's `boot_id`.
 pub type Boot = [u8; 16];
@@ -61,6 +63,8 @@ pub(crate) enum Operation<'a> {
     Write(u64, &'a [u8]),
     /// A range that reads as zeros.
     Zero(u64, u64, Zeroing),
+    /// What the chain holds in a block that the next operation covers in part: whole overlay blocks.
+    Base(u64, &'a [u8]),
 }
 
 /// The two files.
@@ -130,6 +134,7 @@ impl Unflushed {
             Operation::Write(offset, bytes) => (KIND_WRITE, offset, bytes.len() as u64, bytes),
             Operation::Zero(offset, len, Zeroing::MayTrim) => (KIND_TRIM, offset, len, &[][..]),
             Operation::Zero(offset, len, Zeroing::KeepSpace) => (KIND_ZERO, offset, len, &[][..]),
+            Operation::Base(offset, bytes) => (KIND_BASE, offset, bytes.len() as u64, bytes),
         };
         let mut state = self.state.lock();
         if state.closed {
@@ -262,7 +267,7 @@ fn replay_file(file: &FileStorage, epoch: u64, replay: &mut dyn FnMut(Operation<
         let mut header = [0; RECORD_HEADER_BYTES];
         read(file, at, &mut header)?;
         let (offset, len, kind) = (field(&header, 16), field(&header, 24), field(&header, 32));
-        let stored = if kind == u64::from(KIND_WRITE) { len } else { 0 };
+        let stored = if matches!(u32::try_from(kind), Ok(KIND_WRITE | KIND_BASE)) { len } else { 0 };
         at += RECORD_HEADER_BYTES as u64;
         let known = header.starts_with(&RECORD_MAGIC) && field(&header, 8) == epoch;
         if !known || stored > WRITE_BYTES_MAX || stored > end - at {
@@ -280,6 +285,7 @@ fn replay_file(file: &FileStorage, epoch: u64, replay: &mut dyn FnMut(Operation<
             Ok(KIND_WRITE) => Operation::Write(offset, &bytes),
             Ok(KIND_TRIM) => Operation::Zero(offset, len, Zeroing::MayTrim),
             Ok(KIND_ZERO) => Operation::Zero(offset, len, Zeroing::KeepSpace),
+            Ok(KIND_BASE) => Operation::Base(offset, &bytes),
             _ => return Ok(()),
         })?;
     }

@@ -230,6 +230,7 @@ fn offline_disk(spec: &Spec, disk: &DiskSpec) -> DiskStatus {
         used: None,
         overlay: offline_overlay(spec, disk),
         hydration: None,
+        source_away: None,
         parked: Vec::new(),
         doubtful: Vec::new(),
     }

@@ -5,32 +5,51 @@
 //! - An overlay appears under its final name complete or not at all; what a crash left unfinished was
 //!   never served and is made anew.
 //! - A disk whose overlay holds everything is opened without its source.
+//! - A disk whose overlay holds something is opened with its source or without: what is local is served at once.
 
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use aquifer_formats::{
     Storage,
     storage::{Access as FileAccess, FileStorage},
 };
-use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Connect, Disk, Overlay, OverlayOf, OverlayOptions, open_chain};
+use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Disk, Overlay, OverlayOf, OverlayOptions, open_chain};
 
 use super::{
     Access, DiskSpec, Error, Preallocate, Result, Spec,
     folder::{make_private_dir, sync_dir},
+    serve::ConnectNbd,
+    source::Opening,
 };
+
+/// How long a door that has something to serve waits for a source before it serves without it.
+const SOURCE_WAIT: Duration = Duration::from_secs(5);
+
+/// A disk, and its source where that is still on its way.
+pub(super) struct Opened {
+    pub(super) disk: Arc<Disk>,
+    pub(super) opening: Option<Opening>,
+}
+
+impl From<Arc<Disk>> for Opened {
+    fn from(disk: Arc<Disk>) -> Self {
+        Self { disk, opening: None }
+    }
+}
 
 /// Opens one disk of `spec`.
 ///
 /// # Errors
 /// [`Error::OtherChain`]; [`Error::Disk`] for what is wrong with source or overlay.
-pub(super) fn open(spec: &Spec, disk: &DiskSpec, cache: &Arc<BlockCache>, connect: Connect<'_>) -> Result<Arc<Disk>> {
+pub(super) fn open(spec: &Spec, disk: &DiskSpec, cache: &Arc<BlockCache>, connect: ConnectNbd) -> Result<Opened> {
     if spec.options.access == Access::ReadOnly {
         let chain = chain_of(disk, cache, connect)?;
-        return Ok(Arc::new(Disk::read_only(&disk.name, chain)));
+        return Ok(Arc::new(Disk::read_only(&disk.name, chain)).into());
     }
     let of = overlay_of(disk).unwrap_or(OverlayOf { size: disk.size, chain: [0; 32] });
     let mut options = OverlayOptions::default();
@@ -41,16 +60,24 @@ pub(super) fn open(spec: &Spec, disk: &DiskSpec, cache: &Arc<BlockCache>, connec
     if dir.exists() {
         let overlay = Overlay::open(&dir, of, options)?;
         if overlay.local().absent == 0 {
-            return surviving(Disk::detached(&disk.name, overlay)?, &dir);
+            return Ok(surviving(Disk::detached(&disk.name, overlay)?, &dir)?.into());
         }
-        let chain = chain_of(disk, cache, connect)?;
-        return surviving(Disk::writable(&disk.name, chain, overlay)?, &dir);
+        let opening = Opening::begin(disk.clone(), cache.clone(), connect)?;
+        return match opening.first(SOURCE_WAIT) {
+            Some(Ok(chain)) => Ok(surviving(Disk::writable(&disk.name, chain, overlay)?, &dir)?.into()),
+            // It is there, and it is another one: nothing good comes of waiting.
+            Some(Err(error @ Error::OtherChain { .. })) => Err(error),
+            Some(Err(_)) | None => {
+                let disk = surviving(Disk::awaiting(&disk.name, overlay), &dir)?;
+                Ok(Opened { disk, opening: Some(opening) })
+            }
+        };
     }
     // The source first: nothing is made for one that cannot be read.
     let chain = chain_of(disk, cache, connect)?;
     create_overlay(&dir, of, options, spec.options.preallocate)?;
     let overlay = Overlay::open(&dir, of, options)?;
-    surviving(Disk::writable(&disk.name, chain, overlay)?, &dir)
+    Ok(surviving(Disk::writable(&disk.name, chain, overlay)?, &dir)?.into())
 }
 
 /// The machine stays when this process dies: nothing it was told is written may be gone then.
@@ -61,8 +88,9 @@ fn surviving(disk: Disk, dir: &Path) -> Result<Arc<Disk>> {
     Ok(Arc::new(disk.surviving(dir, boot.into_bytes())?))
 }
 
-fn chain_of(disk: &DiskSpec, cache: &Arc<BlockCache>, connect: Connect<'_>) -> Result<Arc<Chain>> {
-    let chain = open_chain(&disk.chain, cache.clone(), connect)?;
+/// The chain of a disk, if it is the one the session was started on.
+pub(super) fn chain_of(disk: &DiskSpec, cache: &Arc<BlockCache>, connect: ConnectNbd) -> Result<Arc<Chain>> {
+    let chain = open_chain(&disk.chain, cache.clone(), &connect)?;
     let found = hexadecimal(&chain.fingerprint()?);
     let same = found.eq_ignore_ascii_case(&disk.fingerprint);
     if !same || chain.size() != disk.size {

@@ -16,7 +16,8 @@ use parking_lot::{Condvar, Mutex};
 use super::{
     Error, Folder, Hydrate, Options, Result, Spec, State, Status,
     control::{Answer, Clients, Request, Setting},
-    serve::{Happening, Hooks},
+    serve::{ConnectNbd, Happening, Hooks},
+    source::Opening,
     status::{CacheStatus, DiskStatus, Door, HydrationStatus, OverlayStatus, Parked, Phase, STATUS_SCHEMA},
 };
 use crate::{confine::Confinement, fuse::FuseDoor, nbd};
@@ -32,6 +33,8 @@ const OLD_AFTER: Duration = Duration::from_secs(48 * 3600);
 pub(super) struct LiveDisk {
     pub(super) disk: Arc<Disk>,
     pub(super) hydrator: Mutex<Option<Hydrator>>,
+    /// Its source, while that is being opened.
+    pub(super) opening: Mutex<Option<Opening>>,
 }
 
 /// A session that is served by this process.
@@ -40,6 +43,7 @@ pub struct Live {
     pub(super) folder: Folder,
     pub(super) spec: Spec,
     pub(super) disks: Vec<LiveDisk>,
+    pub(super) connect: ConnectNbd,
     pub(super) cache: Arc<BlockCache>,
     pub(super) server: nbd::Server,
     pub(super) fuse: Mutex<Option<FuseDoor>>,
@@ -150,9 +154,28 @@ impl Live {
             used: progress.as_ref().and_then(|p| p.used),
             overlay: disk.local().ok().map(OverlayStatus::from),
             hydration: progress.map(hydration_status),
+            source_away: live.opening.lock().as_ref().map(Opening::why),
             parked: parked.map(|p| Parked { offset: p.offset, len: p.len, waited_s: p.waited.as_secs() }).collect(),
             doubtful: disk.doubtful().iter().map(|r| (r.start, r.end - r.start)).collect(),
         }
+    }
+
+    /// Gives disks the sources that have been opened meanwhile, and begins to open those of `away` anew.
+    pub(super) fn renew_sources(&self, away: &dyn Fn(&LiveDisk) -> bool) -> Result<()> {
+        for (live, spec) in self.disks.iter().zip(&self.spec.disks) {
+            let mut opening = live.opening.lock();
+            match opening.as_ref().map(Opening::take) {
+                None if away(live) => {
+                    *opening = Some(Opening::begin(spec.clone(), Arc::clone(&self.cache), self.connect)?);
+                }
+                Some(Some(chain)) => {
+                    live.disk.renew_chain(&chain)?;
+                    *opening = None;
+                }
+                None | Some(None) => {}
+            }
+        }
+        Ok(())
     }
 
     /// Carries out an order.
@@ -272,6 +295,7 @@ impl Live {
         }
         for live in &self.disks {
             live.disk.detach_chain()?;
+            *live.opening.lock() = None;
         }
         self.folder.event(self.spec.id, "source_detached", None)?;
         if self.folder.load()?.state == State::Migrating {
@@ -310,8 +334,9 @@ impl Live {
         for live in &self.disks {
             // Reads that wait for the source are let go, or the doors would wait for them.
             live.disk.set_patience(Duration::ZERO);
+            *live.opening.lock() = None;
             if let Some(hydrator) = live.hydrator.lock().as_ref() {
-                hydrator.stop();
+                hydrator.wind_down();
             }
         }
         let began = Instant::now();
@@ -320,6 +345,11 @@ impl Live {
         }
         let fuse = self.fuse.lock().take().map_or(Ok(()), FuseDoor::stop);
         tracing::debug!(seconds = began.elapsed().as_secs_f64(), "doors closed");
+        for live in &self.disks {
+            if let Some(hydrator) = live.hydrator.lock().as_ref() {
+                hydrator.stop();
+            }
+        }
         let flushed = self.disks.iter().filter(|d| d.disk.is_writable()).try_for_each(|d| d.disk.flush());
         flushed?;
         Ok(fuse?)

@@ -15,13 +15,14 @@
 
 use std::{fmt::Debug, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
 
-use aquifer_vdisk::{BlockCache, Connect, Hydrator};
+use aquifer_formats::Layer;
+use aquifer_vdisk::{BlockCache, Hydrator};
 use jiff::Timestamp;
 use parking_lot::{Condvar, Mutex};
 
 use super::{
     Access, Error, Folder, Hydrate, Result, Spec,
-    disks::{open, raw_file, source_folders},
+    disks::{Opened, open, raw_file, source_folders},
     folder::make_private_dir,
     listen::Control,
     live::{Live, LiveDisk},
@@ -98,10 +99,13 @@ pub enum Confine {
     Not(String),
 }
 
+/// Makes a layer of the NBD server a URI names. It may be called at any time, on any thread.
+pub type ConnectNbd = fn(&str) -> aquifer_formats::Result<Arc<dyn Layer>>;
+
 /// What a door needs beside its folder.
 pub struct Serving<'a> {
     /// Makes layers of NBD sources.
-    pub connect: Connect<'a>,
+    pub connect: ConnectNbd,
     /// The runner's part.
     pub hooks: Arc<dyn Hooks>,
     /// Whether to confine the process.
@@ -163,16 +167,17 @@ fn start(
     let mut disks = Vec::with_capacity(spec.disks.len());
     let mut server = nbd::Server::builder();
     for disk in &spec.disks {
-        let opened = open(&spec, disk, &cache, serving.connect)?;
+        let Opened { disk: opened, opening } = open(&spec, disk, &cache, serving.connect)?;
         opened.set_patience(Duration::from_secs(spec.options.source_wait_s));
         server = server.export(nbd::Export::new(&disk.name, opened.clone()));
-        disks.push(LiveDisk { disk: opened, hydrator: Mutex::new(None) });
+        disks.push(LiveDisk { disk: opened, hydrator: Mutex::new(None), opening: Mutex::new(opening) });
     }
     Ok(Live {
         folder: folder.clone(),
         options: Mutex::new(spec.options.clone()),
         spec,
         disks,
+        connect: serving.connect,
         cache,
         server: server.build()?,
         fuse: Mutex::new(None),

@@ -103,6 +103,9 @@ pub struct DiskStatus {
     /// Background copying; absent where there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hydration: Option<HydrationStatus>,
+    /// Why the source cannot be opened; absent while it is open or no longer needed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_away: Option<String>,
     /// Reads that wait for a source that is away.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parked: Vec<Parked>,

@@ -13,7 +13,7 @@ use aquifer_vdisk::{HydrateState, Hydrator};
 
 use super::{
     Error, State,
-    live::Live,
+    live::{Live, LiveDisk},
     serve::{Happening, Hooks},
 };
 
@@ -26,8 +26,12 @@ const READ_EVERY: Duration = Duration::from_millis(500);
 /// How long reads must have waited before that is news.
 const AWAY_AFTER: Duration = Duration::from_secs(1);
 
+/// How long a source must have been away before it is opened anew.
+const RENEW_AFTER: Duration = Duration::from_secs(10);
+
 #[derive(Debug)]
 pub(super) struct Watcher {
+    away_since: Option<Instant>,
     was_local: bool,
     was_away: bool,
     had_failed: bool,
@@ -39,7 +43,15 @@ pub(super) struct Watcher {
 impl Watcher {
     pub(super) fn new(is_local: bool) -> Self {
         let now = Instant::now();
-        Self { was_local: is_local, was_away: false, had_failed: false, paced: now, read: now, seen: (false, false) }
+        Self {
+            away_since: None,
+            was_local: is_local,
+            was_away: false,
+            had_failed: false,
+            paced: now,
+            read: now,
+            seen: (false, false),
+        }
     }
 
     pub(super) fn look(&mut self, live: &Arc<Live>, hooks: &dyn Hooks) {
@@ -51,7 +63,9 @@ impl Watcher {
         }
         self.had_failed = failed;
         let parked = live.disks.iter().flat_map(|d| d.disk.parked()).any(|p| p.waited >= AWAY_AFTER);
-        let away = parked || states.contains(&HydrateState::SourceAway);
+        let missing = live.disks.iter().any(|d| d.opening.lock().is_some());
+        let away = missing || parked || states.contains(&HydrateState::SourceAway);
+        self.renew(live, away);
         if away != self.was_away {
             self.was_away = away;
             live.tell(hooks, if away { Happening::SourceAway } else { Happening::SourceBack }, None);
@@ -66,6 +80,19 @@ impl Watcher {
         if self.paced.elapsed() >= PACE_EVERY {
             self.paced = Instant::now();
             live.keep_pace();
+        }
+    }
+
+    /// A source that has been away for a while may be back as another file or another server's export.
+    fn renew(&mut self, live: &Arc<Live>, away: bool) {
+        self.away_since = if away { self.away_since.or(Some(Instant::now())) } else { None };
+        let long = self.away_since.is_some_and(|since| since.elapsed() >= RENEW_AFTER);
+        let is_away = |disk: &LiveDisk| {
+            let waits = disk.hydrator.lock().as_ref().is_some_and(|h| h.progress().state == HydrateState::SourceAway);
+            long && (waits || disk.disk.parked().iter().any(|p| p.waited >= RENEW_AFTER))
+        };
+        if let Err(error) = live.renew_sources(&is_away) {
+            tracing::warn!(%error, "a source was not opened anew");
         }
     }
 

@@ -185,7 +185,7 @@ fn hold(context: &Context, point: &HeldPoint) -> Option<Hold> {
 pub fn run_door(context: &Context, folder: &Folder, supervisor: Option<u32>) -> Result<()> {
     let stop = context.stop()?;
     let serving = Serving {
-        connect: &|uri| source::layer_of_nbd(uri),
+        connect: |uri| source::layer_of_nbd(uri),
         hooks: Arc::new(NoHooks),
         confine: Confine::Reading(Vec::new()),
         listener: inherited_listener().map_err(|e| Fail::io("the NBD socket", "take over", &e))?,

@@ -54,6 +54,12 @@ impl Patience {
         self.changed.notify_all();
     }
 
+    /// Has all that wait try again now.
+    pub(super) fn retry(&self) {
+        let _inner = self.inner.lock();
+        self.changed.notify_all();
+    }
+
     pub(super) fn parked(&self) -> Vec<Parked> {
         let inner = self.inner.lock();
         let all = inner.waiting.iter().map(|(_, offset, len, since)| Parked {

@@ -39,7 +39,7 @@ impl Disk {
     pub(crate) fn hydrate_with(&self, offset: u64, len: u64, buf: &mut Vec<u8>) -> Result<Hydrated> {
         let overlay = self.overlay()?;
         let mut done = Hydrated::default();
-        let Some(chain) = self.chain() else { return Ok(done) };
+        let Some(chain) = self.source()? else { return Ok(done) };
         let start = offset - offset % OVERLAY_BLOCK_BYTES;
         let end = offset.saturating_add(len).min(self.size());
         let end = end.next_multiple_of(OVERLAY_BLOCK_BYTES).min(self.size());

@@ -19,6 +19,7 @@ use std::{
 use parking_lot::{Condvar, Mutex};
 
 use super::{
+    STOP_MAX,
     demand::Demand,
     pace::{Buckets, Pace},
     progress::{HydrateProgress, HydrateState, Meter},
@@ -41,7 +42,7 @@ pub(super) struct Shared {
     pub(super) disk: Arc<Disk>,
     pub(super) demand: Arc<Demand>,
     pub(super) state: Mutex<State>,
-    /// Told when `state.phase` has changed.
+    /// Told when `state.phase` or `state.threads` has changed.
     pub(super) ended: Condvar,
 }
 
@@ -50,7 +51,10 @@ pub(super) struct Shared {
 pub(super) struct State {
     pub(super) pace: Pace,
     pub(super) paused: bool,
-    pub(super) stopping: bool,
+    /// Since when no step is begun any more.
+    pub(super) stopping: Option<Instant>,
+    /// Threads that have not ended.
+    threads: usize,
     pub(super) phase: HydrateState,
     pub(super) meter: Meter,
     trace: VecDeque<Range<u64>>,
@@ -85,12 +89,13 @@ enum Next {
 }
 
 impl Shared {
-    pub(super) fn new(disk: Arc<Disk>, demand: Arc<Demand>, pace: Pace) -> Self {
+    pub(super) fn new(disk: Arc<Disk>, demand: Arc<Demand>, pace: Pace, threads: usize) -> Self {
         let now = Instant::now();
         let state = State {
             pace,
             paused: false,
-            stopping: false,
+            stopping: None,
+            threads,
             phase: HydrateState::Running,
             meter: Meter::new(now),
             trace: VecDeque::new(),
@@ -125,10 +130,28 @@ impl Shared {
         }
     }
 
+    /// A thread has ended.
+    pub(super) fn leave(&self) {
+        self.state.lock().threads -= 1;
+        self.ended.notify_all();
+    }
+
+    /// Waits until all threads have ended; `false` if some had not [`STOP_MAX`] after the first word of stopping.
+    pub(super) fn all_left(&self) -> bool {
+        let mut state = self.state.lock();
+        let until = state.stopping.unwrap_or_else(Instant::now) + STOP_MAX;
+        while state.threads > 0 {
+            if self.ended.wait_until(&mut state, until).timed_out() {
+                return state.threads == 0;
+            }
+        }
+        true
+    }
+
     fn next(&self) -> Next {
         let mut state = self.state.lock();
         let now = Instant::now();
-        if state.stopping || state.phase.is_final() {
+        if state.stopping.is_some() || state.phase.is_final() {
             return Next::Quit;
         }
         if let Some(at) = state.retry_at {
@@ -321,7 +344,7 @@ impl Shared {
     fn wait_while_held(&self) -> bool {
         loop {
             let state = self.state.lock();
-            if state.stopping || state.phase.is_final() {
+            if state.stopping.is_some() || state.phase.is_final() {
                 return true;
             }
             if !state.paused {
@@ -375,7 +398,7 @@ impl Disk {
     /// Marks what a range has no data for as local; returns how many bytes of it the chain has data for,
     /// in whole overlay blocks; `None` without a chain.
     fn survey(&self, offset: u64, len: u64) -> Result<Option<u64>> {
-        let Some(chain) = self.chain() else { return Ok(None) };
+        let Some(chain) = self.source()? else { return Ok(None) };
         let end = offset.saturating_add(len).min(self.size());
         let mut extents = Vec::new();
         chain.extents(offset, end - offset, &mut extents)?;
