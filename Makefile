@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 export PATH := $(HOME)/.cargo/bin:$(PATH)
 CARGO ?= cargo
-BIN := target/release/aquifer
+BIN := $(or $(CARGO_TARGET_DIR),target)/release/aquifer
 
 .PHONY: help setup build test test-long bench lint deny man demo clean
 

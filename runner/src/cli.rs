@@ -93,6 +93,8 @@ pub enum Verb {
     Session(verb::session::Args),
     /// End a recovery: keep the machine on its local disk, or discard it
     Finalize(verb::finalize::Args),
+    /// Do all of it with a small machine of its own, made and taken away
+    Demo(verb::demo::Args),
     /// Make a repository
     Init(verb::init::Args),
     /// Store a restore point of a machine
@@ -134,7 +136,7 @@ pub enum Verb {
 
 /// Help shows the verbs in these groups.
 pub const GROUPS: &[(&str, &[&str])] = &[
-    ("Start here", &["info", "mount", "recover", "status", "wait", "session", "finalize"]),
+    ("Start here", &["info", "mount", "recover", "status", "wait", "session", "finalize", "demo"]),
     ("Protect", &["init", "backup", "points", "forget", "verify"]),
     ("Look", &["map", "diff", "export", "leases", "events"]),
     ("Tools", &["config", "bench", "doctor", "explain", "completions", "man"]),

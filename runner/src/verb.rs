@@ -8,6 +8,7 @@ pub mod backup;
 pub mod bench;
 pub mod completions;
 pub mod config;
+pub mod demo;
 pub mod diff;
 pub mod doctor;
 pub mod door;
@@ -42,6 +43,7 @@ impl Verb {
             Verb::Wait(_) => "wait",
             Verb::Session(_) => "session",
             Verb::Finalize(_) => "finalize",
+            Verb::Demo(_) => "demo",
             Verb::Init(_) => "init",
             Verb::Backup(_) => "backup",
             Verb::Points(_) => "points",
@@ -72,6 +74,7 @@ impl Verb {
             Verb::Wait(args) => wait::run(context, args),
             Verb::Session(args) => session::run(context, args),
             Verb::Finalize(args) => finalize::run(context, args),
+            Verb::Demo(args) => demo::run(context, args),
             Verb::Init(args) => init::run(context, args),
             Verb::Backup(args) => backup::run(context, args),
             Verb::Points(args) => points::run(context, args),

@@ -6,6 +6,7 @@ mod chain;
 mod chain_files;
 mod confine;
 mod crash;
+mod first_minutes;
 mod fuse;
 mod fuzz_smoke;
 mod host;

@@ -135,8 +135,10 @@ pub fn serve(folder: &Folder, serving: &Serving<'_>) -> Result<()> {
     }
     make_private_dir(&spec.runtime_dir)?;
     let mut warnings = Vec::new();
-    if let Err(what) = spare_from_reclaim() {
-        warnings.push(what);
+    match spare_from_reclaim() {
+        // A machine's own connection is at no such risk: only what this host itself mounts.
+        Err(what) if spec.options.fuse_dir.is_some() => warnings.push(what),
+        Ok(()) | Err(_) => {}
     }
     let mount = spec.options.fuse_dir.as_deref().map(|dir| FuseMount::new(dir, fuse_options(&spec))).transpose()?;
     let confinement = match &serving.confine {
@@ -243,5 +245,7 @@ fn jail(spec: &Spec, more: &[PathBuf]) -> Jail {
 /// is short: disks they serve may be mounted on this very host. Without `CAP_SYS_RESOURCE` only such
 /// disks are at risk.
 fn spare_from_reclaim() -> Result<(), String> {
-    rustix::process::configure_io_flusher_behavior(true).map_err(|e| format!("PR_SET_IO_FLUSHER: {e}"))
+    rustix::process::configure_io_flusher_behavior(true).map_err(|e| {
+        format!("without CAP_SYS_RESOURCE a disk mounted on this very host may stall when memory is short ({e})")
+    })
 }

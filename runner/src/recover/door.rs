@@ -34,6 +34,7 @@ use crate::{
     host::Process,
     repository::{self, Hold},
     source,
+    stop::Stop,
 };
 
 /// How long a supervisor may take to end once its door has.
@@ -61,8 +62,8 @@ pub fn launch(context: &Context, folder: &Folder) -> Result<Process> {
 /// Waits until the door answers, at most `limit`.
 ///
 /// # Errors
-/// What the door said, if it died instead.
-pub fn await_door(folder: &Folder, supervisor: Option<&Process>, limit: Duration) -> Result<()> {
+/// What the door said, if it died instead; an interruption.
+pub fn await_door(folder: &Folder, supervisor: Option<&Process>, limit: Duration, stop: Stop) -> Result<()> {
     let began = Instant::now();
     let deaths = deaths(folder);
     loop {
@@ -75,7 +76,8 @@ pub fn await_door(folder: &Folder, supervisor: Option<&Process>, limit: Duration
         if died || began.elapsed() > limit {
             return Err(last_words(folder));
         }
-        std::thread::sleep(TICK);
+        stop.check()?;
+        stop.wait(TICK);
     }
 }
 
@@ -94,13 +96,28 @@ fn last_words(folder: &Folder) -> Fail {
         let _ = log.take(TAIL).read_to_end(&mut text);
     }
     let text = String::from_utf8_lossy(&text);
-    let mut said = text.lines().rev().filter(|line| line.starts_with("E_"));
-    let found = said.find_map(|line| {
+    let silent = || {
+        let last = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing").to_owned();
+        Fail::new(Code::Failed, "the session's door did not come up").at(folder.log_path().display()).cause(last)
+    };
+    last_error(&text).unwrap_or_else(silent)
+}
+
+/// The last error in a log, whole: its code, what, where and what to do.
+fn last_error(text: &str) -> Option<Fail> {
+    let lines: Vec<&str> = text.lines().collect();
+    let (at, mut fail) = lines.iter().enumerate().rev().find_map(|(at, line)| {
         let (code, what) = line.split_once(": ")?;
-        Some(Fail::new(Code::find(code)?, what.to_owned()))
-    });
-    let silent = || Fail::new(Code::Failed, "the session's door did not come up").help("aquifer events");
-    found.unwrap_or_else(silent).at(folder.log_path().display())
+        Some((at, Fail::new(Code::find(code).filter(|code| !code.is_warning())?, what)))
+    })?;
+    for line in lines.iter().skip(at + 1).map_while(|line| line.strip_prefix("  ")) {
+        fail = match line.split_once(": ") {
+            Some(("at", place)) => fail.at(place),
+            Some(("do", command)) => fail.help(command),
+            _ => break,
+        };
+    }
+    Some(fail)
 }
 
 /// Asks a supervisor to end, with its door, and waits until it has.
@@ -193,4 +210,20 @@ pub fn run_door(context: &Context, folder: &Folder, supervisor: Option<u32>) -> 
         stop: &|| stop.is_asked(),
     };
     Ok(serve(folder, &serving)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_in_a_log_is_taken_whole() {
+        let log = "W_IN_THE_CLEAR: plain\nE_IO: first\n  at: /a\nsome talk\nE_CHAIN_BROKEN: a file is gone\n  at: /b, offset 3, ENOENT: no\n  do: aquifer verify x\nbye\n";
+        let fail = last_error(log).expect("one");
+        assert_eq!(
+            fail.to_string(),
+            "E_CHAIN_BROKEN: a file is gone\n  at: /b, offset 3, ENOENT: no\n  do: aquifer verify x"
+        );
+        assert_eq!(last_error("nothing: at all\nW_FULL: no error\n"), None);
+    }
 }

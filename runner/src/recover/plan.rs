@@ -10,7 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use aquifer_mount::session::{DiskSpec, Options, Preallocate, is_name};
+use aquifer_mount::session::{DiskSpec, Folder, Options, Preallocate, Registry, is_name};
 use aquifer_vdisk::{Disk, overlay::OverlayOptions};
 
 use super::{
@@ -18,7 +18,7 @@ use super::{
     shape::{Shaped, Wishes, disk_names, named_firmware, shape, stored},
 };
 use crate::{
-    context::Context,
+    context::{Context, quoted},
     fail::{Code, Fail, Result},
     host::{Host, firmware},
     machine::Described,
@@ -95,6 +95,7 @@ impl Plan {
             names = disk_names(&names, &described)?;
         }
         let name = machine_name(request, &described, &dir)?;
+        check_name(context, &name)?;
         let mut disks = Vec::new();
         let mut opened = Vec::new();
         let cache = context.cache()?;
@@ -184,13 +185,11 @@ fn place(into: &Path) -> Result<(PathBuf, PathBuf)> {
             let real = fs::canonicalize(&path).map_err(|e| Fail::io(path.display(), "find", &e))?;
             return Ok((real.clone(), real));
         }
-        Ok(false) if path.join("session.json").exists() => {
-            return Err(Fail::new(Code::Exists, format!("{} holds a recovery already", path.display()))
-                .at(path.display())
-                .help(format!("aquifer session resume {}", path.display())));
-        }
+        Ok(false) if path.join("session.json").exists() => return Err(holds_one_already(&path)),
         Ok(false) => {
-            return Err(Fail::new(Code::Exists, format!("{} is not empty", path.display())).at(path.display()));
+            return Err(Fail::new(Code::Exists, format!("{} is not empty", path.display()))
+                .at(path.display())
+                .help("choose another --into DIR"));
         }
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
         Err(e) => return Err(Fail::io(path.display(), "look into", &e)),
@@ -199,6 +198,25 @@ fn place(into: &Path) -> Result<(PathBuf, PathBuf)> {
     let real = fs::canonicalize(existing).map_err(|e| Fail::io(existing.display(), "find", &e))?;
     let rest = path.strip_prefix(existing).map_err(|_| named())?;
     Ok((real.join(rest), real))
+}
+
+/// The refusal of a folder with a session in it.
+pub(super) fn holds_one_already(dir: &Path) -> Fail {
+    let what = format!("{} holds a recovery already", dir.display());
+    Fail::new(Code::Exists, what).at(dir.display()).help(format!("aquifer status {}", quoted(&dir.to_string_lossy())))
+}
+
+/// Refuses the name of a recovery that has not ended: commands that name it would not know which is meant.
+fn check_name(context: &Context, name: &str) -> Result<()> {
+    for pointer in Registry::new(&context.home()?).list()?.iter().filter(|pointer| pointer.name == name) {
+        let spec = Folder::open(&pointer.dir).and_then(|folder| folder.load());
+        if spec.is_ok_and(|spec| spec.id == pointer.id && spec.state.is_live()) {
+            let what = format!("a recovery called {name} is in {} and has not ended", pointer.dir.display());
+            let help = format!("add --name NAME, or end it: aquifer finalize {name} --keep");
+            return Err(Fail::new(Code::Exists, what).at(pointer.dir.display()).help(help));
+        }
+    }
+    Ok(())
 }
 
 /// Whether what the session reserves at its start fits.

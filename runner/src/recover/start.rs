@@ -40,16 +40,20 @@ pub struct Started {
 /// Carries out a plan.
 ///
 /// # Errors
-/// What failed; what was made is gone again, except a folder whose machine may have written to it: that one is named.
+/// What failed, or an interruption before the machine was let go; what was made is gone again, except a folder whose
+/// machine may have written to it: that one is named.
 pub fn start(context: &Context, plan: &Plan) -> Result<Started> {
+    let stop = context.stop()?;
     let mut undo = Undo::new(plan.host);
     let folder = prepare(context, plan, &mut undo)?;
     folder.transition(State::Preparing, "recover", None)?;
     folder.transition(State::Mounting, "recover", None)?;
     undo.folder = Some(folder.clone());
+    stop.check()?;
     let supervisor = door::launch(context, &folder)?;
     undo.supervisor = Some(supervisor);
-    door::await_door(&folder, Some(&supervisor), DOOR_TIMEOUT)?;
+    door::await_door(&folder, Some(&supervisor), DOOR_TIMEOUT, stop)?;
+    stop.check()?;
     let spec = folder.load()?;
     let running = match plan.host.start(&plan.machine.shape, &doors(&spec), &places(&spec)) {
         Ok(running) => running,
@@ -75,13 +79,11 @@ pub fn start(context: &Context, plan: &Plan) -> Result<Started> {
 
 /// Makes the folder and the record.
 fn prepare(context: &Context, plan: &Plan, undo: &mut Undo) -> Result<Folder> {
-    undo.will_make(&plan.dir);
     let runtime = context.runtime_dir()?;
     let mut spec =
         Spec::new(&plan.name, &plan.dir, &runtime, plan.disks.clone(), plan.options.clone(), Timestamp::now())?;
     spec.host = plan.machine.to_json();
-    undo.runtime_dir = Some(spec.runtime_dir.clone());
-    let folder = Folder::create(&spec)?;
+    let folder = undo.make(&spec)?;
     let registry = Registry::new(&context.home()?);
     registry.add(&spec)?;
     undo.registry = Some((registry, spec.id));
@@ -93,6 +95,7 @@ fn prepare(context: &Context, plan: &Plan, undo: &mut Undo) -> Result<Folder> {
 /// # Errors
 /// [`Code::State`] for a session that has ended; whatever fails on the way.
 pub fn resume(context: &Context, folder: &Folder) -> Result<Resumed> {
+    let stop = context.stop()?;
     let spec = folder.load()?;
     if matches!(spec.state, State::Dismounting | State::Stopped) {
         return Err(Fail::new(Code::State, format!("{} has ended: it is {}", spec.name, spec.state)));
@@ -105,9 +108,9 @@ pub fn resume(context: &Context, folder: &Folder) -> Result<Resumed> {
             }
         }
         let supervisor = door::launch(context, folder)?;
-        door::await_door(folder, Some(&supervisor), DOOR_TIMEOUT)?;
+        door::await_door(folder, Some(&supervisor), DOOR_TIMEOUT, stop)?;
     } else {
-        door::await_door(folder, None, DOOR_TIMEOUT)?;
+        door::await_door(folder, None, DOOR_TIMEOUT, stop)?;
     }
     let Some(machine) = Machine::of(&spec)? else { return Ok(Resumed { door_started, machine_started: false }) };
     let host = super::host(&machine.host)?;
@@ -148,8 +151,10 @@ pub struct Resumed {
 struct Undo {
     host: &'static dyn Host,
     armed: bool,
-    /// Folder of the session, and how much of the way to it is ours.
-    dir: Option<(PathBuf, Option<PathBuf>)>,
+    /// Folder of the session, once its record says that it is ours.
+    dir: Option<PathBuf>,
+    /// What was not there on the way to it, the folder itself first.
+    missing: Vec<PathBuf>,
     runtime_dir: Option<PathBuf>,
     registry: Option<(Registry, uuid::Uuid)>,
     folder: Option<Folder>,
@@ -158,13 +163,38 @@ struct Undo {
 
 impl Undo {
     fn new(host: &'static dyn Host) -> Self {
-        Self { host, armed: true, dir: None, runtime_dir: None, registry: None, folder: None, supervisor: None }
+        Self {
+            host,
+            armed: true,
+            dir: None,
+            missing: Vec::new(),
+            runtime_dir: None,
+            registry: None,
+            folder: None,
+            supervisor: None,
+        }
     }
 
-    /// Notes that `dir` is about to be made, with everything on the way to it that is not there yet.
-    fn will_make(&mut self, dir: &Path) {
-        let missing = dir.ancestors().take_while(|p| !p.exists()).last().map(Path::to_path_buf);
-        self.dir = Some((dir.to_path_buf(), missing));
+    /// Makes the session's folder. It is ours from the moment its record is: of two recoveries into one folder one
+    /// makes the record, and the other touches nothing in it.
+    fn make(&mut self, spec: &Spec) -> Result<Folder> {
+        let record = spec.dir.join("session.json");
+        self.missing = spec.dir.ancestors().take_while(|p| !p.exists()).map(Path::to_path_buf).collect();
+        match Folder::create(spec) {
+            Ok(folder) => {
+                self.dir = Some(spec.dir.clone());
+                self.runtime_dir = Some(spec.runtime_dir.clone());
+                Ok(folder)
+            }
+            Err(_) if record.exists() => {
+                self.missing.clear();
+                Err(super::plan::holds_one_already(&spec.dir))
+            }
+            Err(error) => {
+                self.dir = Some(spec.dir.clone());
+                Err(error.into())
+            }
+        }
     }
 
     /// From here on nothing is deleted.
@@ -188,12 +218,13 @@ impl Drop for Undo {
         if let Some((registry, id)) = &self.registry {
             let _ = registry.remove(*id);
         }
-        if let Some((dir, made)) = &self.dir {
-            match made {
-                Some(made) => drop(fs::remove_dir_all(made)),
-                // The folder was there and empty: it stays, empty.
-                None => empty(dir),
-            }
+        if let Some(dir) = &self.dir {
+            empty(dir);
+        }
+        // A folder that was there and empty stays; one on the way that somebody else uses by now is not empty, and
+        // stays too.
+        for made in &self.missing {
+            let _ = fs::remove_dir(made);
         }
         if let Some(dir) = &self.runtime_dir {
             let _ = fs::remove_dir_all(dir);

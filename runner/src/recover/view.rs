@@ -8,7 +8,7 @@ use std::fmt::Write;
 
 use aquifer_mount::session::{
     Client, Folder, Status,
-    status::{DiskStatus, Door, Phase},
+    status::{DiskStatus, Door, HydrationStatus, Phase},
 };
 use jiff::Timestamp;
 use serde::Serialize;
@@ -119,8 +119,12 @@ impl View {
             }
         }
         let limit = status.rate.map_or("none".into(), |rate| format!("{}/s", units::bytes(rate)));
-        let rate: u64 = status.disks.iter().filter_map(|d| d.hydration.as_ref()).map(|h| h.rate).sum();
-        let _ = writeln!(out, "  rate     {}/s (limit {limit})", units::bytes(rate));
+        // A copy that rests keeps the rate it last had.
+        let copying = |h: &&HydrationStatus| h.phase == Phase::Running;
+        let rate: u64 = status.disks.iter().filter_map(|d| d.hydration.as_ref()).filter(copying).map(|h| h.rate).sum();
+        if !status.is_local() {
+            let _ = writeln!(out, "  rate     {}/s (limit {limit})", units::bytes(rate));
+        }
         match &status.door {
             Door::Running { pid, .. } => drop(writeln!(out, "  door     process {pid}")),
             Door::NotRunning => drop(writeln!(out, "  door     not running; aquifer session resume {}", status.name)),

@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::{
     cli::{Confirm, DryRun},
     confirm::confirm,
-    context::Context,
+    context::{Context, quoted},
     fail::{Code, Fail, Result},
     recover::{finish, start, view::View},
     stop::Stop,
@@ -62,7 +62,7 @@ fn discard(context: &Context, args: &Args, folder: &Folder, view: &View) -> Resu
     confirm(context, &args.confirm, &loss)?;
     finish::discard(context, folder)?;
     context.out.line(format_args!("{} is gone", view.status.name));
-    context.out.next("aquifer status");
+    context.out.next(context.invocation("status"));
     Ok(())
 }
 
@@ -100,7 +100,7 @@ fn keep(context: &Context, args: &Args, folder: &Folder, view: &View) -> Result<
     }
     context.out.closing("power", power.word());
     context.out.line(format_args!("{name} is on its own disk; its source and aquifer are no longer needed"));
-    let first = kept.disks.first().map(|(_, file, _)| file.display().to_string()).unwrap_or_default();
+    let first = kept.disks.first().map(|(_, file, _)| quoted(&file.to_string_lossy())).unwrap_or_default();
     context.out.next(format!("qemu-img info -U -f raw {first}"));
     Ok(())
 }

@@ -126,7 +126,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         let plan = Plan::new(context, host, only)?;
         let started = begin(context, &plan, began)?;
         let short = started.spec.name.clone();
-        context.out.next(format!("aquifer status {short}"));
+        context.out.next(context.invocation(&format!("status {short}")));
         return after(context, args, &started, stop);
     }
     several(context, args, host, &requests, stop)
@@ -249,8 +249,8 @@ fn begin(context: &Context, plan: &Plan, began: Instant) -> Result<Started> {
     for disk in &spec.disks {
         out.line(format_args!("  disk     {} ({}) {}", disk.name, units::bytes(disk.size), spec.uri(&disk.name)));
     }
-    out.line(format_args!("  watch    aquifer status --watch {}", spec.name));
-    out.line(format_args!("  end      aquifer finalize {} --keep", spec.name));
+    out.line(format_args!("  watch    {}", context.invocation(&format!("status --watch {}", spec.name))));
+    out.line(format_args!("  end      {}", context.invocation(&format!("finalize {} --keep", spec.name))));
     Ok(started)
 }
 
@@ -331,7 +331,7 @@ fn several(context: &Context, args: &Args, host: &'static dyn Host, requests: &[
             Err(fail) => failures.add(context, request, fail),
         }
     }
-    context.out.next("aquifer status");
+    context.out.next(context.invocation("status"));
     for one in &started {
         if let Err(fail) = after(context, args, one, stop) {
             failures.all.push(fail);

@@ -116,7 +116,7 @@ fn change(
     let view = View::of(folder)?;
     context.out.record("session", &view);
     context.out.line(view.text());
-    context.out.next(format!("aquifer status {}", view.status.name));
+    context.out.next(context.invocation(&format!("status {}", view.status.name)));
     Ok(())
 }
 

@@ -61,7 +61,7 @@ fn once(context: &Context, args: &Args, screen: &mut String) -> Result<()> {
         let view = View::of(&registry.resolve(word)?)?;
         show(&view);
         if let Some(next) = next(&view) {
-            context.out.next(next);
+            context.out.next(context.invocation(&next));
         }
         return Ok(());
     }
@@ -83,9 +83,9 @@ fn once(context: &Context, args: &Args, screen: &mut String) -> Result<()> {
     context.out.closing("sessions", pointers.len());
     if pointers.is_empty() {
         context.out.say("no recoveries");
-        context.out.next("aquifer recover SOURCE --into DIR");
+        context.out.next(context.invocation("recover SOURCE --into DIR"));
     } else if let Some(next) = last.as_ref().filter(|_| pointers.len() == 1).and_then(next) {
-        context.out.next(next);
+        context.out.next(context.invocation(&next));
     }
     Ok(())
 }
@@ -93,7 +93,7 @@ fn once(context: &Context, args: &Args, screen: &mut String) -> Result<()> {
 fn next(view: &View) -> Option<String> {
     let name = &view.status.name;
     if view.allowed_operations.contains(&"keep") {
-        return Some(format!("aquifer finalize {name} --keep"));
+        return Some(format!("finalize {name} --keep"));
     }
-    view.allowed_operations.contains(&"resume").then(|| format!("aquifer session resume {name}"))
+    view.allowed_operations.contains(&"resume").then(|| format!("session resume {name}"))
 }
