@@ -14,7 +14,7 @@ use aquifer_tests::{
     rig::{Rig, perform, read_all},
     rng::Rng,
 };
-use aquifer_vdisk::{Disk, Error, HydrateState, Hydrator, Overlay, OverlayOptions, Pace, Settling};
+use aquifer_vdisk::{Disk, Error, HydrateState, Hydrator, Overlay, OverlayOptions, Pace, Settling, Trace, trace::Step};
 
 const LONG: Option<Duration> = Some(Duration::from_secs(60));
 
@@ -157,8 +157,8 @@ fn what_the_guest_waits_for_comes_first() {
     }
     assert!(near(50 << 20));
     assert!(disk.local().expect("local").hydrated < 40 << 20, "long before the bulk copy came by");
-    assert!(!hydrator.trace().is_empty());
-    hydrator.replay(&[30 << 20..31 << 20, 31 << 20..32 << 20]);
+    let steps = vec![Step { range: 30 << 20..32 << 20, after_ms: 0 }];
+    hydrator.replay(&Trace { size: 64 << 20, complete: true, steps });
     while !near(30 << 20) {
         assert!(started.elapsed() < Duration::from_secs(5), "the trace is not replayed");
         std::thread::sleep(Duration::from_millis(1));

@@ -253,6 +253,18 @@ impl Chain {
         }
     }
 
+    /// Whether any of a range has to be read; `true` where that cannot be said.
+    pub(crate) fn has_data(&self, offset: u64, len: u64) -> bool {
+        let (mut at, end) = (offset, offset.saturating_add(len).min(self.size));
+        while at < end {
+            match self.resolve(at, end - at) {
+                Ok((_, Content::Absent | Content::Zero, n)) => at += n.max(1),
+                Ok(_) | Err(_) => return true,
+            }
+        }
+        false
+    }
+
     /// What `offset..offset + len` holds, appended to `out` in order, merged. Reads no data.
     ///
     /// # Errors

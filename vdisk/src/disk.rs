@@ -24,7 +24,7 @@ use arc_swap::ArcSwapOption;
 pub use self::source::Parked;
 use self::source::Patience;
 use crate::{
-    Chain, Delta, Error, Extent, ExtentKind, LocalProgress, Overlay, Result,
+    Chain, Delta, DemandStats, Error, Extent, ExtentKind, LocalProgress, Overlay, Result, Trace,
     hydrate::demand::Demand,
     overlay::Run,
     unflushed::{Boot, Operation, Unflushed},
@@ -165,14 +165,32 @@ impl Disk {
                 Run::Local => {
                     let failed = |e| aquifer_formats::Error::io(overlay.raw().label(), "read", at, e);
                     overlay.raw().read_at(at, front).map_err(failed)?;
+                    self.demand.record(at, len as u64);
+                    self.demand.note_hit(at, len as u64);
                 }
                 Run::Absent => {
-                    self.demand.note_fault(at, len as u64);
-                    self.read_chain(at, front)?;
+                    self.demand.record(at, len as u64);
+                    self.read_absent(at, front)?;
                 }
             }
             at += len as u64;
             rest = tail;
+        }
+        Ok(())
+    }
+
+    /// A guest's read of what is not local yet.
+    fn read_absent(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let len = buf.len() as u64;
+        self.demand.note_fault(offset, len);
+        if self.chain_now(offset, buf)? {
+            return Ok(());
+        }
+        let began = Instant::now();
+        self.read_chain(offset, buf)?;
+        // A hole is known at once when it is looked at again.
+        if self.chain().is_some_and(|chain| chain.has_data(offset, len)) {
+            self.demand.note_miss(len, began.elapsed());
         }
         Ok(())
     }
@@ -193,11 +211,17 @@ impl Disk {
                 Run::Pages | Run::Trimmed => true,
                 Run::Local => {
                     let failed = |e| aquifer_formats::Error::io(overlay.raw().label(), "read", at, e);
-                    overlay.raw().read_now(at, front).map_err(failed)?
+                    let ready = overlay.raw().read_now(at, front).map_err(failed)?;
+                    if ready {
+                        self.demand.record(at, len as u64);
+                        self.demand.note_hit(at, len as u64);
+                    }
+                    ready
                 }
                 Run::Absent => {
                     let ready = self.chain_now(at, front)?;
                     if ready {
+                        self.demand.record(at, len as u64);
                         self.demand.note_fault(at, len as u64);
                     }
                     ready
@@ -208,6 +232,9 @@ impl Disk {
             }
             at += len as u64;
             rest = tail;
+        }
+        if self.demand.is_timed() {
+            self.demand.note_read(Duration::ZERO);
         }
         Ok(true)
     }
@@ -423,6 +450,21 @@ impl Disk {
     /// Bytes of guest writes that are only in memory and journal; 0 without an overlay.
     pub fn memory_bytes(&self) -> u64 {
         self.overlay.as_ref().map_or(0, Overlay::memory_bytes)
+    }
+
+    /// Records what is read first from now on, going on from `earlier`. Recording ends by itself.
+    pub fn record_trace(&self, earlier: Trace) {
+        self.demand.record_from(earlier);
+    }
+
+    /// What has been recorded, if that is more than `known` bytes or recording has ended.
+    pub fn recorded_trace(&self, known: u64) -> Option<Trace> {
+        self.demand.recorded(known)
+    }
+
+    /// What readers of absent ranges had to wait for, and how long reads take while the disk is hydrated.
+    pub fn demand_stats(&self) -> DemandStats {
+        self.demand.stats()
     }
 
     /// How long reads of a source that fails with I/O errors are tried again before they fail with

@@ -17,7 +17,6 @@ mod step;
 mod worker;
 
 use std::{
-    ops::Range,
     sync::Arc,
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -25,13 +24,14 @@ use std::{
 
 use parking_lot::Mutex;
 
+pub use demand::DemandStats;
 pub use pace::Pace;
-pub use progress::{HydrateProgress, HydrateState};
+pub use progress::{HydrateProgress, HydrateState, Replay};
 pub use step::Hydrated;
 
 use self::worker::Shared;
 pub(crate) use self::worker::is_transient;
-use crate::{Disk, Result};
+use crate::{Disk, Result, Trace};
 
 const WORKERS_MAX: usize = 64;
 
@@ -77,14 +77,9 @@ impl Hydrator {
         Ok(Self { shared, threads: Mutex::new(threads) })
     }
 
-    /// Ranges a machine read early in an earlier boot (see [`Hydrator::trace`]), in that order.
-    pub fn replay(&self, ranges: &[Range<u64>]) {
-        self.shared.replay(ranges);
-    }
-
-    /// Where the guest has waited for the source so far, in order.
-    pub fn trace(&self) -> Vec<Range<u64>> {
-        self.shared.demand.trace()
+    /// Fetches what the machine read early in an earlier boot, in that order, as far as it is absent.
+    pub fn replay(&self, trace: &Trace) {
+        self.shared.replay(trace);
     }
 
     /// Holds the copy; what is being copied is finished.
@@ -116,6 +111,12 @@ impl Hydrator {
     /// Changes the highest rate in bytes each second, `None` for no limit.
     pub fn set_rate(&self, rate_bytes: Option<u64>) {
         self.shared.state.lock().pace.rate_bytes = rate_bytes;
+        self.shared.demand.wake();
+    }
+
+    /// Changes what is copied each second whatever the guest waits for, in bytes; 0 for nothing.
+    pub fn set_promise(&self, promised_bytes: u64) {
+        self.shared.state.lock().pace.promised_bytes = promised_bytes;
         self.shared.demand.wake();
     }
 

@@ -26,6 +26,7 @@ pub mod open;
 pub mod overlay;
 pub mod readahead;
 mod sync;
+pub mod trace;
 pub mod unflushed;
 
 pub use cache::{BlockCache, CacheStats};
@@ -34,9 +35,10 @@ pub use delta::{Delta, delta_between};
 pub use disk::{Disk, Parked, Zeroing};
 pub use error::{Error, Result};
 pub use extent::{Extent, ExtentKind};
-pub use hydrate::{HydrateProgress, HydrateState, Hydrated, Hydrator, Pace};
+pub use hydrate::{DemandStats, HydrateProgress, HydrateState, Hydrated, Hydrator, Pace, Replay};
 pub use open::{ChainSpec, Connect, open_chain};
 pub use overlay::{LocalProgress, Overlay, OverlayFiles, OverlayOf, OverlayOptions, Settling};
 pub use readahead::Readahead;
 #[cfg(feature = "schedule")]
 pub use sync::plant;
+pub use trace::Trace;

@@ -1,4 +1,4 @@
-//! What a guest asks for: the ranges it had to wait for, and how long its reads take.
+//! What a guest asks for: the ranges it had to wait for, what it reads first, and how long its reads take.
 //!
 //! Invariants
 //! - Telling costs a guest's read no more than a short lock; nothing here waits.
@@ -6,39 +6,43 @@
 //!
 //! Not here: what is done about it (`worker`).
 
+mod latency;
+mod window;
+
 use std::{
     collections::VecDeque,
     ops::Range,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::{Duration, Instant},
 };
 
 use parking_lot::{Condvar, Mutex};
 
+use self::{latency::Latencies, window::Windows};
+use crate::trace::{Recorder, Trace};
+
 /// Faults are copied in units of this, the commonest size of an encoded block.
 const FAULT_BYTES: u64 = 64 << 10;
-const WINDOW_BYTES_MIN: u64 = 128 << 10;
-const WINDOW_BYTES_MAX: u64 = 8 << 20;
 const FAULTS_MAX: usize = 256;
-const STREAMS: usize = 8;
-const TRACE_MAX: usize = 65_536;
 
-/// A run of faults that follow one another.
-#[derive(Clone, Debug)]
-struct Stream {
-    /// Where the next fault of the run would be.
-    next: u64,
-    /// How far ahead has been asked for.
-    asked: u64,
-    window: u64,
+/// What a guest had to wait for so far, and how long its reads take now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DemandStats {
+    /// Reads, or parts of them, that waited for the source.
+    pub misses: u64,
+    /// Bytes of those.
+    pub miss_bytes: u64,
+    /// How long half of the reads of the last second took at most; `None` without reads.
+    pub p50: Option<Duration>,
+    /// The same for 99 in a hundred.
+    pub p99: Option<Duration>,
 }
 
 #[derive(Debug, Default)]
 struct Lists {
     faults: VecDeque<Range<u64>>,
     neighbours: VecDeque<Range<u64>>,
-    streams: VecDeque<Stream>,
-    trace: Vec<Range<u64>>,
+    windows: Windows,
 }
 
 /// Faults and latencies of one disk's guest.
@@ -53,6 +57,13 @@ pub(crate) struct Demand {
     slow_until: AtomicU64,
     /// Reads longer than this, in nanoseconds, are slow; 0 means none is.
     target: AtomicU64,
+    latencies: Latencies,
+    misses: AtomicU64,
+    miss_bytes: AtomicU64,
+    /// Whether neighbours have been asked for that nobody has read yet.
+    ahead: AtomicBool,
+    recording: AtomicBool,
+    recorder: Mutex<Option<Recorder>>,
 }
 
 /// How long one slow read holds the bulk copy back.
@@ -67,6 +78,12 @@ impl Demand {
             started: Instant::now(),
             slow_until: AtomicU64::new(0),
             target: AtomicU64::new(0),
+            latencies: Latencies::default(),
+            misses: AtomicU64::new(0),
+            miss_bytes: AtomicU64::new(0),
+            ahead: AtomicBool::new(false),
+            recording: AtomicBool::new(false),
+            recorder: Mutex::new(None),
         }
     }
 
@@ -88,8 +105,13 @@ impl Demand {
     /// Notes how long a guest's read took.
     pub(crate) fn note_read(&self, took: Duration) {
         let target = self.target.load(Ordering::Relaxed);
-        if target > 0 && took.as_nanos() > u128::from(target) {
-            self.slow_until.store(self.now() + u64::try_from(SLOW_HOLD.as_nanos()).unwrap_or(0), Ordering::Relaxed);
+        if target == 0 {
+            return;
+        }
+        let now = self.now();
+        self.latencies.note(took, now);
+        if took.as_nanos() > u128::from(target) {
+            self.slow_until.store(now + u64::try_from(SLOW_HOLD.as_nanos()).unwrap_or(0), Ordering::Relaxed);
         }
     }
 
@@ -99,7 +121,24 @@ impl Demand {
         (left > 0).then(|| Duration::from_nanos(left))
     }
 
-    /// Notes that the guest waited for a range: it, and what probably comes next, is wanted.
+    /// Whether more than one read in a hundred of the last second took longer than the target.
+    pub(crate) fn is_over_target(&self) -> bool {
+        let target = Duration::from_nanos(self.target.load(Ordering::Relaxed));
+        !target.is_zero() && self.latencies.quantile(99, self.now()).is_some_and(|p99| p99 > target)
+    }
+
+    /// What the guest had to wait for, and how its reads fare.
+    pub(crate) fn stats(&self) -> DemandStats {
+        let now = self.now();
+        DemandStats {
+            misses: self.misses.load(Ordering::Relaxed),
+            miss_bytes: self.miss_bytes.load(Ordering::Relaxed),
+            p50: self.latencies.quantile(50, now),
+            p99: self.latencies.quantile(99, now),
+        }
+    }
+
+    /// Notes that the guest read a range that was absent: it, and what probably comes next, is wanted.
     pub(crate) fn note_fault(&self, offset: u64, len: u64) {
         let start = offset - offset % FAULT_BYTES;
         let end = offset.saturating_add(len).next_multiple_of(FAULT_BYTES).min(self.size);
@@ -108,15 +147,32 @@ impl Demand {
             return;
         }
         lists.faults.push_back(start..end);
-        if lists.trace.len() < TRACE_MAX {
-            lists.trace.push(start..end);
-        }
-        let ahead = lists.ahead(start, end, self.size);
-        if !ahead.is_empty() && lists.neighbours.len() < FAULTS_MAX {
-            lists.neighbours.push_back(ahead);
-        }
+        let ahead = lists.windows.fault(start, end, self.size);
+        lists.ask(ahead);
+        self.ahead.store(true, Ordering::Relaxed);
         drop(lists);
         self.changed.notify_one();
+    }
+
+    /// Notes that a fault had to wait for the source, and how long.
+    pub(crate) fn note_miss(&self, len: u64, took: Duration) {
+        self.misses.fetch_add(1, Ordering::Relaxed);
+        self.miss_bytes.fetch_add(len, Ordering::Relaxed);
+        self.lists.lock().windows.waited(took, Instant::now());
+    }
+
+    /// Notes that the guest read a range that is local: perhaps because its neighbour was asked for.
+    pub(crate) fn note_hit(&self, offset: u64, len: u64) {
+        if !self.ahead.load(Ordering::Relaxed) {
+            return;
+        }
+        // Somebody else is telling something: this hit is one of many.
+        let Some(mut lists) = self.lists.try_lock() else { return };
+        let ahead = lists.windows.hit(offset, offset.saturating_add(len), self.size);
+        if lists.ask(ahead) {
+            drop(lists);
+            self.changed.notify_one();
+        }
     }
 
     /// The oldest fault, else the oldest range that neighbours one.
@@ -125,9 +181,30 @@ impl Demand {
         lists.faults.pop_front().or_else(|| lists.neighbours.pop_front())
     }
 
-    /// Where the guest has faulted so far, in order: what to replay at the machine's next recovery.
-    pub(crate) fn trace(&self) -> Vec<Range<u64>> {
-        self.lists.lock().trace.clone()
+    /// Records what the guest reads first from now on, as a continuation of what is known.
+    pub(crate) fn record_from(&self, earlier: Trace) {
+        let recorder = Recorder::new(earlier, self.size);
+        let goes_on = !recorder.trace().complete;
+        *self.recorder.lock() = Some(recorder);
+        self.recording.store(goes_on, Ordering::Release);
+    }
+
+    /// Notes that the guest reads a range that it has not written.
+    pub(crate) fn record(&self, offset: u64, len: u64) {
+        if !self.recording.load(Ordering::Relaxed) {
+            return;
+        }
+        let mut recorder = self.recorder.lock();
+        if !recorder.as_mut().is_some_and(|r| r.note(offset, len, Instant::now())) {
+            self.recording.store(false, Ordering::Release);
+        }
+    }
+
+    /// What has been recorded, if it is more than `known` bytes or recording has ended.
+    pub(crate) fn recorded(&self, known: u64) -> Option<Trace> {
+        let recorder = self.recorder.lock();
+        let recorder = recorder.as_ref()?;
+        (recorder.bytes() > known || recorder.trace().complete).then(|| recorder.trace().clone())
     }
 
     /// Waits for a fault, for [`Demand::wake`] or for `limit`.
@@ -147,20 +224,13 @@ impl Demand {
 }
 
 impl Lists {
-    /// What to read ahead after a fault at `start..end`: twice as much each time a run goes on.
-    fn ahead(&mut self, start: u64, end: u64, size: u64) -> Range<u64> {
-        let known = self.streams.iter().position(|s| (s.next.saturating_sub(FAULT_BYTES)..=s.asked).contains(&start));
-        let mut stream = known.and_then(|at| self.streams.remove(at)).map_or(
-            Stream { next: end, asked: end, window: WINDOW_BYTES_MIN / 2 },
-            |s| Stream { next: end, asked: s.asked.max(end), ..s },
-        );
-        stream.window = (stream.window * 2).min(WINDOW_BYTES_MAX);
-        let from = stream.asked;
-        stream.asked = end.saturating_add(stream.window).min(size).max(from);
-        let ahead = from..stream.asked;
-        self.streams.push_front(stream);
-        self.streams.truncate(STREAMS);
-        ahead
+    /// Adds a neighbour; `true` if there is one and there was room.
+    fn ask(&mut self, ahead: Range<u64>) -> bool {
+        let wanted = !ahead.is_empty() && self.neighbours.len() < FAULTS_MAX;
+        if wanted {
+            self.neighbours.push_back(ahead);
+        }
+        wanted
     }
 }
 
@@ -169,28 +239,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_run_of_faults_opens_its_window() {
-        let demand = Demand::new(1 << 30);
-        let mut ahead = Vec::new();
-        for fault in 0..4u64 {
-            demand.note_fault(fault * FAULT_BYTES, 4096);
-            assert_eq!(demand.take(), Some(fault * FAULT_BYTES..(fault + 1) * FAULT_BYTES));
-            ahead.push(demand.take().map_or(0, |r| r.end - r.start));
-        }
-        let total: u64 = ahead.iter().sum();
-        assert_eq!(ahead[0], WINDOW_BYTES_MIN);
-        assert_eq!(total, 3 * FAULT_BYTES + 8 * WINDOW_BYTES_MIN, "{ahead:?}");
-    }
-
-    #[test]
-    fn lone_faults_ask_for_little_and_lists_stay_short() {
+    fn faults_come_before_neighbours_and_lists_stay_short() {
         let demand = Demand::new(1 << 40);
         for fault in 0..10_000u64 {
             demand.note_fault(fault * 977 * (1 << 20) % (1 << 40), 4096);
         }
-        let mut taken = 0;
+        assert_eq!(demand.take(), Some(0..FAULT_BYTES));
+        let mut taken = 1;
         while let Some(range) = demand.take() {
-            assert!(range.end - range.start <= WINDOW_BYTES_MIN);
+            assert!(range.end - range.start <= window::START_BYTES_MAX);
             taken += 1;
         }
         assert!(taken <= 2 * FAULTS_MAX);
@@ -203,8 +260,28 @@ mod tests {
         assert!(demand.slow_for().is_none(), "no target, no slow read");
         demand.set_target(Some(Duration::from_millis(5)));
         demand.note_read(Duration::from_millis(4));
-        assert!(demand.slow_for().is_none());
-        demand.note_read(Duration::from_millis(6));
-        assert!(demand.slow_for().is_some());
+        assert!(demand.slow_for().is_none() && !demand.is_over_target());
+        demand.note_read(Duration::from_millis(9));
+        assert!(demand.slow_for().is_some() && demand.is_over_target());
+        for _ in 0..200 {
+            demand.note_read(Duration::from_millis(1));
+        }
+        assert!(!demand.is_over_target(), "one in two hundred");
+        let stats = demand.stats();
+        assert!(stats.p50 <= stats.p99 && stats.p99 < Some(Duration::from_millis(5)), "{stats:?}");
+    }
+
+    #[test]
+    fn a_miss_is_counted_and_a_recording_is_asked_for_once_it_has_grown() {
+        let demand = Demand::new(1 << 30);
+        demand.note_miss(4096, Duration::from_millis(20));
+        assert_eq!((demand.stats().misses, demand.stats().miss_bytes), (1, 4096));
+        demand.record(0, 4096);
+        assert_eq!(demand.recorded(0), None, "nobody asked");
+        demand.record_from(Trace::default());
+        assert_eq!(demand.recorded(0), None);
+        demand.record(8192, 4096);
+        assert_eq!(demand.recorded(0).map(|t| t.steps.len()), Some(1));
+        assert_eq!(demand.recorded(4096), None, "nothing new");
     }
 }

@@ -57,6 +57,17 @@ pub struct HydrateProgress {
     pub damaged: Vec<(u64, u64)>,
     /// The last error, for people.
     pub error: Option<String>,
+    /// How far an earlier boot's trace has been fetched; `None` without one.
+    pub replay: Option<Replay>,
+}
+
+/// Fetches of a boot trace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Replay {
+    /// Begun or done.
+    pub done: usize,
+    /// In all.
+    pub total: usize,
 }
 
 const WINDOW: Duration = Duration::from_secs(60);

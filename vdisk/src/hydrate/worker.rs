@@ -21,11 +21,10 @@ use parking_lot::{Condvar, Mutex};
 use super::{
     STOP_MAX,
     demand::Demand,
-    pace::{Buckets, Pace},
-    progress::{HydrateProgress, HydrateState, Meter},
-    step::STEP_BYTES,
+    pace::{Buckets, Pace, StepSize, Throttle},
+    progress::{HydrateProgress, HydrateState, Meter, Replay},
 };
-use crate::{Delta, Disk, Error, ExtentKind, Result};
+use crate::{Delta, Disk, Error, ExtentKind, Result, Trace};
 
 /// Copied bytes after which they are made durable, with their marks.
 const SEAL_BYTES: u64 = 128 << 20;
@@ -58,7 +57,13 @@ pub(super) struct State {
     pub(super) phase: HydrateState,
     pub(super) meter: Meter,
     trace: VecDeque<Range<u64>>,
+    /// Fetches of the trace in all.
+    traced: usize,
     buckets: Buckets,
+    throttle: Throttle,
+    step: StepSize,
+    /// Bulk steps on their way.
+    bulk_busy: usize,
     /// Where the bulk copy goes on.
     cursor: u64,
     /// Ranges that threads are at.
@@ -78,9 +83,18 @@ pub(super) struct State {
     sealing: bool,
 }
 
+/// Why a range is copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Class {
+    /// The guest waits for it, waits beside it, or waited for it in an earlier boot.
+    Urgent,
+    /// Everything has to come over.
+    Bulk,
+}
+
 /// What a thread does next.
 enum Next {
-    Copy(Range<u64>),
+    Copy(Range<u64>, Class),
     Seal,
     Wait(Duration),
     /// Nothing is absent any more, or what is cannot be copied.
@@ -99,7 +113,11 @@ impl Shared {
             phase: HydrateState::Running,
             meter: Meter::new(now),
             trace: VecDeque::new(),
+            traced: 0,
             buckets: Buckets::new(),
+            throttle: Throttle::new(now),
+            step: StepSize::new(),
+            bulk_busy: 0,
             cursor: 0,
             busy: 0,
             again: Vec::new(),
@@ -121,7 +139,7 @@ impl Shared {
         let mut buf = Vec::new();
         loop {
             match self.next() {
-                Next::Copy(range) => self.copy(range, &mut buf),
+                Next::Copy(range, class) => self.copy(range, class, &mut buf),
                 Next::Seal => self.seal(),
                 Next::Wait(limit) => self.demand.wait(limit),
                 Next::Finish => self.finish(),
@@ -172,7 +190,14 @@ impl Shared {
         let urgent = self.demand.take().or_else(|| state.trace.pop_front());
         if let Some(range) = urgent {
             state.busy += 1;
-            return Next::Copy(range);
+            return Next::Copy(range, Class::Urgent);
+        }
+        let pace = state.pace;
+        state.throttle.adjust(&pace, now, || self.demand.is_over_target());
+        let slow_for = self.demand.slow_for();
+        if let Some(slow) = slow_for.filter(|_| state.bulk_busy > 0) {
+            // One at a time: a guest that waits should not wait behind several.
+            return Next::Wait(slow);
         }
         let Some(range) = self.bulk(&mut state) else {
             // The last one to find nothing, once nobody is at anything, ends it.
@@ -182,13 +207,13 @@ impl Shared {
                 Next::Wait(RETRY.start)
             };
         };
-        let pace = state.pace;
-        if let Err(wait) = state.buckets.take(range.end - range.start, &pace, self.demand.slow_for(), now) {
+        let State { buckets, throttle, .. } = &mut *state;
+        if let Err(wait) = buckets.take(range.end - range.start, &pace, throttle, slow_for, now) {
             state.again.push(range);
             return Next::Wait(wait);
         }
-        state.busy += 1;
-        Next::Copy(range)
+        (state.busy, state.bulk_busy) = (state.busy + 1, state.bulk_busy + 1);
+        Next::Copy(range, Class::Bulk)
     }
 
     /// The next range of the bulk copy.
@@ -197,18 +222,25 @@ impl Shared {
             return Some(range);
         }
         let from = self.disk.next_absent(state.cursor)?;
-        let to = (from - from % STEP_BYTES + STEP_BYTES).min(self.disk.size());
+        let step = state.step.bytes();
+        let to = (from - from % step).saturating_add(step).min(self.disk.size());
         state.cursor = to;
         Some(from..to)
     }
 
-    fn copy(&self, range: Range<u64>, buf: &mut Vec<u8>) {
+    fn copy(&self, range: Range<u64>, class: Class, buf: &mut Vec<u8>) {
+        let began = Instant::now();
         let result = self.disk.hydrate_with(range.start, range.end - range.start, buf);
         let now = Instant::now();
         let mut state = self.state.lock();
         state.busy -= 1;
+        state.bulk_busy -= usize::from(class == Class::Bulk);
         match result {
             Ok(done) => {
+                state.throttle.add(done.copied, now - began);
+                if class == Class::Bulk {
+                    state.step.took(done.copied, now - began);
+                }
                 state.meter.add(done.copied, now);
                 if state.unsealed == 0 {
                     state.unsealed_since = now;
@@ -305,10 +337,12 @@ impl Shared {
         }
     }
 
-    pub(super) fn replay(&self, ranges: &[Range<u64>]) {
-        let size = self.disk.size();
-        let inside = ranges.iter().map(|r| r.start.min(size)..r.end.min(size)).filter(|r| r.start < r.end);
-        self.state.lock().trace.extend(inside);
+    pub(super) fn replay(&self, trace: &Trace) {
+        let fetches = trace.fetches(self.disk.size());
+        let mut state = self.state.lock();
+        state.traced += fetches.len();
+        state.trace.extend(fetches);
+        drop(state);
         self.demand.wake();
     }
 
@@ -361,7 +395,7 @@ impl Shared {
         let now = Instant::now();
         // Once surveyed, whatever is still absent is data.
         let used_local = state.used.map(|used| used.saturating_sub(local.absent));
-        let left = local.absent;
+        let left = state.used.zip(used_local).map_or(local.absent, |(used, local)| used - local);
         HydrateProgress {
             state: if state.paused && !state.phase.is_final() { HydrateState::Paused } else { state.phase },
             total: local.total(),
@@ -373,6 +407,7 @@ impl Shared {
             eta: state.used.and_then(|_| state.meter.eta(left, now)),
             damaged: state.damaged.iter().map(|r| (r.start, r.end - r.start)).collect(),
             error: state.error.clone(),
+            replay: (state.traced > 0).then(|| Replay { done: state.traced - state.trace.len(), total: state.traced }),
         }
     }
 }
