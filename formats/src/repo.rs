@@ -8,11 +8,12 @@
 //! machines/<machine>/points/<point>/<disk>.aql the disks
 //! machines/<machine>/points/<point>/point.json written last: the point exists
 //! machines/<machine>/chain/<generation>.json   which points the machine has; each change is a new one
+//! machines/<machine>/traces/<disk>.trace       what its disks are read for first: a hint
 //! leases/<lease>.json                          who reads or appends what
 //! ```
 //!
 //! Invariants
-//! - Objects are created once and never edited (leases beat in place; they hold no truth about data). A
+//! - Objects are created once and never edited (leases beat in place and traces are replaced; they hold no truth about data). A
 //!   change of the list of points is a new generation that names the hash of the one before.
 //! - A point is listed as complete only if its `point.json` is there, has the hash its generation names,
 //!   and every file it needs is there with the length it was sealed with.
@@ -33,6 +34,7 @@ mod point;
 mod query;
 pub mod record;
 mod store;
+mod trace;
 mod transaction;
 
 pub use error::{Error, Result};

@@ -4,6 +4,7 @@
 //! - [`start`]: the steps, and their undoing.
 //! - [`queue`]: several machines at once, under a limit.
 //! - [`finish`]: keep or discard.
+//! - [`traces`]: what earlier boots read first.
 //!
 //! Invariants
 //! - The overlay stands before the machine starts; no error path deletes one the guest has written to.
@@ -20,6 +21,7 @@ pub mod queue;
 pub mod record;
 pub mod shape;
 pub mod start;
+pub mod traces;
 pub mod view;
 
 pub use plan::Plan;

@@ -424,3 +424,20 @@ fn qcow2_survives_hostile_bytes() {
 fn qcow2_child() {
     mutate_and_run(fuzz::qcow2, cases(1500));
 }
+
+#[test]
+fn boot_traces_survive_hostile_bytes() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let step = |start: u64, end: u64, after_ms| aquifer_vdisk::trace::Step { range: start..end, after_ms };
+    let steps =
+        (0..20).map(|i| step(i * 69_632, i * 69_632 + 8192, i as u32)).chain([step(16 << 20, (16 << 20) + 512, 99)]);
+    let trace = aquifer_vdisk::Trace { size: (16 << 20) + 512, complete: true, steps: steps.collect() };
+    fs::write(folder.path().join("seed"), trace.encode()).expect("write");
+    run_bounded("fuzz_smoke::trace_child", folder.path());
+}
+
+#[test]
+#[ignore = "run by its parent test, in a bounded process"]
+fn trace_child() {
+    mutate_and_run(fuzz::trace, cases(20_000));
+}

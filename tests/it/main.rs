@@ -11,6 +11,7 @@ mod fuse;
 mod fuzz_smoke;
 mod host;
 mod hydrate;
+mod hydrate_trace;
 mod kill;
 mod licences;
 mod loopdev;

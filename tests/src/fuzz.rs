@@ -270,3 +270,24 @@ fn walk_layer(layer: &dyn Layer, unpacks: usize) {
     }
     let _ = layer.fingerprint();
 }
+
+/// Any bytes as a boot trace: as they are, and with the checksum made right.
+pub fn trace(data: &[u8]) {
+    let mut mended = data.to_vec();
+    if let Some(field) = mended.get_mut(12..16) {
+        field.fill(0);
+        let crc = crc32c::crc32c(&mended).to_le_bytes();
+        mended[12..16].copy_from_slice(&crc);
+    }
+    for bytes in [data, &mended] {
+        let Ok(trace) = aquifer_vdisk::Trace::decode("fuzz", bytes) else { continue };
+        assert!(trace.steps.len() * 16 + 64 == bytes.len() && trace.bytes() <= aquifer_vdisk::trace::BYTES_MAX);
+        let again = aquifer_vdisk::Trace::decode("again", &trace.encode()).expect("what it encodes, it reads");
+        assert_eq!(again, trace);
+        for size in [0, 1 << 20, trace.size, u64::MAX] {
+            let fetches = trace.fetches(size);
+            assert!(fetches.iter().all(|f| f.start < f.end && f.end <= size && f.end - f.start <= 256 << 10));
+            assert!(fetches.len() <= trace.steps.len() + (1 << 14));
+        }
+    }
+}

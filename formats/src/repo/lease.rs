@@ -2,7 +2,7 @@
 //!
 //! Invariants
 //! - Taking a lease is creating an object; a lease says nothing about data and is the only kind of object
-//!   that is replaced (its beat grows) and withdrawn.
+//!   that is withdrawn; its beat grows in place.
 //! - Whether a holder lives is judged by its beat, unchanged over the *observer's* monotonic time, or by
 //!   an observer that can see the process itself. Wall clocks decide nothing.
 //! - Order that makes deletion safe: a reader takes its lease, then looks whether the point is still

@@ -119,6 +119,10 @@ pub(super) fn generation(machine: Uuid, number: u64) -> String {
     format!("{MACHINES}/{machine}/chain/{number:012}.json")
 }
 
+pub(super) fn trace(machine: Uuid, disk: &DiskName) -> String {
+    format!("{MACHINES}/{machine}/traces/{disk}.trace")
+}
+
 pub(super) fn lease(lease: Uuid) -> String {
     format!("{LEASES}/{lease}.json")
 }

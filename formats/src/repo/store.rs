@@ -64,7 +64,7 @@ impl Store {
         store.create(name, bytes)
     }
 
-    /// Replaces an object. Only for leases, which hold no truth about data.
+    /// Replaces an object. Only for leases and traces, which hold no truth about data.
     pub(super) fn replace(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let Self::Directory(store) = self;
         store.replace(name, bytes)

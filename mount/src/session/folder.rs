@@ -7,6 +7,7 @@
 //!     edit.lock      held for the moment of a change to session.json or events
 //!     door.log       what the door wrote to its standard output and error
 //!     disks/NAME/    one overlay each (disk.raw, map, journal)
+//!     traces/        what the guest reads first, now and in an earlier recovery
 //!     run/           sockets, where DIR is short enough for them
 //! ```
 //!

@@ -9,21 +9,27 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aquifer_vdisk::{BlockCache, Disk, HydrateProgress, HydrateState, Hydrator, Pace};
+use aquifer_vdisk::{BlockCache, ChainSpec, DemandStats, Disk, HydrateProgress, HydrateState, Hydrator, Pace};
 use jiff::Timestamp;
 use parking_lot::{Condvar, Mutex};
 
 use super::{
-    Error, Folder, Hydrate, Options, Result, Spec, State, Status,
+    DiskSpec, Error, Folder, Hydrate, Options, Result, Spec, State, Status,
     control::{Answer, Clients, Request, Setting},
     serve::{ConnectNbd, Happening, Hooks},
     source::Opening,
-    status::{CacheStatus, DiskStatus, Door, HydrationStatus, OverlayStatus, Parked, Phase, STATUS_SCHEMA},
+    status::{
+        CacheStatus, DemandStatus, DiskStatus, Door, HydrationStatus, OverlayStatus, Parked, Phase, STATUS_SCHEMA,
+    },
+    traces::Traced,
 };
 use crate::{confine::Confinement, fuse::FuseDoor, nbd};
 
 /// Parked ranges a status lists at most, per disk.
 const PARKED_MAX: usize = 256;
+
+/// Ranges of a remote source that are on their way at once.
+const REMOTE_WORKERS: usize = 8;
 
 /// Recovered machines are meant to be finished within two days.
 const OLD_AFTER: Duration = Duration::from_secs(48 * 3600);
@@ -35,6 +41,7 @@ pub(super) struct LiveDisk {
     pub(super) hydrator: Mutex<Option<Hydrator>>,
     /// Its source, while that is being opened.
     pub(super) opening: Mutex<Option<Opening>>,
+    pub(super) traced: Mutex<Traced>,
 }
 
 /// A session that is served by this process.
@@ -52,6 +59,8 @@ pub struct Live {
     pub(super) confinement: Confinement,
     pub(super) supervisor: Option<u32>,
     pub(super) warnings: Mutex<Vec<String>>,
+    /// Why the deadline will probably be missed.
+    pub(super) risk: Mutex<Option<String>>,
     pub(super) ending: (Mutex<bool>, Condvar),
 }
 
@@ -105,6 +114,7 @@ impl Live {
         let cache = self.cache.stats();
         let traffic = self.server.stats();
         let mut warnings = self.warnings.lock().clone();
+        warnings.extend(self.risk.lock().clone());
         let age = Timestamp::now().duration_since(record.created);
         if age > OLD_AFTER.try_into().unwrap_or_default() {
             warnings.push("runs from its backup for more than 48 hours: finalize it".to_owned());
@@ -156,6 +166,7 @@ impl Live {
             hydration: progress.map(hydration_status),
             source_away: live.opening.lock().as_ref().map(Opening::why),
             parked: parked.map(|p| Parked { offset: p.offset, len: p.len, waited_s: p.waited.as_secs() }).collect(),
+            demand: disk.is_writable().then(|| demand_status(disk.demand_stats())),
             doubtful: disk.doubtful().iter().map(|r| (r.start, r.end - r.start)).collect(),
         }
     }
@@ -232,18 +243,31 @@ impl Live {
 
     /// Starts or continues hydration of every disk that is not local.
     pub(super) fn hydrate(&self) -> Result<()> {
-        for live in &self.disks {
+        for (live, spec) in self.disks.iter().zip(&self.spec.disks) {
             let mut hydrator = live.hydrator.lock();
             match hydrator.as_ref() {
                 Some(running) => running.resume(),
                 None if live.disk.local()?.absent > 0 => {
-                    *hydrator = Some(Hydrator::start(live.disk.clone(), Pace::default())?);
+                    let started = Hydrator::start(live.disk.clone(), pace_of(spec))?;
+                    if let Some(trace) = live.traced.lock().replay.take() {
+                        started.replay(&trace);
+                        let what = format!("{}: {} bytes in {} steps", spec.name, trace.bytes(), trace.steps.len());
+                        self.folder.event(self.spec.id, "trace_replayed", Some(&what))?;
+                    }
+                    *hydrator = Some(started);
                 }
                 None => {}
             }
         }
         self.keep_pace();
         Ok(())
+    }
+
+    /// Writes down what guests have read first so far.
+    pub(super) fn save_traces(&self) {
+        for live in &self.disks {
+            live.traced.lock().save(&self.spec, &live.disk);
+        }
     }
 
     /// Gives each running hydration its share of what is allowed now.
@@ -260,14 +284,28 @@ impl Live {
             _ => p.total.saturating_sub(p.local),
         };
         let left_in_all = running.iter().map(|(_, p)| left(p)).fold(0u64, u64::saturating_add);
-        let rate = allowed_rate(&options, Timestamp::now(), left_in_all);
+        let now = Timestamp::now();
+        let needed = needed_rate(&options, now, left_in_all);
+        let rate = allowed_rate(&options, now, left_in_all);
         for (live, progress) in &running {
             // By what is left, so that all end together.
-            let share = rate.map(|rate| portion(rate, left(progress), left_in_all).max(1));
+            let share = |rate| portion(rate, left(progress), left_in_all);
             if let Some(hydrator) = live.hydrator.lock().as_ref() {
-                hydrator.set_rate(share);
+                hydrator.set_rate(rate.map(|rate| share(rate).max(1)));
+                // A deadline is kept although the guest may have to wait for it.
+                hydrator.set_promise(needed.map_or(0, share));
             }
         }
+        let known = |p: &HydrateProgress| p.eta.map_or(0, |_| p.rate_bytes);
+        let measured = running.iter().map(|(_, p)| known(p)).fold(0u64, u64::saturating_add);
+        let risk = deadline_risk(&options, now, left_in_all, measured);
+        let news = risk.is_some() && self.risk.lock().is_none();
+        if let (true, Some(risk)) = (news, &risk)
+            && let Err(error) = self.folder.event(self.spec.id, "deadline_at_risk", Some(risk))
+        {
+            tracing::warn!(%error, "an event was not recorded");
+        }
+        *self.risk.lock() = risk;
     }
 
     /// Brings `disk.raw` of one disk or all up to date, for good.
@@ -339,6 +377,7 @@ impl Live {
                 hydrator.wind_down();
             }
         }
+        self.save_traces();
         let began = Instant::now();
         if !self.server.stop() {
             tracing::warn!("NBD clients were cut off");
@@ -356,14 +395,39 @@ impl Live {
     }
 }
 
+/// What the deadline needs; `None` without one, or past it.
+fn needed_rate(options: &Options, now: Timestamp, left: u64) -> Option<u64> {
+    let seconds = u64::try_from(options.ready_by?.duration_since(now).as_secs()).unwrap_or(0);
+    left.checked_div(seconds)
+}
+
+/// Why everything will probably not be local in time. `measured` is the rate of the last minute, 0 while unknown.
+fn deadline_risk(options: &Options, now: Timestamp, left: u64, measured: u64) -> Option<String> {
+    let by = options.ready_by.filter(|_| left > 0)?;
+    let Some(needed) = needed_rate(options, now, left) else {
+        return Some(format!("{left} bytes are still to come, and it was to be ready by {by}"));
+    };
+    if options.hydrate != Hydrate::On {
+        return Some(format!("{left} bytes are still to come by {by}, and nothing is being copied"));
+    }
+    if let Some(rate) = options.rate.filter(|rate| *rate < needed) {
+        return Some(format!("to be ready by {by} it needs {needed} bytes a second, and its limit is {rate}"));
+    }
+    // The copy itself keeps a quarter to spare: falling below what is needed is no accident of measuring.
+    let slow = measured > 0 && measured < needed;
+    slow.then(|| {
+        let late = left / measured;
+        let end = now.saturating_add(jiff::SignedDuration::from_secs(i64::try_from(late).unwrap_or(i64::MAX)));
+        let end = end.map_or_else(|_| "never".to_owned(), |t| t.to_string());
+        format!("to be ready by {by} it needs {needed} bytes a second, and gets {measured}: ready {end}")
+    })
+}
+
 /// `rate`, or what the deadline needs with a quarter to spare; the smaller of the two where both are given.
 fn allowed_rate(options: &Options, now: Timestamp, left: u64) -> Option<u64> {
-    let needed = options.ready_by.map(|by| {
-        let seconds = u64::try_from(by.duration_since(now).as_secs()).unwrap_or(0);
-        // Past the deadline nothing holds the copy back.
-        left.checked_div(seconds).map_or(u64::MAX, |rate| rate.saturating_add(rate / 4).max(1 << 20))
-    });
-    match (options.rate, needed.filter(|n| *n < u64::MAX)) {
+    // Past the deadline nothing holds the copy back.
+    let needed = needed_rate(options, now, left).map(|rate| rate.saturating_add(rate / 4).max(1 << 20));
+    match (options.rate, needed) {
         (Some(rate), Some(needed)) => Some(rate.min(needed)),
         (rate, needed) => rate.or(needed),
     }
@@ -396,7 +460,24 @@ fn hydration_status(p: HydrateProgress) -> HydrationStatus {
         eta_s: p.eta.map(|e| e.as_secs()),
         damaged: p.damaged,
         error: p.error,
+        replay: p.replay.map(|r| (r.done, r.total)),
     }
+}
+
+fn demand_status(stats: DemandStats) -> DemandStatus {
+    let micros = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+    DemandStatus {
+        misses: stats.misses,
+        miss_bytes: stats.miss_bytes,
+        p50_us: stats.p50.map(micros),
+        p99_us: stats.p99.map(micros),
+    }
+}
+
+/// A source across the network answers late and several requests at once; one beside us keeps processors busy.
+fn pace_of(disk: &DiskSpec) -> Pace {
+    let workers = if matches!(disk.chain, ChainSpec::Nbd { .. }) { REMOTE_WORKERS } else { Pace::default().workers };
+    Pace { workers, ..Pace::default() }
 }
 
 impl From<aquifer_vdisk::LocalProgress> for OverlayStatus {
@@ -425,6 +506,20 @@ mod tests {
         assert_eq!(rate(None, in_seconds(3600), 0), Some(1 << 20), "never so slow that it does not end");
         assert_eq!(rate(None, in_seconds(0), 1 << 34), None, "late: as fast as it goes");
         assert_eq!(rate(Some(7), in_seconds(-5), 1 << 34), Some(7));
+        let risk = |rate, ready_by, left, measured| {
+            deadline_risk(&Options { rate, ready_by, ..Options::default() }, now, left, measured)
+        };
+        assert_eq!(risk(None, None, 1 << 40, 1), None);
+        assert_eq!(risk(None, in_seconds(1024), 1 << 34, 0), None, "nothing is known yet");
+        assert_eq!(risk(None, in_seconds(1024), 1 << 34, 17 << 20), None);
+        assert_eq!(risk(None, in_seconds(0), 0, 0), None, "it is ready");
+        assert!(risk(None, in_seconds(-1), 1, 0).is_some(), "late");
+        assert!(risk(Some(1 << 20), in_seconds(1024), 1 << 34, 0).is_some(), "its own limit forbids it");
+        let text = risk(None, in_seconds(1024), 1 << 34, 8 << 20).expect("half of what is needed");
+        assert!(
+            text.contains("16777216") && text.contains("8388608") && text.contains("1970-01-12T14:20:48Z"),
+            "{text}"
+        );
         assert_eq!(portion(100, 1, 4), 25);
         assert_eq!(portion(u64::MAX, u64::MAX, 1), u64::MAX);
         assert_eq!(portion(100, 0, 0), 0);

@@ -28,6 +28,7 @@ pub mod spec;
 mod state;
 pub mod status;
 mod supervise;
+pub mod traces;
 mod watch;
 
 pub use client::Client;

@@ -26,6 +26,7 @@ use super::{
     folder::make_private_dir,
     listen::Control,
     live::{Live, LiveDisk},
+    traces::Traced,
     watch,
 };
 use crate::{
@@ -172,7 +173,13 @@ fn start(
         let Opened { disk: opened, opening } = open(&spec, disk, &cache, serving.connect)?;
         opened.set_patience(Duration::from_secs(spec.options.source_wait_s));
         server = server.export(nbd::Export::new(&disk.name, opened.clone()));
-        disks.push(LiveDisk { disk: opened, hydrator: Mutex::new(None), opening: Mutex::new(opening) });
+        let traced = if opened.is_writable() { Traced::start(&spec, &opened) } else { Traced::default() };
+        disks.push(LiveDisk {
+            disk: opened,
+            hydrator: Mutex::new(None),
+            opening: Mutex::new(opening),
+            traced: Mutex::new(traced),
+        });
     }
     Ok(Live {
         folder: folder.clone(),
@@ -187,6 +194,7 @@ fn start(
         confinement,
         supervisor: serving.supervisor,
         warnings: Mutex::new(warnings),
+        risk: Mutex::new(None),
         ending: (Mutex::new(false), Condvar::new()),
     })
 }

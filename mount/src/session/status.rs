@@ -109,6 +109,9 @@ pub struct DiskStatus {
     /// Reads that wait for a source that is away.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parked: Vec<Parked>,
+    /// What its readers wait for; absent on a read-only disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub demand: Option<DemandStatus>,
     /// After a failed sync, the ranges whose latest bytes are in doubt, as offset and length.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub doubtful: Vec<(u64, u64)>,
@@ -153,6 +156,24 @@ pub struct HydrationStatus {
     /// The last error.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// Fetches of an earlier boot's trace: done, and in all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replay: Option<(usize, usize)>,
+}
+
+/// What the readers of a disk wait for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DemandStatus {
+    /// Reads, or parts of them, that had to wait for the source since the door started.
+    pub misses: u64,
+    /// Bytes of those.
+    pub miss_bytes: u64,
+    /// While the disk is hydrated: how long half of the reads of the last second took at most, microseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub p50_us: Option<u64>,
+    /// The same for 99 in a hundred.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub p99_us: Option<u64>,
 }
 
 /// What hydration is doing.

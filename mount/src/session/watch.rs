@@ -80,6 +80,7 @@ impl Watcher {
         if self.paced.elapsed() >= PACE_EVERY {
             self.paced = Instant::now();
             live.keep_pace();
+            live.save_traces();
         }
     }
 

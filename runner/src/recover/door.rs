@@ -27,6 +27,7 @@ use aquifer_mount::session::{
 use super::{
     follow::follow,
     record::{HeldPoint, Machine},
+    traces,
 };
 use crate::{
     context::Context,
@@ -170,8 +171,9 @@ pub fn run_supervisor(context: &Context, folder: &Folder) -> Result<()> {
     let done = Arc::new(AtomicBool::new(false));
     let outcome = std::thread::scope(|scope| {
         scope.spawn(|| follow(folder, &|| done.load(Ordering::Relaxed)));
+        scope.spawn(|| traces::keep(context, folder, &done));
         let outcome = supervise(folder, Policy::default(), &mut start, &|| stop.is_asked());
-        done.store(true, Ordering::Relaxed);
+        done.store(true, Ordering::Release);
         outcome
     });
     drop(hold);

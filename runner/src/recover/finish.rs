@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aquifer_mount::session::{Client, Folder, Registry, Spec, State, Status, control::Clients};
+use aquifer_mount::session::{Client, Folder, Registry, Spec, State, Status, control::Clients, traces};
 use aquifer_vdisk::{Overlay, unflushed};
 
 use super::{
@@ -109,6 +109,7 @@ pub fn keep(context: &Context, folder: &Folder) -> Result<Kept> {
             remove(&spec.disk_dir(&disk.name).join(part))?;
         }
     }
+    remove_all(&traces::folder(&spec))?;
     remove(&spec.nbd_socket())?;
     remove(&spec.control_socket())?;
     folder.transition(State::Stopped, "finalize_keep", None)?;

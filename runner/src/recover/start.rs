@@ -18,6 +18,7 @@ use super::{
     door,
     plan::Plan,
     record::{Machine, Wanted, doors, places},
+    traces,
 };
 use crate::{
     context::Context,
@@ -87,6 +88,7 @@ fn prepare(context: &Context, plan: &Plan, undo: &mut Undo) -> Result<Folder> {
     let registry = Registry::new(&context.home()?);
     registry.add(&spec)?;
     undo.registry = Some((registry, spec.id));
+    traces::provide(context, &spec);
     Ok(folder)
 }
 

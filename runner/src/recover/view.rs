@@ -125,6 +125,7 @@ impl View {
         if !status.is_local() {
             let _ = writeln!(out, "  rate     {}/s (limit {limit})", units::bytes(rate));
         }
+        let _ = write!(out, "{}", reads_line(status));
         match &status.door {
             Door::Running { pid, .. } => drop(writeln!(out, "  door     process {pid}")),
             Door::NotRunning => drop(writeln!(out, "  door     not running; aquifer session resume {}", status.name)),
@@ -250,6 +251,27 @@ fn disk_line(disk: &DiskStatus) -> String {
         units::bytes(overlay.absent),
         units::bytes(disk.size)
     )
+}
+
+/// `reads    12 waited for the source; p99 2.1 ms; boot trace 80 % fetched`; nothing where nothing was read.
+fn reads_line(status: &Status) -> String {
+    let demand = status.disks.iter().filter_map(|d| d.demand);
+    let misses: u64 = demand.clone().map(|d| d.misses).sum();
+    let p99 = demand.filter_map(|d| d.p99_us).max();
+    let replay = status.disks.iter().filter_map(|d| d.hydration.as_ref()?.replay);
+    let (done, total) = replay.fold((0, 0), |sum, next| (sum.0 + next.0, sum.1 + next.1));
+    let mut parts = Vec::new();
+    if misses > 0 {
+        parts.push(format!("{misses} waited for the source"));
+    }
+    if let Some(p99) = p99 {
+        let whole = p99 / 1000;
+        parts.push(format!("p99 {whole}.{} ms", p99 % 1000 / 100));
+    }
+    if total > 0 {
+        parts.push(format!("boot trace {} % fetched", done * 100 / total));
+    }
+    if parts.is_empty() { String::new() } else { format!("  reads    {}\n", parts.join("; ")) }
 }
 
 /// `█` hydrated, `▓` written by the guest, `░` waiting.
