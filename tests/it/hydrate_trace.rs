@@ -1,7 +1,11 @@
 //! Promise R-IR-13: what a machine reads first is recorded on a recovery and fetched ahead on the next one, also from
 //! a later restore point; no source that is not ours to write is ever written to.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use aquifer_tests::{
     boot_sector,
@@ -22,15 +26,15 @@ fn recover(site: &Site, source: &str, name: &str) -> Guest {
 }
 
 /// Every trace below a folder.
-fn traces(dir: &Path) -> Vec<(String, Trace)> {
+fn traces(dir: &Path) -> Vec<(PathBuf, Trace)> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let path = entry.path();
         if path.is_dir() {
             found.extend(traces(&path));
         } else if path.extension().is_some_and(|e| e == "trace") {
-            let name = path.strip_prefix(dir).expect("below").display().to_string();
-            found.push((name, Trace::decode("t", &fs::read(&path).expect("trace")).expect("a whole trace")));
+            let trace = Trace::decode("t", &fs::read(&path).expect("trace")).expect("a whole trace");
+            found.push((path, trace));
         }
     }
     found
@@ -61,7 +65,7 @@ fn the_trace_lies_beside_the_points_and_outlives_an_increment() {
     let kept = traces(&site.path("repo/machines"));
     assert_eq!(kept.len(), 1, "{kept:?}");
     let (name, trace) = &kept[0];
-    assert!(name.ends_with("traces/vda.trace"), "{name}");
+    assert!(name.ends_with("traces/vda.trace"), "{}", name.display());
     assert_eq!(trace.steps[0].range.start, 0, "a machine reads its boot sector first");
     assert!(traces(&site.path("home")).is_empty(), "not in two places");
 
@@ -106,7 +110,7 @@ fn a_source_that_is_not_ours_is_not_written_to() {
     let kept = traces(&own);
     assert_eq!(kept.len(), 1, "{kept:?}");
     // A damaged one costs nothing but itself.
-    fs::write(own.join(&kept[0].0), b"AQTRC\r\n\x1A and then nothing").expect("write");
+    fs::write(&kept[0].0, b"AQTRC\r\n\x1A and then nothing").expect("write");
     recover(&site, &image, "fourth");
     assert!(!replayed(&site, "fourth"));
     site.json(&["finalize", "db01", "--discard", "--yes"]);
