@@ -134,10 +134,7 @@ impl<'a> Pieces<'a> {
         while at < end {
             let (dirty, until) = match self.changed {
                 None => (true, end),
-                Some(delta) => {
-                    let (dirty, len) = delta.run(at, end);
-                    (dirty, at.saturating_add(len).min(end))
-                }
+                Some(delta) => delta.run(at, end),
             };
             if dirty {
                 self.cut_by_map(at, until)?;
@@ -198,3 +195,6 @@ impl Iterator for Pieces<'_> {
         self.ready.pop().map(Ok)
     }
 }
+
+#[cfg(test)]
+mod tests;
