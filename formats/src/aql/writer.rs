@@ -209,11 +209,12 @@ impl Writer {
         Ok(writer)
     }
 
-    /// A disk that ends inside a block of its longer parent: the block's rest must be zeros from now on.
+    /// A disk that ends inside a block of its longer parent: the block's rest must be zeros from now on. Nothing to
+    /// do where an interrupted writer was given that block already: it has its own content.
     fn cut_boundary(&mut self, parent: &Reader) -> Result<()> {
         let grain = self.block_bytes as u64;
         let (block, part) = (self.virtual_size / grain, self.virtual_size % grain);
-        if part == 0 || self.virtual_size >= parent.size() {
+        if part == 0 || self.virtual_size >= parent.size() || block < self.resume_from {
             return Ok(());
         }
         let mut bytes = Vec::new();
@@ -222,7 +223,13 @@ impl Writer {
             _ => return Ok(()),
         }
         bytes.truncate(usize::try_from(part).unwrap_or_default());
-        self.put(block, &bytes)
+        self.put(block, &bytes)?;
+        self.send_pending()?;
+        self.pipeline.drain()?;
+        // Nobody has given this block yet.
+        let given = self.resume_from;
+        self.pipeline.with_appender(|appender| appender.cursor = given);
+        Ok(())
     }
 
     /// Block size in bytes.

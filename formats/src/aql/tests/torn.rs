@@ -131,6 +131,29 @@ fn a_marked_writer_promises_all_it_was_given() {
 }
 
 #[test]
+fn a_shrunk_disk_keeps_what_its_last_block_was_given() {
+    for size in [GRAIN * 2 + 100, 100] {
+        let mut chain = Chain::new();
+        let parent = chain.full(&vec![7; GRAIN * 4], options());
+        let named = || Some((Arc::clone(&parent), parent.label().to_owned()));
+        let mut new = NewLayer::increment(Arc::clone(&parent), parent.label(), key());
+        new.virtual_size = size as u64;
+        let mut writer = Writer::create(chain.storage("small"), new, options()).expect("create");
+        writer.mark().expect("mark");
+        drop(writer);
+        let mut writer = Writer::resume(chain.storage("small"), named(), key(), options()).expect("resume");
+        assert_eq!(writer.resume_from(), 0, "nothing was given");
+        writer.put(0, &vec![8; size]).expect("put");
+        writer.mark().expect("mark");
+        drop(writer);
+        let writer = Writer::resume(chain.storage("small"), named(), key(), options()).expect("resume");
+        assert_eq!(writer.resume_from(), writer.blocks(), "all of it was given");
+        writer.finish().expect("finish");
+        assert_eq!(read_all(&chain.open("small").expect("open")), vec![8; size]);
+    }
+}
+
+#[test]
 fn a_writer_whose_storage_fails_at_any_call_says_so_stops_and_can_go_on() {
     let bytes = pattern(31, GRAIN * 60);
     for threads in [0, 2] {
