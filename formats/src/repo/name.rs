@@ -80,6 +80,12 @@ pub(super) fn machine(machine: Uuid) -> String {
     format!("{MACHINES}/{machine}/machine.json")
 }
 
+/// Where a machine's first name is claimed.
+pub(super) fn claim(machine: &str) -> String {
+    let mut hash = blake3::Hasher::new_derive_key("aquifer 2026 machine name");
+    format!("names/{}.json", hash.update(machine.as_bytes()).finalize().to_hex())
+}
+
 pub(super) fn points(machine: Uuid) -> String {
     format!("{MACHINES}/{machine}/points")
 }

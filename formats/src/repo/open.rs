@@ -239,9 +239,23 @@ impl Repository {
             done => return done,
         }
         self.writable()?;
+        let record = self.claim(wanted)?;
+        match self.store.create(&name::machine(record.id), &encode(&record)?) {
+            // Another made it meanwhile.
+            Ok(()) | Err(Error::Exists { .. }) => self.machine(&record.id.to_string()),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The machine that has this name from the start: of those who name one at the same moment all get the same.
+    fn claim(&self, wanted: &str) -> Result<MachineRecord> {
         let record = MachineRecord { id: Uuid::now_v7(), name: wanted.to_owned(), created: Timestamp::now() };
-        self.store.create(&name::machine(record.id), &encode(&record)?)?;
-        Ok(Machine { id: record.id, name: record.name, aliases: Vec::new() })
+        let file = name::claim(wanted);
+        match self.store.create(&file, &encode(&record)?) {
+            Ok(()) => Ok(record),
+            Err(Error::Exists { .. }) => need(&self.store, &file),
+            Err(e) => Err(e),
+        }
     }
 
     /// Gives a machine another name; the old one stays as an alias.

@@ -293,6 +293,27 @@ fn creating_one_name_from_many_threads_succeeds_once() {
 }
 
 #[test]
+fn a_machine_named_by_several_at_once_is_one_machine() {
+    for _ in 0..10 {
+        let dir = tempfile::tempdir().expect("a folder");
+        init(dir.path());
+        let start = std::sync::Barrier::new(4);
+        let name = || {
+            let repo = Repository::open(dir.path(), me()).expect("open");
+            start.wait();
+            repo.machine_or_new("db01").expect("a machine").id
+        };
+        let ids: Vec<Uuid> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(name)).collect();
+            threads.into_iter().map(|thread| thread.join().expect("a thread")).collect()
+        });
+        let repo = Repository::open(dir.path(), me()).expect("open");
+        let one = repo.machine("db01").expect("not ambiguous");
+        assert_eq!(ids, vec![one.id; 4]);
+    }
+}
+
+#[test]
 fn two_backups_of_one_machine_do_not_run_at_once() {
     let dir = tempfile::tempdir().expect("dir");
     let (repo, machine) = with_points(dir.path(), 1);
