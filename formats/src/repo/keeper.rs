@@ -5,7 +5,8 @@
 //! - A layer file goes only when its point is given up in the newest generation, no retained point needs
 //!   it (by its record *and* by its own root), and no live lease stands on a point that needs it. What
 //!   cannot be read counts as needing everything.
-//! - Points are given up before leases are looked for, never the other way round.
+//! - Points are given up before leases are looked for, never the other way round. What the others need is
+//!   looked up after that: a backup receives its point before it lets go of the lease on the point below.
 //! - Giving up never waits: a mounted point keeps its files, and they go when its lease ends.
 //! - Cut anywhere, the next sweep goes on.
 //!
@@ -154,14 +155,15 @@ pub fn sweep(
         withdraw(store, lease.id)?;
     }
     let live: Vec<LeaseRecord> = live.into_iter().filter(|lease| lease.machine == machine.id).collect();
-    let retained = newest.record.points.iter().filter(|p| p.retained);
-    let needed = files_of_all(repo, machine.id, retained.map(|p| p.id), &live)?;
+    let given_up: BTreeSet<Uuid> = newest.record.points.iter().filter(|p| !p.retained).map(|p| p.id).collect();
+    let listed = repo.listed(machine)?;
+    let needed = files_of_all(repo, machine.id, listed.iter().map(|p| p.id), &live)?;
     let leased = files_of_all(repo, machine.id, live.iter().filter_map(|lease| lease.point), &live)?;
     let mut swept = Swept::default();
     let mut gone = Vec::new();
-    for point in newest.record.points.iter().filter(|p| !p.retained) {
-        if sweep_point(store, machine.id, point.id, &needed, &leased, &mut swept)? {
-            gone.push(point.id);
+    for point in given_up {
+        if sweep_point(store, machine.id, point, &needed, &leased, &mut swept)? {
+            gone.push(point);
         }
     }
     if !gone.is_empty() {

@@ -5,7 +5,8 @@
 //!   receives the point, `point.json`. Cut anywhere, the point is there whole or not at all, and what is
 //!   left can be gone on with.
 //! - The commit looks once more whether the append lease is still held and the repository still owned:
-//!   whoever lost them meanwhile adds nothing.
+//!   whoever lost them meanwhile adds nothing. It looks again once the point is received: a keeper that took
+//!   the lease before that may have deleted what the point needs; one that takes it later sees the point.
 
 use std::sync::Arc;
 
@@ -256,9 +257,11 @@ impl Transaction<'_> {
             return Err(FormatError::Refused { path: folder, what: "a point without disks".into() }.into());
         }
         self.repo.writable()?;
-        if store.len(&name::lease(self.lease.record().id))?.is_none() {
-            return Err(Error::not_found(&folder, "append lease: it was reclaimed"));
-        }
+        let held = || match store.len(&name::lease(self.lease.record().id))? {
+            Some(_) => Ok(()),
+            None => Err(Error::not_found(&folder, "append lease: it was reclaimed")),
+        };
+        held()?;
         let draws_from_older = self.disks.iter().any(|d| !d.needs.is_empty());
         let kind = if draws_from_older { PointKind::Increment } else { PointKind::Full };
         let mut record = PointRecord {
@@ -287,6 +290,7 @@ impl Transaction<'_> {
             });
             Ok(())
         })?;
+        held()?;
         store.create(&name::point(self.machine.id, record.id), &bytes)?;
         self.lease.release()?;
         Ok(record)

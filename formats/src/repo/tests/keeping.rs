@@ -100,6 +100,29 @@ fn the_parent_of_a_running_backup_may_be_forgotten_and_its_files_stay() {
 }
 
 #[test]
+fn a_backup_that_commits_while_a_sweep_looks_keeps_what_it_needs() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (repo, machine) = with_points(dir.path(), 2);
+    let points = repo.points(&machine).expect("points");
+    let parent = &points[1];
+    let mut tx = repo.begin(&machine, Some(parent), holder()).expect("begin");
+    let ids = [points[0].id, parent.id];
+    keeper::forget(&repo, &machine, &ids, keeper::LastPoint::MayGo).expect("forget");
+    write_disk(&mut tx, &vda(), &bytes(3)).expect("vda");
+    // The sweep has found the lease and looks for its holder, who ends just now, having committed.
+    let tx = std::sync::Mutex::new(Some(tx));
+    let tell = |_: &Holder| {
+        if let Some(tx) = tx.lock().expect("lock").take() {
+            tx.commit(new_point("2026-01-03T00:00:00Z")).expect("commit");
+        }
+        Liveness::Dead
+    };
+    keeper::sweep(&repo, &machine, &mut LeaseObserver::new(), Instant::now(), &tell).expect("sweep");
+    let latest = repo.resolve(&machine, &PointQuery::Latest(0)).expect("latest");
+    assert_eq!(read_point(&repo, &latest), bytes(3));
+}
+
+#[test]
 fn pinned_points_cannot_be_forgotten() {
     let dir = tempfile::tempdir().expect("dir");
     let (repo, machine) = with_points(dir.path(), 3);
