@@ -263,7 +263,7 @@ impl Committing<'_> {
 
     /// Syncs the records written so far, and tells everybody what they carry.
     fn sync(&mut self) -> Result<()> {
-        if self.unsynced.is_empty() {
+        if self.unsynced.is_empty() && self.core.journal.lock().is_synced() {
             return Ok(());
         }
         let storage = self.core.journal.lock().storage();

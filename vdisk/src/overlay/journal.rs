@@ -432,6 +432,11 @@ impl Journal {
         Arc::clone(&self.storage)
     }
 
+    /// Whether every record so far is durable; one of a flush that failed later on may not be.
+    pub(super) fn is_synced(&self) -> bool {
+        self.synced + 1 == self.next
+    }
+
     /// Notes that every record so far is durable, and that its blocks are known to whoever settles.
     pub(super) fn mark_synced(&mut self) {
         self.synced = self.next.saturating_sub(1);

@@ -10,6 +10,8 @@
 //! - Pages are stored images first, sync, then in place, sync: a page torn by a crash is repaired from
 //!   its image, so a page that is neither whole nor repaired is damage and never read as `Absent`.
 //! - A page of zeros was never written: all its blocks are absent.
+//! - Each batch of images has a sequence that none before it had, finished or not: images that an interrupted batch
+//!   left never pass for those of a later one.
 //! - The caller has synced `disk.raw` before a page that speaks of its bytes is stored.
 //!
 //! Not here: what the marks mean.
@@ -169,6 +171,7 @@ impl MapFile {
     /// appended to `repaired`: they are to be stored again.
     pub(super) fn load(&mut self, repaired: &mut Vec<u32>, each: &mut dyn FnMut(u32, Line)) -> Result<()> {
         let images = self.load_images()?;
+        let highest = self.highest_image()?;
         for (index, image) in &images {
             let at = self.place(*index);
             let (mut page, mut head) = ([0; 4096], None);
@@ -196,7 +199,17 @@ impl MapFile {
                 at += PAGE;
             }
         }
+        self.sequence = self.sequence.max(highest);
         Ok(())
+    }
+
+    /// Highest sequence that any image says it has, whole or not.
+    fn highest_image(&self) -> Result<u64> {
+        let mut images = vec![0; MAP_IMAGES_MAX * 4096];
+        self.storage.read_at(IMAGES_AT, &mut images).map_err(|e| io_failed(&*self.storage, "read", IMAGES_AT, e))?;
+        let heads = images.chunks_exact(4096).filter_map(|image| MapPageHead::read_from_prefix(image).ok());
+        let ours = heads.filter(|(head, _)| head.magic == MAP_PAGE_MAGIC && head.id == self.header.id);
+        Ok(ours.map(|(head, _)| head.sequence.get()).max().unwrap_or(0))
     }
 
     fn load_page(&mut self, at: u64, repaired: &[u32], each: &mut dyn FnMut(u32, Line)) -> Result<()> {
@@ -356,3 +369,6 @@ fn check_header(storage: &dyn Storage, header: &MapHeader, of: &OverlayOf) -> Re
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
