@@ -178,35 +178,36 @@ impl Core {
         }
         self.flush()?;
         self.settle(Scope::All)?;
-        if self.unswept.load(Ordering::Acquire) {
-            let trimmed = self.collect(|state| state == BlockState::Trimmed);
-            for range in trimmed.iter() {
-                self.sweep(range.start, range.end)?;
-            }
-            self.sync_raw(Delta::new)?;
-            self.unswept.store(false, Ordering::Release);
-        }
-        Ok(())
+        self.give_up_trims()?;
+        // Once more: the marks that have just changed.
+        self.settle(Scope::All)
     }
 
-    /// Removes what an earlier life left under trimmed blocks.
-    fn sweep(&self, from: u64, to: u64) -> Result<()> {
-        let mut at = from;
-        while at < to {
-            let region = super::core::region_of(at);
-            let next = self.range(region, 0, self.region_blocks(region)).end.min(to);
-            let stripe = self.stripe(region).write();
-            let view = stripe.view(region);
-            let mut block = at;
-            while block < next {
-                let end = (block + OVERLAY_BLOCK_BYTES).min(next);
-                if view.ram(super::core::in_region(block / OVERLAY_BLOCK_BYTES)) == BlockState::Trimmed {
-                    self.clear_leftovers(block, end)?;
-                }
-                block = end;
+    /// Makes trimmed blocks written ones, which are zeros in `disk.raw`: a write over them in place is then found
+    /// again, flushed or not, and so is one by whoever else is given the file.
+    fn give_up_trims(&self) -> Result<()> {
+        let unswept = self.unswept.load(Ordering::Acquire);
+        for region in 0..self.regions() {
+            let mut stripe = self.stripe(region).write();
+            let trimmed: Vec<usize> = {
+                let view = stripe.view(region);
+                (0..self.region_blocks(region)).filter(|at| view.ram(*at) == BlockState::Trimmed).collect()
+            };
+            if trimmed.is_empty() {
+                continue;
             }
-            at = next;
+            let target = stripe.region(region);
+            for at in trimmed {
+                let range = self.range(region, at, 1);
+                if unswept {
+                    self.clear_leftovers(range.start, range.end)?;
+                }
+                self.set_ram(target, range.start / OVERLAY_BLOCK_BYTES, BlockState::Written);
+                self.set_durable(region, target, at, BlockState::Written);
+            }
+            stripe.fold(region);
         }
+        self.unswept.store(false, Ordering::Release);
         Ok(())
     }
 }

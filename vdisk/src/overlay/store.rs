@@ -344,14 +344,16 @@ impl Core {
                 for block in first..end {
                     let at = in_region(block);
                     self.drop_page(target, block);
+                    if through {
+                        // The file says it all from now on.
+                        self.note_written(target, region, block);
+                        continue;
+                    }
                     self.set_ram(target, block, BlockState::Trimmed);
                     self.set_pending(region, target, at);
+                    target.unpunched.insert(at);
                     target.keep.remove(at);
-                    target.unpunched.remove(at);
-                    if !through {
-                        target.unpunched.insert(at);
-                    }
-                    if zeroing == Zeroing::KeepSpace && !through {
+                    if zeroing == Zeroing::KeepSpace {
                         target.keep.insert(at);
                     }
                 }

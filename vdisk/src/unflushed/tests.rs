@@ -139,6 +139,24 @@ fn records_from_before_a_drain_never_count_again() {
 }
 
 #[test]
+fn a_drained_disk_keeps_what_is_written_over_trimmed_blocks() {
+    let dir = tempfile::tempdir().expect("folder");
+    let disk = life(dir.path(), BOOT);
+    disk.hydrate(0, SIZE as u64).expect("hydrate");
+    disk.trim(0, 65536).expect("trim");
+    disk.drain().expect("drain");
+    disk.write(4096, &[4; 4096]).expect("write through");
+    disk.trim(131_072, 65536).expect("trim");
+    disk.write(135_168, &[5; 512]).expect("write through");
+    assert_eq!(disk.dirty().expect("dirty").bytes(), 2 * 65536);
+    let expected = content(&disk);
+    drop(disk);
+    let disk = life(dir.path(), BOOT);
+    assert!(content(&disk) == expected, "acknowledged, and the process died");
+    assert!(disk.dirty().expect("dirty").contains(4096));
+}
+
+#[test]
 fn the_older_file_is_emptied_first() {
     let dir = tempfile::tempdir().expect("folder");
     let log = Unflushed::open(dir.path(), BOOT, &mut |_| Ok(())).expect("open");
