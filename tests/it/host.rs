@@ -206,6 +206,24 @@ fn a_failing_disk_stops_the_machine_and_it_can_go_on() {
 }
 
 #[test]
+fn a_machine_is_never_started_beside_itself() {
+    let mut stage = Stage::new();
+    // Several at once, as two commands that bring a session back; and once more, as after one that was killed before
+    // it could write down what it had started.
+    let started: Vec<Running> = std::thread::scope(|scope| {
+        let start = || Qemu.start(&shape(), &[stage.door()], &stage.places()).expect("start");
+        let threads: Vec<_> = (0..3).map(|_| scope.spawn(start)).collect();
+        threads.into_iter().map(|thread| thread.join().expect("thread")).collect()
+    });
+    stage.running = started.first().cloned();
+    let again = stage.start();
+    assert!(started.iter().all(|running| *running == again), "{started:?}");
+    eventually("the guest works", || seen(&again).contains('.').then_some(()));
+    Qemu.power_off(&again, Duration::ZERO).expect("off");
+    assert_ne!(stage.start().process, again.process, "one that is gone is no hindrance");
+}
+
+#[test]
 fn files_and_sockets_are_private() {
     use std::os::unix::fs::PermissionsExt;
     let mut stage = Stage::new();

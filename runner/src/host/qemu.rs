@@ -6,12 +6,14 @@
 //! Invariants
 //! - The process is a session of its own: it outlives whoever started it. It runs in QEMU's sandbox, with sockets
 //!   only its user can reach and every format named.
+//! - Of one folder at most one process runs: it is found again by its number in `qemu.pid`, which QEMU itself locks.
 //! - A failed request stops the machine (`rerror=stop,werror=stop`); an error never reaches the guest.
 //! - A machine is let go only after its block nodes were seen to be what was asked for.
 //!
 //! Not here: doors, sessions, what is in the files.
 
 mod accel;
+mod alone;
 mod command;
 mod firmware_files;
 mod nodes;
@@ -38,6 +40,9 @@ use nodes::Nodes;
 
 /// The program.
 const PROGRAM: &str = "qemu-system-x86_64";
+
+/// What it says, in the machine's folder.
+const LOG: &str = "qemu.log";
 
 /// Oldest version whose `blockdev-reopen` moves a child, as (major, minor).
 const VERSION_MIN: (u32, u32) = (6, 1);
@@ -95,6 +100,11 @@ impl Host for Qemu {
         self.check(shape)?;
         let accel = accel::probe();
         let command = command::Line::new(shape, doors, places, accel)?;
+        // Whoever starts it at the same moment waits, and then finds it.
+        let _alone = alone::lock(&places.dir)?;
+        if let Some(process) = alone::running_in(&places.dir) {
+            return adopt(command.running(process, places.dir.join(LOG)), doors);
+        }
         command.prepare()?;
         let mut attempt = Attempt::launch(&command)?;
         let mut orders = attempt.await_monitor()?;
@@ -199,6 +209,17 @@ impl Host for Qemu {
     }
 }
 
+/// Takes over a machine that somebody started and could not record any more.
+fn adopt(running: Running, doors: &[Door]) -> Result<Running> {
+    let mut orders = Qemu::orders(&running)?;
+    // Never let go: it stands where it was put, and nowhere else yet.
+    if orders.execute("query-status", json!({}), ORDER_TIMEOUT)?.get("status") == Some(&json!("prelaunch")) {
+        Nodes::query(&mut orders)?.check_doors(doors)?;
+        orders.execute("cont", json!({}), ORDER_TIMEOUT)?;
+    }
+    Ok(running)
+}
+
 fn happening(event: &qmp::Event) -> Option<Happening> {
     Some(match event.name.as_str() {
         "BLOCK_IO_ERROR" => Happening::IoError,
@@ -260,7 +281,7 @@ struct Attempt {
 
 impl Attempt {
     fn launch(command: &command::Line) -> Result<Self> {
-        let log = command.places().dir.join("qemu.log");
+        let log = command.places().dir.join(LOG);
         let mut out = fs::OpenOptions::new().create(true).append(true).open(&log);
         let log_start = out.as_mut().ok().and_then(|f| f.seek(SeekFrom::End(0)).ok()).unwrap_or(0);
         let out = out.map_err(|e| Error::io(&log, "open", e))?;

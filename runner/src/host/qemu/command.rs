@@ -14,7 +14,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::{Accel, FirmwareFiles, nodes, socket};
+use super::{Accel, FirmwareFiles, alone, nodes, socket};
 use crate::host::{
     Bus, Disk, Door, Error, Network, Nic, Places, Process, Result, Running, Shape, firmware::Firmware, shape::NicModel,
 };
@@ -117,6 +117,7 @@ impl Line {
         self.add("-name", format!("guest={}", shape.name));
         self.add("-uuid", shape.uuid.to_string());
         self.add("-sandbox", SANDBOX);
+        self.add("-pidfile", alone::number_file(&self.places.dir));
         self.add("-msg", "timestamp=on");
         let mut machine = "q35,vmport=off".to_owned();
         if let Some(files) = self.firmware.clone() {
