@@ -342,12 +342,15 @@ fn read_holder(file: &mut File) -> String {
     }
 }
 
-/// Makes a folder only its owner can enter, with what leads to it.
+/// Makes a folder only its owner can enter, with what leads to it; the names of what was made are durable.
 ///
 /// # Errors
 /// [`Error::Io`].
 pub fn make_private_dir(dir: &Path) -> Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|e| Error::io(dir, "create", e))
+    let full = std::path::absolute(dir).map_err(|e| Error::io(dir, "resolve", e))?;
+    let missing: Vec<&Path> = full.ancestors().take_while(|above| !above.exists()).collect();
+    DirBuilder::new().recursive(true).mode(0o700).create(&full).map_err(|e| Error::io(dir, "create", e))?;
+    missing.iter().filter_map(|made| made.parent()).try_for_each(sync_dir)
 }
 
 /// Makes names in a folder durable.

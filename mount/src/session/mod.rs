@@ -34,7 +34,7 @@ mod watch;
 pub use client::Client;
 pub use disks::hexadecimal;
 pub use error::{Error, Result};
-pub use folder::{Event, Folder, OwnerLock};
+pub use folder::{Event, Folder, OwnerLock, make_private_dir, sync_dir};
 pub use live::Live;
 pub use registry::{Pointer, Registry};
 pub use serve::{Confine, ConnectNbd, Happening, Hooks, NoHooks, Serving, serve};

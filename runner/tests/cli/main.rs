@@ -5,4 +5,5 @@ mod contract;
 mod docs;
 mod harness;
 mod images;
+mod kept;
 mod look;

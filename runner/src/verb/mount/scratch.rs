@@ -1,12 +1,13 @@
 //! Where writes of a mount go: nowhere, a folder that is removed at the end, or a folder that is kept.
+//!
+//! Invariant: an overlay appears under its disk's name whole and with all its names durable, or not at all.
 
 use std::{
-    fs::{self, DirBuilder},
-    io,
-    os::unix::fs::DirBuilderExt,
-    path::PathBuf,
+    fs, io,
+    path::{Path, PathBuf},
 };
 
+use aquifer_mount::session::{make_private_dir, sync_dir};
 use aquifer_vdisk::{
     Chain,
     overlay::{Overlay, OverlayOf, OverlayOptions},
@@ -64,11 +65,10 @@ impl Scratch {
         };
         let dir = base.join(name);
         let of = OverlayOf { size: chain.size(), chain: chain.fingerprint()? };
-        if dir.join(RAW_NAME).exists() {
-            return Ok(Some(Overlay::open(&dir, of, OverlayOptions::default())?));
+        if !dir.join(RAW_NAME).exists() {
+            create(&base, name, of)?;
         }
-        make_folder(&dir)?;
-        Ok(Some(Overlay::create(&dir, of, OverlayOptions::default())?))
+        Ok(Some(Overlay::open(&dir, of, OverlayOptions::default())?))
     }
 
     /// Removes what was not to be kept.
@@ -86,14 +86,22 @@ impl Drop for Scratch {
     }
 }
 
-fn make_folder(dir: &std::path::Path) -> Result<()> {
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
-    made.map_err(|e| Fail::io(dir.display(), "create", &e))
+/// Makes the overlay of the disk `name` in `base`. What a kill leaves unfinished has another name, and is made anew.
+fn create(base: &Path, name: &str, of: OverlayOf) -> Result<()> {
+    let (draft, dir) = (base.join(format!(".{name}.new")), base.join(name));
+    if draft.exists() {
+        fs::remove_dir_all(&draft).map_err(|e| Fail::io(draft.display(), "remove", &e))?;
+    }
+    make_private_dir(&draft)?;
+    drop(Overlay::create(&draft, of, OverlayOptions::default())?);
+    sync_dir(&draft)?;
+    fs::rename(&draft, &dir).map_err(|e| Fail::io(dir.display(), "create", &e))?;
+    Ok(sync_dir(base)?)
 }
 
 /// A new folder of our own below the state folder: scratch can be as large as the disk, so not in memory.
 fn private_folder(context: &Context) -> Result<PathBuf> {
     let dir = context.home()?.join("scratch").join(uuid::Uuid::now_v7().to_string());
-    make_folder(&dir)?;
+    make_private_dir(&dir)?;
     Ok(dir)
 }
