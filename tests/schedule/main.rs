@@ -120,13 +120,13 @@ impl Play {
         Self { rig, base, world, disk, known: Arc::new(Mutex::new(known)) }
     }
 
-    /// A thread that does a few random things to one block.
-    fn writer(&self, block: usize, seed: u64) -> thread::JoinHandle<()> {
+    /// A thread that does `steps` random things to one block, and flushes after one in `flush_in` of them.
+    fn writer(&self, block: usize, seed: u64, steps: u64, flush_in: u64) -> thread::JoinHandle<()> {
         let (disk, world, known) = (Arc::clone(&self.disk), self.world.clone(), Arc::clone(&self.known));
         thread::spawn(move || {
             let mut dice = Rng::new(seed);
             let at = (block * BLOCK) as u64;
-            for step in 0..3u64 {
+            for step in 0..steps {
                 let mut now = *known.lock().expect("known")[block].held.last().expect("held");
                 let number = 1000 * (block as u64 + 1) + step;
                 match dice.below(5) {
@@ -147,7 +147,7 @@ impl Play {
                 let mut found = vec![0; BLOCK];
                 disk.read(at, &mut found).expect("read");
                 assert_eq!(numbers(&found), now, "block {block}: read what was written");
-                if dice.once_in(2) {
+                if dice.once_in(flush_in) {
                     disk.flush().expect("flush");
                     let told = world.told_len();
                     let mut known = known.lock().expect("known");
@@ -223,7 +223,7 @@ fn play() {
     let seed = shuttle::rand::Rng::r#gen::<u64>(&mut shuttle::rand::thread_rng());
     let play = Play::new(seed);
     let mut threads = vec![play.hydrator(seed)];
-    threads.extend([1, 2].map(|block| play.writer(block, seed ^ block as u64)));
+    threads.extend([1, 2].map(|block| play.writer(block, seed ^ block as u64, 3, 2)));
     for thread in threads {
         thread.join().expect("a thread");
     }
@@ -238,6 +238,30 @@ fn play() {
 fn no_schedule_lets_hydration_win_or_a_flush_be_lost() {
     shuttle::check_random(play, cases(4000) as usize);
     shuttle::check_pct(play, cases(4000) as usize, 3);
+}
+
+/// Flushes fill one half of the journal after the other while hydration makes its marks durable.
+fn turn_halves() {
+    let seed = shuttle::rand::Rng::r#gen::<u64>(&mut shuttle::rand::thread_rng());
+    let play = Play::new(seed);
+    let disk = Arc::clone(&play.disk);
+    let sealer = thread::spawn(move || (0..6).for_each(|_| disk.seal().expect("seal")));
+    let mut threads = vec![sealer];
+    threads.extend([1, 2].map(|block| play.writer(block, seed ^ block as u64, 12, 1)));
+    for thread in threads {
+        thread.join().expect("a thread");
+    }
+    play.judge_end();
+    let mut dice = Rng::new(seed);
+    for _ in 0..8 {
+        play.judge_crash(&mut dice);
+    }
+}
+
+#[test]
+fn no_schedule_reuses_a_half_of_the_journal_too_early() {
+    shuttle::check_random(turn_halves, cases(1000) as usize);
+    shuttle::check_pct(turn_halves, cases(2000) as usize, 3);
 }
 
 #[test]
