@@ -37,7 +37,7 @@ pub fn sync_lines() -> BTreeSet<String> {
     let vdisk = Path::new(env!("CARGO_MANIFEST_DIR")).join("../vdisk/src");
     let folder = fs::read_dir(vdisk.join("overlay")).unwrap().map(|e| e.unwrap().path());
     let mut out = BTreeSet::new();
-    for path in folder.chain([vdisk.join("overlay.rs")]) {
+    for path in folder.filter(|path| path.is_file()).chain([vdisk.join("overlay.rs")]) {
         let name = path.file_name().unwrap().to_str().unwrap().to_owned();
         for (at, line) in fs::read_to_string(&path).unwrap().lines().enumerate() {
             if line.contains(".sync()") && !line.trim_start().starts_with("//") {
