@@ -16,6 +16,7 @@ use aquifer_formats::{
     aql::WriterOptions,
     repo::{LEASE_TTL, Machine, Point, Repository, Transaction, keeper},
 };
+use aquifer_vdisk::Chain;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -71,8 +72,9 @@ pub(super) fn begin<'r>(
     wanted: &[Wanted],
 ) -> Result<Begun<'r>> {
     // Whoever was killed while appending still holds its lease.
+    let tell = repository::tell(context)?;
     repository::observing(context, |observer| {
-        Ok(keeper::reclaim(repo, machine, observer, &repository::tell, LEASE_TTL + LEASE_TTL / 4)?)
+        Ok(keeper::reclaim(repo, machine, observer, &tell, LEASE_TTL + LEASE_TTL / 4)?)
     })?;
     let now = sources_of(args, wanted);
     let parent_id = parent.map(|point| point.id);
@@ -131,10 +133,22 @@ fn afresh<'r>(
 fn sources_of(args: &Args, wanted: &[Wanted]) -> Option<Sources> {
     let mut disks = Vec::new();
     for disk in wanted {
-        let files = disk.chain.layers().iter().map(|layer| file_state(layer.label())).collect::<Option<Vec<_>>>()?;
+        let files = files_of(&disk.chain)?;
         disks.push(Source { disk: disk.name.as_str().to_owned(), bitmap: args.bitmap.clone(), files });
     }
     Some(Sources { began: Timestamp::now(), disks })
+}
+
+/// Every file that a chain is read from, as it is now: a layer's own, and the one beside it that holds its data.
+fn files_of(chain: &Chain) -> Option<Vec<FileState>> {
+    let mut files = Vec::new();
+    for layer in chain.layers() {
+        files.push(file_state(layer.label())?);
+        if let Ok(beside) = layer.file(1) {
+            files.push(file_state(beside.label())?);
+        }
+    }
+    Some(files)
 }
 
 fn file_state(path: &str) -> Option<FileState> {
@@ -174,3 +188,6 @@ pub(super) fn forget(context: &Context, point: Uuid) {
         let _ = fs::remove_file(path);
     }
 }
+
+#[cfg(test)]
+mod tests;
