@@ -5,6 +5,7 @@
 //!
 //! Invariants
 //! - Damage is listed with file and offset, and ends nothing; the exit code says that there was some.
+//! - A listed point that is not whole any more is damage; one that was never completed is none.
 //! - Nothing is written and nothing repaired.
 //!
 //! Not here: getting a good copy from elsewhere.
@@ -67,6 +68,26 @@ struct Tally {
     first: Option<Fail>,
 }
 
+impl Tally {
+    /// Counts a point that cannot be read at all.
+    fn add(&mut self, context: &Context, fail: Fail) {
+        context.out.damage(&fail);
+        self.damaged += 1;
+        self.first.get_or_insert(fail);
+    }
+}
+
+/// What is wrong with a point that was whole once.
+fn lost(word: &str, state: &PointState) -> Option<Fail> {
+    let why = match state {
+        PointState::Complete | PointState::Incomplete => return None,
+        PointState::Missing { path } => format!("{path} is gone"),
+        PointState::Corrupted { why } => why.clone(),
+    };
+    let error = aquifer_formats::repo::Error::PointState { path: word.to_owned(), state: state.name(), why };
+    Some(Fail::from(error))
+}
+
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let stop = context.stop()?;
     let mut tally = Tally::default();
@@ -75,9 +96,13 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         None => {
             let repo = repository::open(context)?;
             for machine in repo.machines()? {
-                for point in repo.points(&machine)?.iter().filter(|p| p.state == PointState::Complete) {
+                for point in repo.points(&machine)? {
                     let word = format!("{}@{}", machine.name, point.id);
-                    check(context, &select(context, &word, &args.options)?, stop, &mut tally)?;
+                    match lost(&word, &point.state) {
+                        Some(fail) => tally.add(context, fail),
+                        None if point.state == PointState::Incomplete => {}
+                        None => check(context, &select(context, &word, &args.options)?, stop, &mut tally)?,
+                    }
                 }
             }
         }

@@ -7,3 +7,4 @@ mod harness;
 mod images;
 mod kept;
 mod look;
+mod whole;
