@@ -4,6 +4,8 @@
 //! - Whoever reads a point holds a lease on it until the end, beating from a thread of its own.
 //! - A holder names its computer so exactly (boot, process space) that an equal name proves that its
 //!   processes can be seen from here; only then is one ever called dead before its time.
+//! - A recovery needs its restore point until it has ended, whether its processes run or not: the lease of a session
+//!   that is listed here stands, over reboots as well.
 //!
 //! Not here: what is stored and deleted, and in which order (`aquifer_formats::repo`).
 
@@ -21,6 +23,7 @@ use aquifer_formats::repo::{
     LeaseObserver, Liveness, Machine, Point, PointQuery, Repository,
     record::{Holder, Owner},
 };
+use aquifer_mount::session::{Folder, Registry};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -110,8 +113,21 @@ pub fn holder(verb: &str) -> Holder {
     Holder { name: format!("aquifer {verb}"), host: host_exactly(), process: std::process::id(), session: None }
 }
 
-/// What can be seen of a holder from here.
-pub fn tell(holder: &Holder) -> Liveness {
+/// What can be seen of holders from here.
+///
+/// # Errors
+/// The list of sessions cannot be read.
+pub fn tell(context: &Context) -> Result<impl Fn(&Holder) -> Liveness + use<>> {
+    let listed = Registry::new(&context.home()?).list()?;
+    let there = listed.iter().filter(|session| Folder::open(&session.dir).is_ok());
+    let sessions: Vec<String> = there.map(|session| session.id.to_string()).collect();
+    Ok(move |holder: &Holder| match &holder.session {
+        Some(session) if sessions.contains(session) => Liveness::Alive,
+        _ => process_of(holder),
+    })
+}
+
+fn process_of(holder: &Holder) -> Liveness {
     if holder.host != host_exactly() {
         return Liveness::Unknown;
     }

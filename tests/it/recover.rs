@@ -145,6 +145,33 @@ fn a_point_of_a_repository_is_held_while_it_runs_and_discarded_with_a_word() {
 }
 
 #[test]
+fn a_recovery_whose_processes_are_dead_keeps_its_restore_point() {
+    let site = Site::new();
+    site.json(&["init"]);
+    let source = format!("vda=raw:{}", site.word("disk.raw"));
+    for _ in 0..2 {
+        fs::write(site.path("disk.raw"), boot_sector::disk(24, 16)).expect("disk");
+        site.json(&["backup", "db01", "--full", "--disk", &source]);
+    }
+    let guest = recover(&site, "db01@latest~1", "db01", &["--no-hydrate"]);
+    guest.goes_on(1);
+    let session = site.session("db01");
+    for process in [&session["door"]["supervisor"], &session["door"]["pid"], &session["machine"]["pid"]] {
+        kill_process(pid(process), Signal::KILL).expect("kill");
+    }
+    eventually("all of it is seen to be dead", || {
+        let now = site.session("db01");
+        (now["door"]["status"] == "not_running" && now["machine"]["power"] == "off").then_some(())
+    });
+    // Retention comes by before anybody brings it back.
+    site.json(&["forget", "db01@latest~1", "--yes"]);
+    site.json(&["session", "resume", "db01"]);
+    eventually("the guest starts again", || (guest.starts() == 2).then_some(()));
+    guest.whole_round();
+    site.json(&["finalize", "db01", "--discard", "--yes"]);
+}
+
+#[test]
 fn everything_killed_comes_back_by_one_command() {
     let site = Site::new();
     chain(&site);

@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aquifer_formats::repo::{PointQuery, Repository};
+use aquifer_formats::repo::{PointQuery, Repository, record::Holder};
 use aquifer_mount::session::{
     self, Client, Confine, Error, Folder, NoHooks, Policy, Serving, inherited_listener, leave_terminal, serve,
     spawn_detached, supervise,
@@ -157,7 +157,9 @@ pub fn supervisor(folder: &Folder) -> Option<Process> {
 pub fn run_supervisor(context: &Context, folder: &Folder) -> Result<()> {
     leave_terminal().map_err(|e| Fail::io("the terminal", "leave", &e))?;
     let stop = context.stop()?;
-    let hold = Machine::of(&folder.load()?)?.and_then(|machine| machine.point).and_then(|point| hold(context, &point));
+    let spec = folder.load()?;
+    let point = Machine::of(&spec)?.and_then(|machine| machine.point);
+    let hold = point.and_then(|point| hold(context, &point, spec.id));
     let (program, _) = context.own_command()?;
     let mut start = |listener: Stdio| -> std::io::Result<Child> {
         let own = std::process::id().to_string();
@@ -181,12 +183,13 @@ pub fn run_supervisor(context: &Context, folder: &Folder) -> Result<()> {
 }
 
 /// Holds the session's point. A repository that is away cannot be written to, nor can it be swept meanwhile.
-fn hold(context: &Context, point: &HeldPoint) -> Option<Hold> {
+fn hold(context: &Context, point: &HeldPoint, session: uuid::Uuid) -> Option<Hold> {
     let held = || -> Result<Hold> {
         let repo = Repository::open(&point.repository, repository::me(context)?)?;
         let machine = repo.machine(&point.machine.to_string())?;
         let found = repo.resolve(&machine, &PointQuery::Id(point.point.to_string()))?;
-        Hold::read(&repo, &machine, &found, "recover")
+        let holder = Holder { session: Some(session.to_string()), ..repository::holder("recover") };
+        Hold::read(&repo, &machine, &found, holder)
     };
     match held() {
         Ok(hold) => Some(hold),

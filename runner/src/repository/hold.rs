@@ -5,9 +5,8 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use aquifer_formats::repo::{LEASE_TTL, Lease, Machine, Point, Repository};
+use aquifer_formats::repo::{LEASE_TTL, Lease, Machine, Point, Repository, record::Holder};
 
-use super::holder;
 use crate::fail::{Fail, Result};
 
 /// A point that is being read.
@@ -19,14 +18,14 @@ pub struct Hold {
 }
 
 impl Hold {
-    /// Holds a point for reading. On storage that nobody can write nobody deletes either: then there is
+    /// Holds a point for reading, as this process or for a whole session. On storage that nobody can write nobody deletes either: then there is
     /// nothing to hold.
     ///
     /// # Errors
     /// The point has been given up meanwhile.
-    pub fn read(repo: &Repository, machine: &Machine, point: &Point, verb: &str) -> Result<Self> {
+    pub fn read(repo: &Repository, machine: &Machine, point: &Point, holder: Holder) -> Result<Self> {
         use aquifer_formats::{Error as FormatError, repo::Error};
-        match repo.lease_read(machine, point, holder(verb)) {
+        match repo.lease_read(machine, point, holder) {
             Ok(lease) => Ok(Self::beating(lease)),
             Err(Error::Format(FormatError::Io { .. })) => Ok(Self { end: None, thread: None }),
             Err(error) => Err(Fail::from(error)),

@@ -39,7 +39,7 @@ pub(super) fn disks(
 ) -> Result<(Vec<SelectedDisk>, SelectedPoint)> {
     let repo = repository::open(context)?;
     let (machine, point) = repository::find(&repo, machine, point)?;
-    let hold = Arc::new(Hold::read(&repo, &machine, &point, context.out.verb())?);
+    let hold = Arc::new(Hold::read(&repo, &machine, &point, repository::holder(context.out.verb()))?);
     let Some(record) = point.record.clone() else {
         let what = format!("the point {} of {} cannot be read", point.id, machine.name);
         return Err(Fail::new(Code::PointIncomplete, what)

@@ -80,11 +80,12 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     confirm(context, &args.confirm, &loss)?;
     let last = if args.even_last { LastPoint::MayGo } else { LastPoint::Stays };
     let mut freed = 0;
+    let tell = repository::tell(context)?;
     for (machine, points) in &chosen {
         let ids: Vec<uuid::Uuid> = points.iter().map(|point| point.id).collect();
         keeper::forget(&repo, machine, &ids, last)?;
         let swept = repository::observing(context, |observer| {
-            Ok(keeper::sweep(&repo, machine, observer, Instant::now(), &repository::tell)?)
+            Ok(keeper::sweep(&repo, machine, observer, Instant::now(), &tell)?)
         })?;
         freed += swept.bytes;
         if !swept.leased.is_empty() {

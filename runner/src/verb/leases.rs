@@ -38,11 +38,12 @@ struct Record<'a> {
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let repo = repository::open(context)?;
     let machines = repo.machines()?;
+    let tell = repository::tell(context)?;
     let (live, gone) =
-        repository::observing(context, |observer| Ok(observer.observe(&repo, Instant::now(), &repository::tell)?))?;
+        repository::observing(context, |observer| Ok(observer.observe(&repo, Instant::now(), &tell)?))?;
     let shown_gone: &[LeaseRecord] = if args.all { &gone } else { &[] };
     for lease in live.iter().chain(shown_gone) {
-        let state = match repository::tell(&lease.holder) {
+        let state = match tell(&lease.holder) {
             Liveness::Alive => "alive",
             Liveness::Dead => "gone",
             Liveness::Unknown => "unknown",
