@@ -132,6 +132,23 @@ pub fn decode(
     done
 }
 
+/// Decodes one zlib stream (RFC 1950) of at most `raw_max` bytes into `out` (cleared first) and checks
+/// its Adler-32. What follows the stream is ignored.
+///
+/// # Errors
+/// [`DecodeError`]; `out` is then empty.
+pub fn zlib(stored: &[u8], raw_max: usize, out: &mut Vec<u8>) -> Result<(), DecodeError> {
+    out.clear();
+    if raw_max > BLOCK_BYTES_MAX {
+        return Err(DecodeError::Limit { len: raw_max, max: BLOCK_BYTES_MAX });
+    }
+    let done = zlib_stream(stored, raw_max, out);
+    if done.is_err() {
+        out.clear();
+    }
+    done
+}
+
 /// Reads `len` stored bytes at `offset` into a buffer kept per thread and hands them to `work`.
 ///
 /// # Errors
@@ -222,6 +239,37 @@ fn deflate(stored: &[u8], raw_len: usize, need: usize, tail: Tail, out: &mut Vec
             (Tail::Exact, 0) => Ok(()),
             (Tail::Exact, extra) => Err(DecodeError::Trailing { extra }),
         }
+    })
+}
+
+fn zlib_stream(stored: &[u8], raw_max: usize, out: &mut Vec<u8>) -> Result<(), DecodeError> {
+    thread_local!(static INFLATE: RefCell<Decompress> = RefCell::new(Decompress::new(true)));
+    let invalid = |e: flate2::DecompressError| DecodeError::Invalid { codec: Codec::Deflate, what: e.to_string() };
+    INFLATE.with_borrow_mut(|inflate| {
+        inflate.reset(true);
+        out.resize(raw_max, 0);
+        let mut spare = [0; 1];
+        loop {
+            let (taken, given) = moved(inflate);
+            if given > raw_max {
+                return Err(DecodeError::Long { max: raw_max });
+            }
+            let input = stored.get(taken..).unwrap_or_default();
+            // The end and its checksum may still be in the input when the output is full.
+            let room = out.get_mut(given..).filter(|room| !room.is_empty()).unwrap_or(&mut spare);
+            let status = inflate.decompress(input, room, FlushDecompress::None).map_err(invalid)?;
+            match status {
+                Status::StreamEnd => break,
+                _ if moved(inflate) == (taken, given) => return Err(DecodeError::Short { got: given, want: raw_max }),
+                _ => {}
+            }
+        }
+        let given = moved(inflate).1;
+        if given > raw_max {
+            return Err(DecodeError::Long { max: raw_max });
+        }
+        out.truncate(given);
+        Ok(())
     })
 }
 

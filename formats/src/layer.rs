@@ -84,7 +84,9 @@ pub trait Layer: Debug + Send + Sync {
     fn size(&self) -> u64;
 
     /// Granularity of the map in bytes, a power of two of at least 512: the answer of `lookup` is
-    /// uniform over each aligned range of this length (except at the end of the disk).
+    /// uniform over each aligned range of this length (except at the end of the disk), or nearly always:
+    /// formats that map sectors say 4096 where their writers seldom go below it. Whoever merges maps
+    /// must not rely on it, only be quick by it.
     fn grain(&self) -> u64;
 
     /// What this layer says at `offset`, and for how many bytes that holds, in `1..=len_max`.

@@ -19,7 +19,10 @@ pub mod probe;
 pub mod qcow2;
 pub mod raw;
 pub mod repo;
+mod runs;
 pub mod storage;
+mod tables;
+pub mod vmdk;
 
 pub use error::{Error, Result};
 pub use gate::{Gate, Passage};

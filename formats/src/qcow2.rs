@@ -28,12 +28,9 @@ pub use snapshot::Snapshot;
 
 use std::sync::Arc;
 
-use crate::{
-    Error, Gate, Passage, Result, Storage,
-    raw::{file_id, next_file_id},
-};
+use crate::{Error, Gate, Passage, Result, Storage, tables::TableFile};
 use header::Header;
-use table::{Table, TableFile};
+use table::Table;
 
 /// Longest active or snapshot L1 table, in bytes.
 const L1_BYTES_MAX: u64 = 32 << 20;
@@ -52,10 +49,9 @@ impl Qcow2 {
     /// [`Error::Corrupt`], [`Error::Truncated`], [`Error::Unsupported`] (encryption, unknown
     /// features), [`Error::Io`].
     pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
-        let len = storage.len().map_err(|e| Error::io(storage.label(), "stat", 0, e))?;
-        let header = Header::read(storage.as_ref(), len)?;
-        let id = file_id(&*storage);
-        Ok(Self { file: TableFile { storage, len, id, tables: next_file_id() }, header })
+        let file = TableFile::open(storage)?;
+        let header = Header::read(file.storage.as_ref(), file.len)?;
+        Ok(Self { file, header })
     }
 
     /// The file this image falls back to, if it names one.

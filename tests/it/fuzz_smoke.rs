@@ -156,6 +156,29 @@ fn qcow2_seeds(folder: &Path) {
     fs::rename(&path, folder.join("seed9")).expect("rename");
 }
 
+/// Small VMware disks of every kind that holds tables, with and without their descriptors.
+fn vmdk_seeds(folder: &Path) {
+    use aquifer_tests::foreign::vmdk::{Extent, Grain, descriptor};
+    let data = |byte: u8, sectors: usize| Grain::Data(vec![byte; 512 * sectors]);
+    let extent = |grain: u64| Extent {
+        capacity: 400,
+        grain,
+        grains: [(0, data(1, grain as usize)), (2, Grain::Zero), (3, data(2, grain as usize))].into(),
+    };
+    let text = |kind: &str| descriptor(kind, 1, Some((1, "p")), &["RW 400 SPARSE \"e\"".into()]);
+    let seeds = [
+        extent(8).hosted(&text("monolithicSparse")),
+        extent(8).stream(&text("streamOptimized")),
+        extent(8).hosted(""),
+        extent(1).cowd(),
+        extent(8).sesparse(),
+        descriptor("custom", 1, None, &["RW 8 FLAT \"f\" 0".into(), "RW 9 ZERO".into()]).into_bytes(),
+    ];
+    for (number, seed) in seeds.iter().enumerate() {
+        fs::write(folder.join(number.to_string()), seed).expect("write");
+    }
+}
+
 /// Blocks in every encoding, behind the three bytes that say how to ask for them.
 fn codec_seeds(folder: &Path) {
     let raw: Vec<u8> = (0..40_000u32).flat_map(|i| (i / 3).to_le_bytes()).take(64 << 10).collect();
@@ -410,6 +433,19 @@ fn codecs_survive_hostile_bytes() {
 #[ignore = "run by its parent test, in a bounded process"]
 fn codec_child() {
     mutate_and_run(fuzz::codec, cases(1500));
+}
+
+#[test]
+fn vmware_disks_survive_hostile_bytes() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    vmdk_seeds(folder.path());
+    run_bounded("fuzz_smoke::vmdk_child", folder.path());
+}
+
+#[test]
+#[ignore = "run by its parent test, in a bounded process"]
+fn vmdk_child() {
+    mutate_and_run(fuzz::vmdk, cases(1000));
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod chain_files;
 mod confine;
 mod crash;
 mod first_minutes;
+mod foreign;
 mod fuse;
 mod fuzz_smoke;
 mod host;

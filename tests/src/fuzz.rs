@@ -11,6 +11,7 @@ use aquifer_formats::{
     probe::{Format, probe},
     qcow2::{BitmapTrust, Qcow2},
     storage::MemoryStorage,
+    vmdk::Vmdk,
 };
 
 use crate::{door, mend, rng::Rng};
@@ -57,6 +58,28 @@ pub fn qcow2(data: &[u8]) {
         .map(|_| -> Arc<dyn aquifer_formats::Storage> { Arc::new(MemoryStorage::new("fuzz data", vec![7; 1 << 20])) });
     if let Ok(layer) = image.active(external) {
         walk_layer(&layer, UNPACKS_MAX);
+    }
+}
+
+/// Any bytes as a VMware disk: as they are, and behind a descriptor as an extent of each kind.
+pub fn vmdk(data: &[u8]) {
+    let storage = |bytes: Vec<u8>| -> Arc<dyn aquifer_formats::Storage> { Arc::new(MemoryStorage::new("fuzz", bytes)) };
+    if let Ok(disk) = Vmdk::open(storage(data.to_vec())) {
+        let _ = disk.check_parent(&disk);
+        assert!(disk.parent().is_none_or(|parent| !parent.names().is_empty()));
+        if let Ok(layer) = disk.layer(|_| Ok(storage(data.to_vec()))) {
+            assert_eq!(layer.size(), disk.size());
+            walk_layer(&layer, UNPACKS_MAX);
+        }
+    }
+    for kind in ["SPARSE", "VMFSSPARSE", "SESPARSE"] {
+        let text = format!(
+            "# Disk DescriptorFile\nCID=1\nparentCID=2\nparentFileNameHint=\"p\"\ncreateType=\"custom\"\nRW 400 {kind} \"e\"\nRW 7 ZERO\n"
+        );
+        let disk = Vmdk::open(storage(text.into_bytes())).expect("a good descriptor");
+        if let Ok(layer) = disk.layer(|_| Ok(storage(data.to_vec()))) {
+            walk_layer(&layer, 16);
+        }
     }
 }
 

@@ -13,6 +13,7 @@ pub mod door;
 pub mod explore;
 pub mod failing;
 pub mod faults;
+pub mod foreign;
 pub mod fuzz;
 pub mod guest;
 pub mod ledger;

@@ -3,12 +3,13 @@
 //! Invariants
 //! - The first file is named by a person; every other one passes the [`Gate`], and its format is the
 //!   one its overlay records. Only the first file's format is ever probed, and never as `raw`.
+//! - Formats that tell a parent by its content (VMDK) accept no other one.
 //! - Depth and cycles are bounded by the gate.
 //! - A chain opens completely or not at all: a missing file is an error before anything is served.
 //!
 //! Not here: the client side of NBD. It lives further up, so whoever opens a chain brings it.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{ffi::OsString, path::PathBuf, sync::Arc};
 
 use aquifer_formats::{
     Error as FormatError, Layer, aql,
@@ -16,6 +17,7 @@ use aquifer_formats::{
     probe::{Format, probe},
     qcow2::{Backing, Qcow2},
     raw::RawLayer,
+    vmdk::Vmdk,
 };
 use serde::{Deserialize, Serialize};
 
@@ -104,26 +106,74 @@ fn image_layers(
     let mut layers: Vec<Arc<dyn Layer>> = Vec::new();
     let mut at = first;
     loop {
-        let name = snapshot.take();
-        match (format, name) {
+        match (format, snapshot.take()) {
             (Format::Raw, None) => {
                 layers.push(Arc::new(RawLayer::open(at.storage())?));
                 return Ok(layers);
             }
-            (Format::Qcow2, _) => {}
+            (Format::Vmdk, None) => {
+                vmdk_layers(gate, at, &mut layers)?;
+                return Ok(layers);
+            }
+            (Format::Qcow2, name) => {
+                let Some(below) = qcow2_layer(gate, &at, name, &mut layers)? else { return Ok(layers) };
+                (at, format) = below;
+            }
             (other, Some(name)) => return Err(unread(&at, &format!("an internal snapshot {name:?} of {other}")).into()),
             (other, None) => return Err(unread(&at, other.name()).into()),
         }
-        let image = Qcow2::open(at.storage())?;
-        layers.push(Arc::new(match name {
-            Some(name) => image.snapshot(name)?,
-            None => image.active_through(gate, &at)?,
-        }));
-        let Some(backing) = image.backing() else { return Ok(layers) };
-        let next = gate.follow(&at, &backing.name)?;
-        format = recorded(&at, backing)?;
-        at = next;
     }
+}
+
+/// One qcow2 image; the file below it and the format recorded for that.
+fn qcow2_layer(
+    gate: &Gate,
+    at: &Passage,
+    snapshot: Option<&str>,
+    layers: &mut Vec<Arc<dyn Layer>>,
+) -> Result<Option<(Passage, Format)>> {
+    let image = Qcow2::open(at.storage())?;
+    layers.push(Arc::new(match snapshot {
+        Some(name) => image.snapshot(name)?,
+        None => image.active_through(gate, at)?,
+    }));
+    let Some(backing) = image.backing() else { return Ok(None) };
+    let next = gate.follow(at, &backing.name)?;
+    Ok(Some((next, recorded(at, backing)?)))
+}
+
+/// A VMware disk and its parents, which are VMware disks too.
+fn vmdk_layers(gate: &Gate, first: Passage, layers: &mut Vec<Arc<dyn Layer>>) -> Result<()> {
+    let (mut at, mut image) = (first.clone(), Vmdk::open(first.storage())?);
+    loop {
+        layers.push(Arc::new(image.layer_through(gate, &at)?));
+        let Some(parent) = image.parent() else { return Ok(()) };
+        (at, image) = parent_of(gate, &at, &parent.names(), |file| {
+            let parent = Vmdk::open(file.storage())?;
+            image.check_parent(&parent).map(|()| parent)
+        })?;
+    }
+}
+
+/// The first of `names` that leads to a file which `accept` takes. What was wrong with the first one is
+/// the error, unless another one was refused: that is what the user can change.
+fn parent_of<I>(
+    gate: &Gate,
+    child: &Passage,
+    names: &[OsString],
+    accept: impl Fn(&Passage) -> aquifer_formats::Result<I>,
+) -> Result<(Passage, I)> {
+    let mut failed: Option<FormatError> = None;
+    for name in names {
+        match gate.follow(child, name).and_then(|file| accept(&file).map(|image| (file, image))) {
+            Ok(found) => return Ok(found),
+            Err(refused @ FormatError::Refused { .. }) => failed = Some(refused),
+            Err(error) => failed = Some(failed.unwrap_or(error)),
+        }
+    }
+    let unnamed =
+        || FormatError::ChainBroken { path: label(child), what: "it has a parent that it does not name".into() };
+    Err(failed.unwrap_or_else(unnamed).into())
 }
 
 /// The format an image records for what it stands on.

@@ -13,8 +13,8 @@ use zerocopy::{
     byteorder::big_endian::{U16, U32, U64},
 };
 
-use super::{header::Header, table::TableFile};
-use crate::{Error, Result};
+use super::header::Header;
+use crate::{Error, Result, tables::TableFile};
 
 const BITMAPS_MAX: u32 = 65_535;
 const DIRECTORY_BYTES_MAX: u64 = 64 << 20;

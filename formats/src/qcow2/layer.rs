@@ -10,13 +10,14 @@ use std::{ops::ControlFlow, sync::Arc};
 
 use super::{
     header::Header,
-    table::{Cluster, Geometry, PieceCache, Table, TableFile},
+    table::{Cluster, Geometry, Table},
     tail::ZeroTail,
 };
 use crate::{
     BlockRef, Codec, Content, Error, FileSlot, Layer, Result, Storage,
     codec::{self, DecodeError, Tail},
     raw::file_id,
+    tables::{PieceCache, TableFile},
 };
 
 /// Slot of the image file, and of the external data file.

@@ -9,11 +9,8 @@ use zerocopy::{
     byteorder::big_endian::{U16, U32, U64},
 };
 
-use super::{
-    header::Header,
-    table::{Geometry, TableFile},
-};
-use crate::{Error, Result};
+use super::{header::Header, table::Geometry};
+use crate::{Error, Result, tables::TableFile};
 
 const TABLE_BYTES_MAX: u64 = 64 << 20;
 const EXTRA_BYTES_MAX: u32 = 1024;

@@ -1,31 +1,17 @@
-//! L1 and L2 tables: where they lie, how entries read, and a cache of L2 pieces.
+//! L1 and L2 tables: where they lie, how entries read.
 //!
 //! Invariants
 //! - An L2 table belongs to one L1 entry: a second entry naming it is damage. So walking a whole
 //!   disk costs at most the file's own length, whatever sizes the header claims.
-//! - Cached pieces are the file's bytes as they are; every entry is checked each time it is used.
 //!
-//! L2 tables are read and cached in pieces of at most [`PIECE_BYTES_MAX`], under one budget of
-//! [`CACHE_BYTES`] for all images of the process. Merged maps scan tables without caching them.
-
-use std::{
-    collections::{HashMap, VecDeque},
-    sync::{
-        Arc, LazyLock,
-        atomic::{AtomicBool, Ordering},
-    },
-};
-
-use parking_lot::RwLock;
+//! L2 tables are read and cached ([`crate::tables`]) in pieces of at most [`PIECE_BYTES_MAX`]. Merged
+//! maps scan tables without caching them.
 
 use super::{L1_BYTES_MAX, header::Header};
-use crate::{Error, Result, Storage};
+use crate::{Error, Result, tables::TableFile};
 
 /// Largest piece of an L2 table that is read at once, in bytes.
 pub(super) const PIECE_BYTES_MAX: u64 = 64 << 10;
-
-/// Budget of the cache of L2 pieces, in bytes.
-const CACHE_BYTES: usize = 32 << 20;
 
 /// Bits 9 to 55: an offset in every kind of table.
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
@@ -36,44 +22,6 @@ const READS_AS_ZERO: u64 = 1;
 
 /// In place of an L1 entry that names the table of an earlier one; a reserved bit, so never genuine.
 const DUPLICATE: u64 = 1;
-
-/// The image file and its length when it was opened; a file that shrinks later fails its reads.
-#[derive(Clone, Debug)]
-pub(super) struct TableFile {
-    pub(super) storage: Arc<dyn Storage>,
-    pub(super) len: u64,
-    /// Equal for the same file in the same state, as far as the storage can tell.
-    pub(super) id: u64,
-    /// This opening's own: cached tables are not shared with another one, whose file may have been
-    /// changed within one tick of its clock.
-    pub(super) tables: u64,
-}
-
-impl TableFile {
-    pub(super) fn label(&self) -> &str {
-        self.storage.label()
-    }
-
-    /// Reads `len` bytes of a structure called `what`, which must lie inside the file.
-    pub(super) fn read(&self, offset: u64, len: u64, what: &str) -> Result<Vec<u8>> {
-        self.check_inside(offset, len, what)?;
-        let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
-        self.storage.read_at(offset, &mut bytes).map_err(|e| Error::io(self.label(), "read", offset, e))?;
-        Ok(bytes)
-    }
-
-    pub(super) fn check_inside(&self, offset: u64, len: u64, what: &str) -> Result<()> {
-        match offset.checked_add(len) {
-            Some(need) if need <= self.len => Ok(()),
-            need => Err(Error::Truncated {
-                path: self.label().into(),
-                len: self.len,
-                need: need.unwrap_or(u64::MAX),
-                what: format!("{what} at {offset}"),
-            }),
-        }
-    }
-}
 
 /// Sizes that follow from the header.
 #[derive(Clone, Copy, Debug)]
@@ -251,90 +199,5 @@ fn mark_duplicates(entries: &mut [u64]) {
         {
             *entry = DUPLICATE;
         }
-    }
-}
-
-/// A piece of an L2 table: the opening it belongs to and its byte offset.
-type PieceKey = (u64, u64);
-
-#[derive(Debug)]
-struct Cached {
-    bytes: Arc<[u8]>,
-    /// Looked at since the clock hand last passed.
-    used: AtomicBool,
-}
-
-#[derive(Debug, Default)]
-struct Shard {
-    pieces: HashMap<PieceKey, Cached>,
-    /// Keys in the order the clock hand visits them.
-    ring: VecDeque<PieceKey>,
-    bytes: usize,
-}
-
-/// L2 pieces under a byte budget, second-chance eviction. The lock of a shard guards only the map;
-/// nothing is read under it, so two threads may read one piece twice and the first is kept.
-#[derive(Debug)]
-pub(super) struct PieceCache {
-    shards: [RwLock<Shard>; 16],
-    shard_bytes_max: usize,
-}
-
-impl PieceCache {
-    pub(super) fn new(bytes_max: usize) -> Self {
-        let shards = std::array::from_fn(|_| RwLock::default());
-        Self { shard_bytes_max: bytes_max / shards.len(), shards }
-    }
-
-    /// The cache of this process.
-    pub(super) fn shared() -> &'static Self {
-        static SHARED: LazyLock<PieceCache> = LazyLock::new(|| PieceCache::new(CACHE_BYTES));
-        &SHARED
-    }
-
-    /// A cheap mix is good enough here: who aims at one shard gets a smaller cache.
-    fn shard(&self, key: &PieceKey) -> &RwLock<Shard> {
-        let [first, ..] = &self.shards;
-        let mixed = (key.0 ^ (key.1 >> 9)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48;
-        let index = usize::try_from(mixed).unwrap_or_default() % self.shards.len();
-        self.shards.get(index).unwrap_or(first)
-    }
-
-    pub(super) fn get(&self, key: PieceKey) -> Option<Arc<[u8]>> {
-        let shard = self.shard(&key).read();
-        let cached = shard.pieces.get(&key)?;
-        cached.used.store(true, Ordering::Relaxed);
-        Some(cached.bytes.clone())
-    }
-
-    /// Keeps `bytes`, unless that key is kept already or the budget of a shard is less than one piece.
-    pub(super) fn put(&self, key: PieceKey, bytes: &Arc<[u8]>) {
-        if bytes.len() > self.shard_bytes_max {
-            return;
-        }
-        let mut guard = self.shard(&key).write();
-        let shard = &mut *guard;
-        if shard.pieces.contains_key(&key) {
-            return;
-        }
-        while shard.bytes + bytes.len() > self.shard_bytes_max {
-            let Some(oldest) = shard.ring.pop_front() else { break };
-            match shard.pieces.get(&oldest) {
-                Some(cached) if cached.used.swap(false, Ordering::Relaxed) => shard.ring.push_back(oldest),
-                _ => {
-                    if let Some(gone) = shard.pieces.remove(&oldest) {
-                        shard.bytes -= gone.bytes.len();
-                    }
-                }
-            }
-        }
-        shard.bytes += bytes.len();
-        shard.ring.push_back(key);
-        shard.pieces.insert(key, Cached { bytes: bytes.clone(), used: AtomicBool::new(false) });
-    }
-
-    #[cfg(test)]
-    pub(super) fn bytes(&self) -> usize {
-        self.shards.iter().map(|s| s.read().bytes).sum()
     }
 }

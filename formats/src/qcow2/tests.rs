@@ -556,7 +556,7 @@ fn fingerprints_tell_images_apart() {
 
 #[test]
 fn the_piece_cache_keeps_to_its_budget() {
-    use super::table::PieceCache;
+    use crate::tables::PieceCache;
     let cache = PieceCache::new(16 * 4096);
     let piece: Arc<[u8]> = Arc::from(vec![1; 1024]);
     for i in 0..1000 {

@@ -3,6 +3,7 @@
 mod bitmap;
 mod contract;
 mod docs;
+mod foreign;
 mod harness;
 mod images;
 mod kept;
