@@ -137,22 +137,30 @@ def pages(n):
     return [((n * 7919 + k * 104729) % (TIB // LEAF)) * LEAF + (1 + n % 200) * BLOCK for k in range(16)]
 
 
+def sparse(path, value):
+    """1 TiB, 4 KiB of it written at the start of every leaf."""
+    path.unlink(missing_ok=True)
+    with open(path, "wb") as disk:
+        disk.truncate(TIB)
+        for leaf in range(TIB // LEAF):
+            os.pwrite(disk.fileno(), bytes([value]) * 4096, leaf * LEAF)
+
+
 def wide(folder):
     """101 points of 1 TiB and one more in which every leaf differs."""
     made = folder / "wide-1"
-    repo, disk = made / "repo", made / "disk.qcow2"
+    repo, disk, raw = made / "repo", made / "disk.qcow2", made / "disk.raw"
     if once(folder, made.name):
         run(AQUIFER, "-r", repo, "init", env=environment(made / "home"))
-        run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", disk, "1T")
-        everywhere = [leaf * LEAF for leaf in range(TIB // LEAF)]
-        for n in range(STEPS + 2):
-            script = "".join(f"write -q -P {1 + n} {place} 4k\n" for place in (everywhere if n in (0, STEPS + 1) else pages(n)))
-            if n:
-                step(repo, "wide", disk, n, script)
-            else:
-                run("qemu-io", "-f", "qcow2", "-t", "writeback", disk, input=script.encode())
-                backup(repo, "wide", "--disk", f"vda={disk}")
+        sparse(raw, 1)
+        run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4k", raw, disk)
+        backup(repo, "wide", "--disk", f"vda={disk}")
+        for n in range(1, STEPS + 1):
+            step(repo, "wide", disk, n, "".join(f"write -q -P {1 + n} {place} 4k\n" for place in pages(n)))
         disk.unlink()
+        sparse(raw, 2 + STEPS)
+        backup(repo, "wide", "--disk", f"vda=raw:{raw}")
+        raw.unlink()
         (made / "done").touch()
     return repo
 

@@ -223,7 +223,7 @@ def wide(work):
     def map_memory(argv):
         with scratch() as folder:
             empty = folder / "empty.raw"
-            run("truncate", "-s", "1M", empty)
+            run("truncate", "-s", "1T", empty)
             opened(["mount", f"raw:{empty}"], False)
             least = memory["KiB"]
         opened(argv, False)

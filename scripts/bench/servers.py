@@ -158,6 +158,7 @@ def first_byte(argv, socket, offset=0, **kw):
                     if process.poll() is not None or time.monotonic() - start > 60:
                         raise RuntimeError(f"does not serve: {argv}")
                     time.sleep(0.0002)
+            s.settimeout(60)
             stream = s.makefile("rwb")
             stream.read(18)
             stream.write(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, 0))  # fixed newstyle, no zeroes; the default export
