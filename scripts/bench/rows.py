@@ -73,7 +73,8 @@ def sequential(work):
 
         def convert(server):
             with server() as (uri, _):
-                return timed("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", uri, 'json:{"driver":"null-co","size":4294967296}')
+                return timed("qemu-img", "convert", "-n", "-f", "raw", uri, "--target-image-opts",
+                             "driver=raw,file.driver=null-co,file.size=4294967296")
 
         for what, how, budget in (("nbdcopy to null", copy, by_copy), ("qemu-img convert from the door", convert, by_convert)):
             compare("sequential", f"{what}, {name}", lambda: how(lambda: ours(image, cache="64MiB")),

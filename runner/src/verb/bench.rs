@@ -1,19 +1,23 @@
 //! `bench`: measures a disk behind any path or NBD URI, and peers in the same run with the same generator.
 //!
 //! Reads and writes go through our own NBD client, against our own door for a path and against whatever
-//! serves a URI; `hydrate` fills a throw-away overlay from a source and says how long that took.
+//! serves a URI; `hydrate` fills a throw-away overlay from a source and `backup` a throw-away repository, and they
+//! say how long that took until it was durable.
 //!
 //! Invariants
 //! - A source is never written: `write` takes only NBD URIs, and says that it destroys what is there.
 //! - Both sides of a comparison run in this process, in turn, and the ratio comes from those two runs.
 //!
-//! Not here: whole backups and boots against their peers (`make bench` runs those).
+//! Not here: boots of whole machines (`recover --wait running` says how long one took).
 
+mod backup;
+mod chart;
+mod copies;
 mod generator;
 mod hydrate;
 mod peer;
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use aquifer_mount::nbd::{Address, Client, ClientOptions, Export, Server};
 use serde::Serialize;
@@ -32,13 +36,14 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(allow_missing_positional = true)]
 pub struct Args {
-    /// What to measure: read, write or hydrate [default: read]
+    /// What to measure: read, write, hydrate or backup [default: read]
     #[arg(value_name = "WORK")]
     pub work: Option<String>,
     /// A SOURCE; for write an NBD URI
     #[arg(value_name = "TARGET")]
     pub target: String,
-    /// Also measure this server on the same image, in turn: qemu-nbd
+    /// Also measure this on the same image, in turn: qemu-nbd for read and write; qemu-img for hydrate; qemu-img
+    /// and qemu-img-parallel for backup
     #[arg(long, value_name = "PEER", value_delimiter = ',')]
     pub peer: Vec<String>,
     /// Requests in flight on each connection
@@ -62,6 +67,9 @@ pub struct Args {
     /// With hydrate: do not hydrate, only run the reader, for comparison
     #[arg(long)]
     pub paused: bool,
+    /// Draw what was measured into this file, as SVG
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
     /// Whether only to look.
     #[command(flatten)]
     pub dry: DryRun,
@@ -86,18 +94,20 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         "read" => measure(context, args, Work::Read),
         "write" => measure(context, args, Work::Write { flush_every: args.flush }),
         "hydrate" => hydrate::run(context, args),
-        "backup" | "boot" => {
-            let what = "whole backups and boots are measured against their peers by `make bench`";
-            Err(Fail::new(Code::Unsupported, what).help("make bench"))
+        "backup" => backup::run(context, args),
+        "boot" => {
+            let what = "a boot cannot be measured by itself; recover says how long it took until the machine ran";
+            Err(Fail::new(Code::Unsupported, what).help("aquifer recover SOURCE --into DIR --wait running"))
         }
         other => {
-            let what = format!("`{other}` cannot be measured; read, write and hydrate can");
+            let what = format!("`{other}` cannot be measured; read, write, hydrate and backup can");
             Err(Fail::new(Code::Usage, what).help("aquifer bench --help"))
         }
     }
 }
 
 fn measure(context: &Context, args: &Args, work: Work) -> Result<()> {
+    peer::check(&args.peer)?;
     let load = Load {
         work,
         depth: args.depth.into(),
@@ -120,13 +130,26 @@ fn measure(context: &Context, args: &Args, work: Work) -> Result<()> {
     }
     let ours = if is_nbd { one(&args.target.parse()?, &load)? } else { own_door(context, &selected, &load)? };
     print(context, "aquifer", args, &load, &ours);
+    let mut sides = vec![("aquifer".to_owned(), ours.drawn())];
     for name in &args.peer {
-        let peer = peer::start(context, name, &selected)?;
+        let peer = peer::start(context, &selected)?;
         let theirs = one(&peer.address, &load)?;
         print(context, name, args, &load, &theirs);
         let ratio = if theirs.per_second > 0.0 { ours.per_second / theirs.per_second } else { f64::INFINITY };
         context.out.record("ratio", &serde_json::json!({ "peer": name, "ratio": ratio }));
         context.out.line(format_args!("against {name}: {ratio:.2} x"));
+        sides.push((name.clone(), theirs.drawn()));
+    }
+    if let Some(path) = &args.svg {
+        let what = format!(
+            "{} {}: {} B, depth {}, {} connections",
+            load.name(),
+            args.target,
+            load.block,
+            args.depth,
+            args.connections
+        );
+        chart::write(path, &what, &chart::groups(&Figures::DRAWN, &sides))?;
     }
     Ok(())
 }

@@ -8,4 +8,5 @@ mod harness;
 mod images;
 mod kept;
 mod look;
+mod measure;
 mod whole;

@@ -50,6 +50,15 @@ pub(super) struct Figures {
     pub(super) p999_us: f64,
 }
 
+impl Figures {
+    /// What a chart shows of them.
+    pub(super) const DRAWN: [&str; 4] = ["requests each second", "p50, us", "p99, us", "p99.9, us"];
+
+    pub(super) fn drawn(&self) -> Vec<f64> {
+        vec![self.per_second, self.p50_us, self.p99_us, self.p999_us]
+    }
+}
+
 impl Load {
     pub(super) fn is_write(&self) -> bool {
         matches!(self.work, Work::Write { .. })
@@ -141,6 +150,11 @@ impl Load {
     }
 }
 
+/// A count of latencies in nanoseconds. It has bounds: one without them counts all as its smallest at first.
+pub(super) fn latencies() -> Histogram<u64> {
+    Histogram::new_with_bounds(1, LATENCY_MAX_NS, 3).expect("these bounds and 3 digits are possible")
+}
+
 struct Tally {
     requests: u64,
     errors: u64,
@@ -149,12 +163,7 @@ struct Tally {
 
 impl Tally {
     fn new() -> Self {
-        let latency = Histogram::new_with_bounds(1, LATENCY_MAX_NS, 3);
-        Self {
-            requests: 0,
-            errors: 0,
-            latency: latency.unwrap_or_else(|_| Histogram::new(3).expect("3 digits are possible")),
-        }
+        Self { requests: 0, errors: 0, latency: latencies() }
     }
 }
 

@@ -1,8 +1,6 @@
 //! How long a source takes to become local, and what a reader beside it notices.
 
 use std::{
-    env, fs,
-    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -19,7 +17,11 @@ use aquifer_vdisk::{
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use super::{Args, generator::Order};
+use super::{
+    Args,
+    copies::{self, Purpose, Scratch, Whole},
+    generator::{Order, latencies},
+};
 use crate::{
     context::Context,
     copy,
@@ -42,18 +44,9 @@ struct Hydrated {
     victim_p99_us: Option<f64>,
 }
 
-/// A folder for the overlay, removed when dropped.
-struct Scratch(PathBuf);
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // Nothing of value is in it.
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let stop = context.stop()?;
+    copies::check_peers(args, Purpose::Hydration)?;
     let selection = select(context, &args.target, &SourceOptions::default())?;
     let selected = selection.single()?;
     let chain = selected.open_chain(&context.cache()?)?;
@@ -62,10 +55,9 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         context.out.line(format_args!("would fill an overlay with {}", units::bytes(used)));
         return Ok(());
     }
-    let folder = Scratch(env::temp_dir().join(format!("aquifer-bench-{}", uuid::Uuid::now_v7().simple())));
-    fs::create_dir(&folder.0).map_err(|e| Fail::io(folder.0.display(), "create", &e))?;
+    let folder = Scratch::make()?;
     let of = OverlayOf { size: chain.size(), chain: chain.fingerprint()? };
-    let overlay = Overlay::create(&folder.0, of, OverlayOptions::default())?;
+    let overlay = Overlay::create(folder.path(), of, OverlayOptions::default())?;
     let disk = Arc::new(Disk::writable(&selected.name, chain, overlay)?);
     let done = AtomicBool::new(false);
     let duration = units::parse_duration(&args.duration)?;
@@ -101,7 +93,13 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     if let (Some(p50), Some(p99)) = (result.victim_p50_us, result.victim_p99_us) {
         context.out.line(format_args!("reader beside it: p50 {p50:.0} us, p99 {p99:.0} us"));
     }
-    Ok(())
+    drop(disk);
+    let mut sides = vec![Whole { side: "aquifer".to_owned(), seconds: result.seconds, bytes_stored: None }];
+    for name in args.peer.iter().filter(|_| !args.paused) {
+        stop.check()?;
+        sides.push(copies::measure(name, Purpose::Hydration, selected, folder.path())?);
+    }
+    copies::report(context, args, "hydrate", &sides)
 }
 
 fn finish(context: &Context, hydrator: &Hydrator) -> Result<()> {
@@ -117,7 +115,7 @@ fn finish(context: &Context, hydrator: &Hydrator) -> Result<()> {
 
 /// Reads 4 KiB at random places, so many times a second, until told to stop.
 fn read_beside(disk: &Disk, per_second: u32, done: &AtomicBool) -> Histogram<u64> {
-    let mut latency = Histogram::new(3).unwrap_or_else(|_| unreachable!("3 digits are possible"));
+    let mut latency = latencies();
     let mut order = Order(7);
     let mut page = [0u8; 4096];
     let places = (disk.size() / 4096).max(1);

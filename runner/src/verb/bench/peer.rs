@@ -63,20 +63,32 @@ impl Drop for Peer {
     }
 }
 
-pub(super) fn start(context: &Context, name: &str, selected: &SelectedDisk) -> Result<Peer> {
-    if name != "qemu-nbd" {
-        return Err(
-            Fail::new(Code::Usage, format!("the peer `{name}` is not known; qemu-nbd is")).help("aquifer bench --help")
-        );
+/// Refuses peers that do not serve, before anything is measured.
+pub(super) fn check(names: &[String]) -> Result<()> {
+    match names.iter().find(|name| *name != "qemu-nbd") {
+        None => Ok(()),
+        Some(name) => {
+            let what = format!("the peer `{name}` is not known here; qemu-nbd is");
+            Err(Fail::new(Code::Usage, what).help("aquifer bench --help"))
+        }
     }
-    let ChainSpec::Image { path, format, .. } = &selected.spec else {
-        return Err(
-            Fail::new(Code::Usage, "a peer can serve image files only").help("aquifer bench read FILE --peer qemu-nbd")
-        );
-    };
+}
+
+/// The file of a source that others can read too, and what QEMU calls its format.
+pub(super) fn image_of(selected: &SelectedDisk) -> Result<(&Path, &'static str)> {
+    match &selected.spec {
+        ChainSpec::Image { path, format, .. } => Ok((path, if *format == Some(Format::Raw) { "raw" } else { "qcow2" })),
+        _ => {
+            let what = "a peer can read image files only";
+            Err(Fail::new(Code::Usage, what).help("aquifer bench read FILE --peer qemu-nbd"))
+        }
+    }
+}
+
+pub(super) fn start(context: &Context, selected: &SelectedDisk) -> Result<Peer> {
+    let (path, format) = image_of(selected)?;
     let folder = Folder::make(context)?;
     let socket = folder.path().join("peer.sock");
-    let format = if *format == Some(Format::Raw) { "raw" } else { "qcow2" };
     let mut command = Command::new("qemu-nbd");
     command.arg("-k").arg(&socket).args(["-r", "-t", "--shared=0", "-f", format]).arg(path);
     let spawned = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
