@@ -628,6 +628,85 @@ fn a_handshake_ends_in_time_whatever_the_client_does() {
     target.is_unharmed();
 }
 
+/// A peer that takes a long answer in sips has no more time than one that says nothing.
+#[test]
+fn a_handshake_ends_in_time_however_slowly_the_client_reads() {
+    let limits = Limits { handshake: Duration::from_millis(400), ..Limits::default() };
+    let disk = door::read_only("m", vec![0; 4096]);
+    let wordy = |n: usize| Export { description: "d".repeat(4096), ..Export::new(format!("m{n}"), Arc::clone(&disk)) };
+    // Far more than the socket holds, and read so fast that the server never waits long for room.
+    let exports = 6000;
+    let target = target(limits, (0..exports).map(wordy).collect(), None);
+    let mut slow = target.greeted();
+    slow.send(&option(opt::LIST, &[]));
+    let (mut sip, mut taken) = (vec![0; 200 << 10], 0);
+    loop {
+        match slow.stream.read(&mut sip) {
+            Ok(0) | Err(_) => break,
+            Ok(n) => taken += n,
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(taken < exports * 4096, "all of it was served");
+    drop(slow);
+    target.is_unharmed();
+}
+
+/// Bytes that wait to be read.
+fn waiting(stream: &UnixStream) -> u64 {
+    rustix::io::ioctl_fionread(stream).expect("ioctl")
+}
+
+/// From the moment a client can know that it was taken in, it makes way for nobody: not even while the answer that
+/// says so is still being sent.
+#[test]
+fn a_client_that_was_taken_in_stays() {
+    let name = "r".repeat(4096);
+    let export =
+        Export { description: "d".repeat(4096), ..Export::new(&*name, door::read_only("r", vec![7; 1 << 20])) };
+    let limits = Limits { connections: 5, ..Limits::default() };
+    let target = target(limits, vec![export], None);
+    let wishes = [string(name.as_bytes()), vec![0, 2, 0, 1, 0, 2]].concat();
+    // How many answers of that length the socket holds, for a client that does not read.
+    let mut probe = target.greeted();
+    let (mut fit, mut len) = (0, 0);
+    loop {
+        let before = waiting(&probe.stream);
+        probe.send(&option(opt::INFO, &wishes));
+        let began = Instant::now();
+        while waiting(&probe.stream) < before + len.max(1) && began.elapsed() < Duration::from_millis(500) {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        if len == 0 {
+            std::thread::sleep(Duration::from_millis(100));
+            len = waiting(&probe.stream);
+        }
+        if waiting(&probe.stream) < before + len {
+            break;
+        }
+        fit += 1;
+    }
+    drop(probe);
+    let mut working: Vec<Peer> = (0..4).map(|_| target.transmitting("ro", Mode::Simple)).collect();
+    let mut last = target.greeted();
+    (0..fit).for_each(|_| last.send(&option(opt::INFO, &wishes)));
+    last.send(&option(opt::GO, &wishes));
+    let began = Instant::now();
+    while waiting(&last.stream) < fit * len {
+        assert!(began.elapsed() < SOON, "{} of {fit} answers of {len} bytes", waiting(&last.stream));
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(waiting(&last.stream) < (fit + 1) * len, "the answer to GO is still on its way");
+    let mut newcomer = UnixStream::connect(target.folder.path().join("s")).expect("connect");
+    newcomer.set_read_timeout(Some(SOON)).expect("timeout");
+    assert_eq!(newcomer.read(&mut [0; 18]).expect("closed"), 0, "there is no place for it");
+    last.take(((fit + 1) * len) as usize).expect("all answers");
+    last.request(0, cmd::READ, 1, (0, 512));
+    assert_eq!(last.take(16 + 512).expect("a reply")[16..], [7; 512]);
+    working.iter_mut().for_each(|peer| peer.is_in_step(&target.bytes));
+}
+
 #[test]
 fn stop_waits_for_nobody() {
     let held = door::HeldStorage::new(vec![1; 8 << 20]);

@@ -6,7 +6,7 @@ use std::{
     os::unix::net::{UnixListener, UnixStream},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -356,6 +356,30 @@ fn lies_without_end_are_not_listened_to() {
         let client = Client::connect(&server.address, &options).expect("connect");
         client.read(AT, &mut [0; 512]).expect_err("a lie each time");
     });
+}
+
+/// A server that breaks the protocol is given a few more chances, further and further apart, and then an error.
+#[test]
+fn a_server_that_lies_each_time_is_asked_a_few_times_only() {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&asked);
+    let answer = Box::new(move |_: &Request| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        vec![0; 64]
+    });
+    let server = liar(Script { answer, ..Script::honest(Mode::Structured) });
+    let options = ClientOptions { reconnect: Duration::from_secs(60), ..options() };
+    let client = Arc::new(Client::connect(&server.address, &options).expect("connect"));
+    let began = Instant::now();
+    let error = soon("a read", || client.read(AT, &mut [0; 512]).expect_err("a lie each time"));
+    assert!(matches!(error, Error::Protocol { .. }), "{error}");
+    assert_eq!(asked.swap(0, Ordering::SeqCst), 4);
+    assert!(began.elapsed() >= Duration::from_millis(20 + 40), "{:?}", began.elapsed());
+    let mut queue = client.queue().expect("a connection");
+    queue.read(7, AT, 512, Vec::new());
+    let done = soon("a queue", || queue.complete().expect("a completion"));
+    assert!(done.tag == 7 && matches!(done.result, Err(Error::Protocol { .. })), "{done:?}");
+    assert_eq!(asked.load(Ordering::SeqCst), 4);
 }
 
 #[test]

@@ -7,7 +7,8 @@
 //! Invariants
 //! - A read succeeds only if every byte was delivered by the server in this read.
 //! - After a lost connection requests without a reply are sent again, until [`ClientOptions::reconnect`] has
-//!   passed; the server must then still offer the same size and abilities.
+//!   passed; the server must then still offer the same size and abilities. Between attempts there is a pause that
+//!   grows, and a server that breaks the protocol is asked [`VIOLATIONS_MAX`] times at most.
 //! - Acknowledged writes that were not flushed when a connection was lost make every later flush fail: nobody
 //!   knows whether the server that is there now has them.
 //! - Where TLS is asked for nothing else happens before it.
@@ -33,7 +34,7 @@ use std::{
 use parking_lot::Mutex;
 
 use self::{
-    channel::{Channel, Ended, IN_FLIGHT_MAX, Opened, Target},
+    channel::{Channel, Ended, IN_FLIGHT_MAX, Loss, Opened, Target},
     hello::{Offer, Purpose, Wish},
     inbox::{Asked, Done},
 };
@@ -55,6 +56,8 @@ const PIECE_MAX: u64 = 2 << 20;
 const STATUS_MAX: u64 = 1 << 31;
 /// First and longest rest between attempts to connect.
 const REST: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+/// How often a request is sent to a server that breaks the protocol each time.
+const VIOLATIONS_MAX: u32 = 4;
 
 /// How to use a server.
 #[derive(Clone, Debug)]
@@ -466,19 +469,34 @@ impl Client {
     /// Waits for a request's end, sending it again over a new connection where the old one is lost.
     fn settle(&self, mut flight: Flight, payload: &[u8]) -> Result<Done> {
         let deadline = Instant::now() + self.reconnect;
+        let mut losses = 0;
         loop {
             match flight.channel.wait(flight.cookie) {
                 Ended::Done(done) => return self.judge(&flight.request, done),
-                Ended::Lost(asked, why) => {
-                    if Instant::now() > deadline {
-                        return Err(self.lost(why));
-                    }
+                Ended::Lost(asked, loss) => {
+                    losses += 1;
+                    self.may_go_on(loss, losses, Instant::now() > deadline)?;
                     self.note_loss();
                     let channel = self.channel()?;
                     flight = self.send_on(channel, flight.request, asked.buf, payload);
                 }
             }
         }
+    }
+
+    /// Whether a request whose connection was lost for the `losses`-th time may be sent again, after a pause.
+    fn may_go_on(&self, loss: Loss, losses: u32, is_late: bool) -> Result<()> {
+        if loss.violated && (is_late || losses >= VIOLATIONS_MAX) {
+            return Err(self.broken(&loss.why));
+        }
+        if is_late {
+            return Err(self.lost(loss.why));
+        }
+        // The first time it may be a server that was started anew; from the second time on something is wrong with it.
+        if losses > 1 {
+            thread::sleep(REST.0.saturating_mul(1 << (losses - 2).min(10)).min(REST.1));
+        }
+        Ok(())
     }
 
     /// A connection was lost: flushes may no longer vouch for what was written.

@@ -200,7 +200,7 @@ fn flush_session(session: &mut rustls::Connection, sender: &mut Sender, deadline
     while session.wants_write() {
         session.write_tls(&mut out)?;
     }
-    sender.send_plain(&out, deadline.saturating_duration_since(Instant::now()))
+    sender.send_plain_until(&out, deadline)
 }
 
 /// Feeds received cipher text to the session.
@@ -260,6 +260,18 @@ impl Sender {
             return self.send_plain(&sealed, patience);
         }
         self.send_plain(bytes, patience)
+    }
+
+    /// Sends all, before `deadline` however slowly the peer takes it. For the handshake: nothing is pending then.
+    ///
+    /// # Errors
+    /// What the socket says; `TimedOut`.
+    pub(super) fn send_until(&mut self, bytes: &[u8], deadline: Instant) -> io::Result<()> {
+        if self.tls.is_some() {
+            let sealed = self.seal(bytes)?;
+            return self.send_plain_until(&sealed, deadline);
+        }
+        self.send_plain_until(bytes, deadline)
     }
 
     /// Sends the first `len` bytes of `buf` as far as the socket takes them at once, and keeps the rest,
@@ -339,6 +351,21 @@ impl Sender {
                 return Ok(());
             }
             self.wait_for_room(patience)?;
+        }
+    }
+
+    fn send_plain_until(&mut self, mut bytes: &[u8], deadline: Instant) -> io::Result<()> {
+        loop {
+            let n = self.send_now(bytes)?;
+            bytes = bytes.get(n..).unwrap_or_default();
+            if bytes.is_empty() {
+                return Ok(());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.wait_for_room(left)?;
         }
     }
 

@@ -66,8 +66,8 @@ pub(super) struct State {
     bulk_busy: usize,
     /// Where the bulk copy goes on.
     cursor: u64,
-    /// Ranges that threads are at.
-    busy: usize,
+    /// Ranges that threads are at; no two overlap, so nothing is fetched by two of them.
+    busy: Vec<Range<u64>>,
     /// Failed ranges, to be tried again.
     again: Vec<Range<u64>>,
     retry_at: Option<Instant>,
@@ -119,7 +119,7 @@ impl Shared {
             step: StepSize::new(),
             bulk_busy: 0,
             cursor: 0,
-            busy: 0,
+            busy: Vec::new(),
             again: Vec::new(),
             retry_at: None,
             retry_pause: RETRY.start,
@@ -187,10 +187,10 @@ impl Shared {
         if state.paused {
             return Next::Wait(Duration::from_secs(1));
         }
-        let urgent = self.demand.take().or_else(|| state.trace.pop_front());
-        if let Some(range) = urgent {
-            state.busy += 1;
-            return Next::Copy(range, Class::Urgent);
+        while let Some(range) = self.demand.take().or_else(|| state.trace.pop_front()) {
+            if let Some(range) = state.claim(range) {
+                return Next::Copy(range, Class::Urgent);
+            }
         }
         let pace = state.pace;
         state.throttle.adjust(&pace, now, || self.demand.is_over_target());
@@ -201,7 +201,7 @@ impl Shared {
         }
         let Some(range) = self.bulk(&mut state) else {
             // The last one to find nothing, once nobody is at anything, ends it.
-            return if state.busy == 0 && !state.sealing && !state.surveying {
+            return if state.busy.is_empty() && !state.sealing && !state.surveying {
                 Next::Finish
             } else {
                 Next::Wait(RETRY.start)
@@ -212,20 +212,27 @@ impl Shared {
             state.again.push(range);
             return Next::Wait(wait);
         }
-        (state.busy, state.bulk_busy) = (state.busy + 1, state.bulk_busy + 1);
+        state.busy.push(range.clone());
+        state.bulk_busy += 1;
         Next::Copy(range, Class::Bulk)
     }
 
     /// The next range of the bulk copy.
     fn bulk(&self, state: &mut State) -> Option<Range<u64>> {
-        if let Some(range) = state.again.pop() {
-            return Some(range);
+        loop {
+            while let Some(range) = state.again.pop() {
+                if let Some(range) = state.free_part(range) {
+                    return Some(range);
+                }
+            }
+            let from = self.disk.next_absent(state.cursor)?;
+            let step = state.step.bytes();
+            let to = (from - from % step).saturating_add(step).min(self.disk.size());
+            state.cursor = to;
+            if let Some(range) = state.free_part(from..to) {
+                return Some(range);
+            }
         }
-        let from = self.disk.next_absent(state.cursor)?;
-        let step = state.step.bytes();
-        let to = (from - from % step).saturating_add(step).min(self.disk.size());
-        state.cursor = to;
-        Some(from..to)
     }
 
     fn copy(&self, range: Range<u64>, class: Class, buf: &mut Vec<u8>) {
@@ -233,7 +240,7 @@ impl Shared {
         let result = self.disk.hydrate_with(range.start, range.end - range.start, buf);
         let now = Instant::now();
         let mut state = self.state.lock();
-        state.busy -= 1;
+        state.busy.retain(|busy| *busy != range);
         state.bulk_busy -= usize::from(class == Class::Bulk);
         match result {
             Ok(done) => {
@@ -304,7 +311,7 @@ impl Shared {
     fn finish(&self) {
         {
             let mut state = self.state.lock();
-            if state.phase.is_final() || state.sealing || state.busy > 0 {
+            if state.phase.is_final() || state.sealing || !state.busy.is_empty() {
                 return;
             }
             state.sealing = true;
@@ -413,6 +420,23 @@ impl Shared {
 }
 
 impl State {
+    /// The first part of a range that no thread is at; the others are kept for later. A thread that fails puts its own
+    /// range back.
+    fn free_part(&mut self, range: Range<u64>) -> Option<Range<u64>> {
+        let busy: Delta = self.busy.iter().cloned().collect();
+        let wanted: Delta = std::iter::once(range).collect();
+        let mut parts = wanted.subtract(&busy).iter().collect::<Vec<_>>().into_iter();
+        let first = parts.next();
+        self.again.extend(parts);
+        first
+    }
+
+    fn claim(&mut self, range: Range<u64>) -> Option<Range<u64>> {
+        let range = self.free_part(range)?;
+        self.busy.push(range.clone());
+        Some(range)
+    }
+
     /// Something has worked: whatever was away is back.
     fn recovered(&mut self) {
         self.retry_pause = RETRY.start;

@@ -85,8 +85,16 @@ struct State {
     reading: bool,
     waiting: usize,
     /// Why the channel is over.
-    lost: Option<String>,
+    lost: Option<Loss>,
     orphans: Vec<(u64, Asked)>,
+}
+
+/// Why a channel is over.
+#[derive(Clone, Debug)]
+pub(super) struct Loss {
+    pub(super) why: String,
+    /// The server broke the protocol: it will do so again.
+    pub(super) violated: bool,
 }
 
 /// How a request ended.
@@ -95,7 +103,7 @@ pub(super) enum Ended {
     /// With a reply.
     Done(Done),
     /// Without: the connection is gone, for this reason. Ask again elsewhere.
-    Lost(Asked, String),
+    Lost(Asked, Loss),
 }
 
 impl Target {
@@ -111,7 +119,7 @@ impl Target {
             let (used, step) = hello.advance(&input, &mut out);
             input.drain(..used);
             if !out.is_empty() {
-                sender.send(&out, deadline.saturating_duration_since(Instant::now())).map_err(failed)?;
+                sender.send_until(&out, deadline).map_err(failed)?;
                 out.clear();
             }
             match step {
@@ -234,7 +242,7 @@ impl Channel {
             drop(outgoing);
             match sent {
                 Ok(true) => return,
-                Err(e) => return self.lose(&e.to_string()),
+                Err(e) => return self.lose(&e),
                 Ok(false) => self.wait_for_room(),
             }
             if self.state.lock().lost.is_some() {
@@ -250,23 +258,23 @@ impl Channel {
             // Another thread takes the replies.
             return match link::wait(self.socket.as_fd(), PollFlags::OUT, Some(self.patience)) {
                 Ok(true) => {}
-                Ok(false) => self.lose("the server took nothing in time"),
-                Err(e) => self.lose(&e.to_string()),
+                Ok(false) => self.lose(&took_nothing()),
+                Err(e) => self.lose(&e),
             };
         };
         loop {
             match self.read_some(&mut receiver, Wait::Not) {
                 Ok(()) => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                Err(e) => return self.lose(&e.to_string()),
+                Err(e) => return self.lose(&e),
             }
         }
         drop(receiver);
         self.changed.notify_all();
         match link::wait(self.socket.as_fd(), PollFlags::IN | PollFlags::OUT, Some(self.patience)) {
             Ok(true) => {}
-            Ok(false) => self.lose("the server took nothing in time"),
-            Err(e) => self.lose(&e.to_string()),
+            Ok(false) => self.lose(&took_nothing()),
+            Err(e) => self.lose(&e),
         }
     }
 
@@ -286,9 +294,9 @@ impl Channel {
             if let Some(done) = state.inbox.take_done(cookie) {
                 return Some(Ended::Done(done));
             }
-            let why = state.lost.clone()?;
+            let loss = state.lost.clone()?;
             let index = state.orphans.iter().position(|(orphan, _)| *orphan == cookie)?;
-            Some(Ended::Lost(state.orphans.swap_remove(index).1, why))
+            Some(Ended::Lost(state.orphans.swap_remove(index).1, loss))
         })
     }
 
@@ -299,8 +307,8 @@ impl Channel {
                 return Some(Some((done.cookie, Ended::Done(done))));
             }
             if let Some((cookie, asked)) = state.orphans.pop() {
-                let why = state.lost.clone().unwrap_or_default();
-                return Some(Some((cookie, Ended::Lost(asked, why))));
+                let loss = state.lost.clone().unwrap_or_else(|| Loss { why: String::new(), violated: false });
+                return Some(Some((cookie, Ended::Lost(asked, loss))));
             }
             (state.inbox.pending() == 0).then_some(None)
         })
@@ -325,7 +333,7 @@ impl Channel {
                 self.read_some(&mut receiver, Wait::Patience)
             };
             if let Err(e) = read {
-                self.lose(&e.to_string());
+                self.lose(&e);
             }
             state = self.state.lock();
             state.reading = false;
@@ -354,10 +362,11 @@ impl Channel {
     }
 
     /// Ends the channel: requests without a reply become orphans.
-    fn lose(&self, why: &str) {
+    fn lose(&self, why: &io::Error) {
         let mut state = self.state.lock();
         if state.lost.is_none() {
-            state.lost = Some(why.to_owned());
+            let violated = why.kind() == io::ErrorKind::InvalidData;
+            state.lost = Some(Loss { why: why.to_string(), violated });
         }
         let orphans = state.inbox.abandon();
         state.orphans.extend(orphans);
@@ -365,6 +374,10 @@ impl Channel {
         self.socket.close();
         self.changed.notify_all();
     }
+}
+
+fn took_nothing() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "the server took nothing in time")
 }
 
 impl Drop for Channel {

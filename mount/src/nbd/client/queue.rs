@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 
-use super::{Channel, Client, Ended, Error, IN_FLIGHT_MAX, Request, Result, asked, cmd};
+use super::{Channel, Client, Ended, Error, IN_FLIGHT_MAX, Loss, Request, Result, asked, cmd};
 use crate::nbd::{negotiate::Mode, wire::command_flag as flag};
 
 /// The end of one request.
@@ -39,6 +39,8 @@ struct Waiting {
     request: Request,
     payload: Vec<u8>,
     sent: std::time::Instant,
+    /// Connections that were lost under it.
+    losses: u32,
 }
 
 impl Queue {
@@ -91,7 +93,7 @@ impl Queue {
             return self.failed.push(Completion { tag, buf, result: Err(error) });
         }
         let cookie = self.channel.queue(request, asked(&request, buf), &payload);
-        self.flights.insert(cookie, Waiting { tag, request, payload, sent: std::time::Instant::now() });
+        self.flights.insert(cookie, Waiting { tag, request, payload, sent: std::time::Instant::now(), losses: 0 });
         self.unsent = true;
         // Payloads are not piled up, and a full flight has to move.
         if request.command == cmd::WRITE || self.channel.in_flight() >= IN_FLIGHT_MAX {
@@ -126,8 +128,8 @@ impl Queue {
                         Err(error) => Completion { tag, buf: payload, result: Err(error) },
                     });
                 }
-                Ended::Lost(asked_, why) => {
-                    if let Some(failed) = self.again(waiting, asked_.buf, &why) {
+                Ended::Lost(asked_, loss) => {
+                    if let Some(failed) = self.again(waiting, asked_.buf, loss) {
                         return Some(failed);
                     }
                 }
@@ -136,12 +138,14 @@ impl Queue {
     }
 
     /// Sends a request again, over a new connection if need be; its failure where that is in vain.
-    fn again(&mut self, waiting: Waiting, buf: Vec<u8>, why: &str) -> Option<Completion> {
+    fn again(&mut self, mut waiting: Waiting, buf: Vec<u8>, loss: Loss) -> Option<Completion> {
         let in_vain = |waiting: Waiting, error: Error| {
             Some(Completion { tag: waiting.tag, buf: waiting.payload, result: Err(error) })
         };
-        if waiting.sent.elapsed() > self.client.reconnect + self.client.target.patience {
-            return in_vain(waiting, self.client.lost(why));
+        waiting.losses += 1;
+        let is_late = waiting.sent.elapsed() > self.client.reconnect + self.client.target.patience;
+        if let Err(error) = self.client.may_go_on(loss, waiting.losses, is_late) {
+            return in_vain(waiting, error);
         }
         self.client.note_loss();
         if self.channel.is_lost() {
@@ -150,7 +154,8 @@ impl Queue {
                 Ok(channel) => {
                     let old = std::mem::replace(&mut self.channel, channel);
                     while let Some((cookie, ended)) = old.wait_any() {
-                        if let (Some(waiting), Ended::Lost(asked, _)) = (self.flights.remove(&cookie), ended) {
+                        if let (Some(mut waiting), Ended::Lost(asked, _)) = (self.flights.remove(&cookie), ended) {
+                            waiting.losses += 1;
                             self.resubmit(waiting, asked.buf);
                         }
                     }

@@ -172,6 +172,14 @@ impl Hub {
         Some(id)
     }
 
+    /// Notes that a connection has shaken hands, unless it has had to make way.
+    fn take_in(&self, id: u64) -> Result<(), End> {
+        let mut register = self.register.lock();
+        let entry = register.open.get_mut(&id).ok_or(End::Protocol("made way for another connection"))?;
+        entry.shaking_hands = false;
+        Ok(())
+    }
+
     fn leave(&self, id: u64) {
         let gone = self.register.lock().open.remove(&id);
         if let Some(entry) = gone {
@@ -183,14 +191,10 @@ impl Hub {
     /// The life of a connection.
     fn serve(self: &Arc<Self>, id: u64, socket: Arc<Socket>) {
         let (mut receiver, mut sender) = link::halves(Arc::clone(&socket));
-        let (agreed, rest) = match self.negotiate(&mut receiver, &mut sender) {
+        let (agreed, rest) = match self.negotiate(id, &mut receiver, &mut sender) {
             Ok(done) => done,
             Err(why) => return tracing::debug!(id, %why, "handshake ended"),
         };
-        match self.register.lock().open.get_mut(&id) {
-            Some(entry) => entry.shaking_hands = false,
-            None => return,
-        }
         let rules = Rules {
             size: agreed.export.disk.size(),
             writable: agreed.export.is_writable(),
@@ -213,9 +217,8 @@ impl Hub {
     }
 
     /// Shakes hands until the deadline; what was agreed, and what was received behind it.
-    fn negotiate(&self, receiver: &mut Receiver, sender: &mut Sender) -> Result<(Agreed, Vec<u8>), End> {
+    fn negotiate(&self, id: u64, receiver: &mut Receiver, sender: &mut Sender) -> Result<(Agreed, Vec<u8>), End> {
         let deadline = Instant::now() + self.limits.handshake;
-        let left = || deadline.saturating_duration_since(Instant::now());
         let tls = if self.has_tls() { TlsState::Required } else { TlsState::Off };
         let mut negotiation = Negotiation::new(Arc::clone(&self.catalogue), tls);
         let (mut input, mut out) = (Vec::new(), Vec::new());
@@ -223,8 +226,12 @@ impl Hub {
         loop {
             let (used, outcome) = negotiation.advance(&input, &mut out);
             input.drain(..used);
+            if matches!(outcome, Outcome::Begin(_)) {
+                // Before the client is told: from that word on it makes way for nobody.
+                self.take_in(id)?;
+            }
             if !out.is_empty() {
-                sender.send(&out, left())?;
+                sender.send_until(&out, deadline)?;
                 out.clear();
             }
             match outcome {
