@@ -20,6 +20,7 @@ test: setup      ## everything that must hold, in minutes
 	$(CARGO) build --locked -p aquifer
 	$(CARGO) test --workspace --locked --quiet
 	$(CARGO) test -p aquifer-tests --features schedule --test schedule --locked --quiet
+	$(CARGO) test -p aquifer-tests --features planted --test planted --locked --quiet
 
 test-long: setup ## the same with many more cases, whole guests and the licence gate
 	$(CARGO) build --release --locked -p aquifer

@@ -15,6 +15,8 @@ pub mod codec;
 pub mod error;
 pub mod gate;
 pub mod layer;
+#[doc(hidden)]
+pub mod planted;
 pub mod probe;
 pub mod qcow2;
 pub mod raw;

@@ -26,6 +26,7 @@ mod recover;
 mod repository;
 mod same_bytes;
 mod session;
+mod stored;
 mod tidy;
 
 mod skeleton {

@@ -7,9 +7,10 @@
 use std::{collections::BTreeSet, path::Path, process::Command, sync::Arc, time::Duration};
 
 use aquifer_tests::{
-    failing,
-    faults::{Failing, Image, World},
+    damage, failing,
+    faults::Failing,
     guest::{Act, Guest},
+    kept,
     ledger::Ledger,
     oracle::cases,
     rig::{Rig, perform, read_all},
@@ -87,91 +88,17 @@ fn a_failed_sync_is_final_even_if_later_ones_would_work() {
 
 #[test]
 fn another_chain_size_or_version_is_refused() {
-    let rig = Rig::new(&numbers(512));
-    let world = Rig::world();
-    drop(rig.create(&world));
-    let open = |of| Overlay::open_on(Rig::files(&world), of, rig.options).map(|_| ());
-    let wrong = |result| matches!(result, Err(Error::WrongOverlay { .. }));
-    assert!(wrong(open(OverlayOf { chain: [8; 32], ..rig.of() })));
-    assert!(wrong(open(OverlayOf { size: rig.size() + 512, ..rig.of() })));
-    open(rig.of()).expect("the right one");
-    // A journal of another overlay, of the same disk even, is not replayed.
-    let other = Rig::world();
-    drop(rig.create(&other));
-    let mut files = Rig::files(&world);
-    files.journal = Rig::files(&other).journal;
-    assert!(wrong(Overlay::open_on(files, rig.of(), rig.options).map(|_| ())));
+    damage::strangers().unwrap_or_else(|what| panic!("{what}"));
 }
 
-/// Every bit of the headers and every byte of marks and records: the right disk, or an error.
+/// A bit in every byte of headers, marks and records: the right disk, or an error.
 #[test]
 fn damage_is_found_not_read() {
-    let rig = Rig::new(&numbers(1024));
-    let world = Rig::world();
-    let mut guest = Guest::new(numbers(1024));
-    let disk = rig.create(&world);
-    let acts = [
-        Act::Hydrate { first: 0, count: 256 },
-        Act::Write { first: 16, count: 40 },
-        Act::Flush,
-        Act::Seal,
-        Act::Zero { first: 64, count: 64, keep: false },
-        Act::Flush,
-        Act::Write { first: 300, count: 100 },
-        Act::Flush,
-    ];
-    for act in acts {
-        let bytes = guest.begin(act);
-        perform(&disk, act, &bytes).expect("works");
-    }
-    guest.flushed();
-    drop(disk);
-    let whole = world.now();
-    let mut refused = 0;
-    for file in [1, 2] {
-        for at in interesting(&whole[file]) {
-            let mut files = whole.clone();
-            let mut byte = [0];
-            files[file].read(at, &mut byte);
-            files[file].write(at, &[byte[0] ^ 1 << (at % 8)]);
-            match rig.open(&World::new(files)) {
-                Err(_) => refused += 1,
-                Ok(disk) => {
-                    let dirty = disk.dirty().expect("dirty");
-                    let judged = guest.judge(&read_all(&disk), &|at| dirty.contains(at));
-                    // The end of the journal cannot be told from a record that was never finished.
-                    let last = file == 2 && judged.is_err();
-                    assert!(judged.is_ok() || last && is_last_record(&whole[2], at), "byte {at} of {file}: {judged:?}");
-                }
-            }
-        }
-    }
+    let ledger = Ledger::begin("damages of an overlay");
+    let (tried, refused) = damage::flips(97).unwrap_or_else(|what| panic!("{what}"));
     assert!(refused > 20, "only {refused} damages were refused");
-}
-
-/// Places with something in them.
-fn interesting(image: &Image) -> Vec<u64> {
-    let mut page = [0; 4096];
-    let mut out = Vec::new();
-    for start in (0..image.len()).step_by(4096) {
-        image.read(start, &mut page);
-        out.extend((0..4096u64).step_by(7).filter(|at| page[*at as usize] != 0).map(|at| start + at));
-    }
-    out.truncate(40_000);
-    out.into_iter().step_by(6).collect()
-}
-
-/// Whether a place in the journal lies in the record that was written last.
-fn is_last_record(journal: &Image, at: u64) -> bool {
-    let mut last = 0;
-    let mut page = [0; 4096];
-    for start in (4096..journal.len()).step_by(4096) {
-        journal.read(start, &mut page);
-        if page.starts_with(b"AQREC") {
-            last = start;
-        }
-    }
-    at >= last
+    damage::cuts().unwrap_or_else(|what| panic!("{what}"));
+    ledger.tell("none", &[("bits flipped", tried), ("refused", refused)]);
 }
 
 #[test]
@@ -192,28 +119,12 @@ fn a_folder_has_one_owner() {
 
 #[test]
 fn after_a_hand_over_everything_counts_as_dirty() {
-    let rig = Rig::new(&numbers(512));
-    let world = Rig::world();
-    let disk = rig.create(&world);
-    disk.write(8192, &[1; 4096]).expect("write");
-    assert!(matches!(disk.drain(), Err(Error::NotLocal { .. })));
-    disk.hydrate(0, disk.size()).expect("hydrate");
-    disk.drain().expect("drain");
-    assert_eq!(disk.dirty().expect("dirty").bytes(), 4096);
-    // The guest writes through us until it is moved: each write is in the file at once.
-    disk.write(16384, &[3; 512]).expect("write");
-    disk.trim(32768, 8192).expect("trim");
-    disk.hand_over().expect("hand over");
-    drop(disk);
-    // The hypervisor writes the file itself; nothing of ours may touch it again.
-    let raw = Rig::files(&world).raw;
-    raw.write_at(16384, &[9; 4096]).expect("write");
-    raw.write_at(8192, &[9; 4096]).expect("write");
-    let disk = rig.open(&world).expect("opens");
-    let mut out = vec![0; 4096];
-    disk.read(8192, &mut out).expect("read");
-    assert_eq!(out, [9; 4096], "the journal is not replayed over it");
-    assert_eq!(disk.dirty().expect("dirty").bytes(), disk.size());
+    damage::pivot().unwrap_or_else(|what| panic!("{what}"));
+}
+
+#[test]
+fn a_write_is_kept_for_the_next_process_of_this_boot_only() {
+    kept::all().unwrap_or_else(|what| panic!("{what}"));
 }
 
 /// The guest may be moved onto the file at any moment after the hand over, or not yet, and doors may die meanwhile:

@@ -227,7 +227,11 @@ pub fn lives(seed: u64, depth: Depth) -> Result<Tally, String> {
         let wrong = |what: String| format!("seed {seed}, life {life}: {what}");
         let world = World::new(files.clone());
         let disk = rig.open(&world).map_err(|e| wrong(format!("does not open: {e}")))?;
-        let acts: Vec<Act> = (0..4 + dice.below(20)).map(|_| Act::any(&mut dice, sectors)).collect();
+        // Some lives begin where hydration ends, some of those where the pivot is near.
+        let whole = [Act::Hydrate { first: 0, count: sectors }, dice.pick(&[Act::Seal, Act::Drain, Act::Flush])];
+        let whole = &whole[..if dice.once_in(4) { 2 } else { 0 }];
+        let any = (0..4 + dice.below(20)).map(|_| Act::any(&mut dice, sectors));
+        let acts: Vec<Act> = whole.iter().copied().chain(any).collect();
         let steps = live(&rig, &world, &disk, &mut guest, &acts).map_err(wrong)?;
         drop(disk);
         // Opening is part of the life: what it wrote may be lost like anything else.

@@ -89,6 +89,12 @@ impl Image {
         }
     }
 
+    /// Cuts the end off, as only damage does.
+    pub fn cut(&mut self, len: u64) {
+        self.punch(len, self.len.saturating_sub(len));
+        self.len = self.len.min(len);
+    }
+
     /// Equal for equal images (of 2^64 numbers); pages never changed are not looked at twice. A hole and a page of
     /// zeros differ, as they do to whoever asks what is allocated.
     pub fn digest(&self) -> u64 {

@@ -79,6 +79,8 @@ impl Act {
         match dice.below(20) {
             0..=3 => Self::Write { first: few_first, count: few },
             4..=6 => Self::Write { first: block, count: blocks.min(16) },
+            // Long enough, once in a while, for marks to go ahead of the bytes.
+            7 if dice.once_in(4) => Self::Write { first: 0, count: sectors.min(256) },
             7 => Self::Write { first, count },
             8 => Self::Zero { first: block, count: blocks, keep: dice.once_in(3) },
             9 => Self::Zero { first: few_first, count: few, keep: dice.once_in(3) },

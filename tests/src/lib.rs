@@ -9,6 +9,7 @@
 
 pub mod boot_sector;
 pub mod chains;
+pub mod damage;
 pub mod door;
 pub mod explore;
 pub mod failing;
@@ -16,6 +17,7 @@ pub mod faults;
 pub mod foreign;
 pub mod fuzz;
 pub mod guest;
+pub mod kept;
 pub mod ledger;
 pub mod mend;
 pub mod oracle;
@@ -24,4 +26,5 @@ pub mod qemu;
 pub mod rig;
 pub mod rng;
 pub mod site;
+pub mod stored;
 pub mod synthetic;

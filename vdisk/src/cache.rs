@@ -25,7 +25,10 @@ use std::{
     },
 };
 
-use aquifer_formats::{BlockRef, Error, Layer, Result};
+use aquifer_formats::{
+    BlockRef, Error, Layer, Result,
+    planted::{Bug, planted},
+};
 use quick_cache::{
     DefaultHashBuilder, OptionsBuilder, Weighter,
     sync::{Cache, DefaultLifecycle, EntryAction, EntryResult, GuardResult, PlaceholderGuard},
@@ -59,7 +62,8 @@ struct BlockKey {
 
 impl BlockKey {
     fn of(layer: &dyn Layer, block: &BlockRef) -> Self {
-        Self { file_id: layer.file_id(block.file), offset: block.offset, logical: block.logical }
+        let file_id = if planted(Bug::CacheMixesFiles) { 0 } else { layer.file_id(block.file) };
+        Self { file_id, offset: block.offset, logical: block.logical }
     }
 }
 

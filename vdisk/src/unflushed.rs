@@ -29,6 +29,7 @@ use std::{io, path::Path};
 
 use aquifer_formats::{
     Error as FormatError, Storage,
+    planted::{Bug, planted},
     storage::{Access, FileStorage},
 };
 
@@ -103,7 +104,11 @@ impl Unflushed {
         for (file, epoch) in files.iter().zip(&mut epochs) {
             *epoch = epoch_of(file, boot)?;
         }
-        for index in by_age(epochs) {
+        let mut order = by_age(epochs);
+        if planted(Bug::KeptOutOfOrder) {
+            order.reverse();
+        }
+        for index in order {
             if let (Some(file), Some(epoch)) = (files.get(index), epochs.get(index).filter(|e| **e > 0)) {
                 replay_file(file, *epoch, replay)?;
             }
@@ -156,7 +161,9 @@ impl Unflushed {
         let Some(file) = self.files.get(state.active) else { return Ok(true) };
         // The bytes first: a header is found only where they are whole.
         write(file, state.at + RECORD_HEADER_BYTES as u64, bytes)?;
-        write(file, state.at, &header)?;
+        if !planted(Bug::WriteNotKept) {
+            write(file, state.at, &header)?;
+        }
         state.at = end;
         Ok(true)
     }
@@ -256,7 +263,8 @@ fn epoch_of(file: &FileStorage, boot: Boot) -> Result<u64> {
         return Ok(0);
     }
     read(file, 0, &mut header)?;
-    let ours = header.starts_with(&FILE_MAGIC) && header.get(8..24) == Some(&boot[..]);
+    let same_boot = header.get(8..24) == Some(&boot[..]) || planted(Bug::OtherBootReplayed);
+    let ours = header.starts_with(&FILE_MAGIC) && same_boot;
     Ok(if ours { field(&header, 24) } else { 0 })
 }
 
@@ -269,7 +277,8 @@ fn replay_file(file: &FileStorage, epoch: u64, replay: &mut dyn FnMut(Operation<
         let (offset, len, kind) = (field(&header, 16), field(&header, 24), field(&header, 32));
         let stored = if matches!(u32::try_from(kind), Ok(KIND_WRITE | KIND_BASE)) { len } else { 0 };
         at += RECORD_HEADER_BYTES as u64;
-        let known = header.starts_with(&RECORD_MAGIC) && field(&header, 8) == epoch;
+        let of_epoch = field(&header, 8) == epoch || planted(Bug::KeptTooLong);
+        let known = header.starts_with(&RECORD_MAGIC) && of_epoch;
         if !known || stored > WRITE_BYTES_MAX || stored > end - at {
             return Ok(());
         }
@@ -277,7 +286,7 @@ fn replay_file(file: &FileStorage, epoch: u64, replay: &mut dyn FnMut(Operation<
         read(file, at, &mut bytes)?;
         let crc = header.get(4..8).and_then(|c| c.try_into().ok()).map_or(0, u32::from_le_bytes);
         put(&mut header, 4, &[0; 4]);
-        if checksum(&header, &bytes) != crc {
+        if checksum(&header, &bytes) != crc && !planted(Bug::KeptUnchecked) {
             return Ok(());
         }
         at += stored;

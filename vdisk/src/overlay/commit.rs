@@ -12,6 +12,8 @@
 
 use std::sync::Arc;
 
+use aquifer_formats::planted::{Bug, planted};
+
 use super::{
     core::{Core, in_region, region_of},
     failure::io_failed,
@@ -107,7 +109,9 @@ impl Core {
         let mut run = Committing { core: self, rest: taken, unsynced: Vec::new() };
         let result = run.persist();
         let left = std::mem::take(&mut run.rest).into_iter().chain(std::mem::take(&mut run.unsynced));
-        left.for_each(|taken| self.put_back(&taken));
+        if !planted(Bug::FailedFlushForgets) {
+            left.for_each(|taken| self.put_back(&taken));
+        }
         result
     }
 
@@ -119,6 +123,7 @@ impl Core {
         for at in std::mem::take(&mut target.pending).iter() {
             match (target.page(at), target.ram.get(at)) {
                 (Some(page), _) => taken.pages.push((at, Arc::clone(page))),
+                (None, BlockState::Trimmed) if planted(Bug::TrimNotRecorded) => {}
                 (None, BlockState::Trimmed) => taken.trimmed.insert(at),
                 (None, _) => taken.in_place.insert(at),
             }
@@ -141,7 +146,9 @@ impl Core {
                 if hydrated && target.ram.get(at) == BlockState::Hydrated {
                     // From here on the guest's view agrees with what recovery may find.
                     self.set_ram(target, block, BlockState::Written);
-                    if let Some(last) = out.last_mut() {
+                    if planted(Bug::IntentNotRecorded) {
+                        self.set_durable(region, target, at, BlockState::Written);
+                    } else if let Some(last) = out.last_mut() {
                         last.in_place.insert(at);
                     }
                 }
@@ -199,7 +206,8 @@ struct Committing<'a> {
 
 impl Committing<'_> {
     fn persist(&mut self) -> Result<()> {
-        if self.rest.iter().any(|t| !t.in_place.is_empty()) {
+        let in_place = self.rest.iter().any(|t| !t.in_place.is_empty());
+        if in_place && !planted(Bug::InPlaceNotSynced) && !planted(Bug::InPlaceSyncedLate) {
             self.core.sync_raw(|| self.core.ranges(&self.rest))?;
         }
         while !self.rest.is_empty() {
@@ -218,7 +226,11 @@ impl Committing<'_> {
             }
             self.core.journal.lock().append(&draft)?;
         }
-        self.sync()
+        self.sync()?;
+        if in_place && planted(Bug::InPlaceSyncedLate) {
+            self.core.sync_raw(Delta::new)?;
+        }
+        Ok(())
     }
 
     /// Moves as much of `rest` as fits into the draft; returns what that was.
@@ -267,7 +279,8 @@ impl Committing<'_> {
             return Ok(());
         }
         let storage = self.core.journal.lock().storage();
-        if let Err(e) = storage.sync() {
+        let synced = if planted(Bug::RecordNotSynced) { Ok(()) } else { storage.sync() };
+        if let Err(e) = synced {
             let cause = io_failed(&*storage, "sync", 0, e);
             let doubt = self.core.ranges(&self.unsynced).union(&self.core.ranges(&self.rest));
             return Err(self.core.fail(storage.label(), &cause, doubt));

@@ -10,7 +10,10 @@
 
 use std::collections::BTreeSet;
 
-use aquifer_formats::Storage;
+use aquifer_formats::{
+    Storage,
+    planted::{Bug, planted},
+};
 
 use super::{
     OverlayFiles, OverlayOf, OverlayOptions,
@@ -192,7 +195,9 @@ impl Core {
     pub(super) fn set_durable(&self, region: u32, target: &mut Region, at: usize, state: BlockState) {
         if target.durable.get(at) != state {
             target.durable.set(at, state);
-            self.map_dirty.lock().insert(super::mapfile::page_of(region));
+            if !planted(Bug::DirtyBitLost) {
+                self.map_dirty.lock().insert(super::mapfile::page_of(region));
+            }
         }
     }
 
@@ -311,6 +316,9 @@ impl Core {
     /// record carries are not: its own sync went well.
     pub(super) fn doubt(&self) -> Delta {
         let Some(failure) = self.failure.lock().clone() else { return Delta::new() };
+        if planted(Bug::DoubtNotTold) {
+            return Delta::new();
+        }
         let regions: BTreeSet<u32> = self.pending.lock().iter().copied().collect();
         let mut pending = Delta::new();
         for region in regions {
@@ -326,7 +334,7 @@ impl Core {
     pub(super) fn fail(&self, path: &str, cause: &crate::Error, doubt: Delta) -> crate::Error {
         let mut failure = self.failure.lock();
         let failure = failure.get_or_insert_with(|| Failure { path: path.to_owned(), cause: cause.to_string(), doubt });
-        self.failed.store(true, Ordering::Release);
+        self.failed.store(!planted(Bug::FailureForgotten), Ordering::Release);
         failure.error()
     }
 

@@ -19,7 +19,10 @@
 
 use std::sync::Arc;
 
-use aquifer_formats::{Error as FormatError, Storage};
+use aquifer_formats::{
+    Error as FormatError, Storage,
+    planted::{Bug, planted},
+};
 use zerocopy::{
     FromBytes, FromZeros, IntoBytes,
     little_endian::{U32, U64},
@@ -206,6 +209,10 @@ impl Journal {
         }
         journal.look_beyond(journal.active, end, &records)?;
         journal.next = records.last().map_or(0, |r| r.sequence + 1);
+        if planted(Bug::ReplayOneShort) {
+            records.pop();
+        }
+        let floor = floor + u64::from(planted(Bug::ReplayOneLate));
         for record in records.iter().filter(|r| r.sequence >= floor) {
             replay(record)?;
         }
@@ -267,7 +274,7 @@ impl Journal {
     fn look_beyond(&self, half: usize, end: u64, records: &[Record]) -> Result<()> {
         let next = records.last().map_or(0, |r| r.sequence + 1);
         let mut at = end;
-        while at < self.half_bytes {
+        while at < self.half_bytes && !planted(Bug::BrokenRecordEndsJournal) {
             if let Some(head) = self.read_head(half, at)?
                 && head.0.sequence.get() > next
                 && head.0.synced.get() >= next
@@ -318,7 +325,7 @@ impl Journal {
         if let Some(field) = bytes.get_mut(CRC_AT..CRC_AT + 4) {
             field.fill(0);
         }
-        if crc32c::crc32c(&bytes) != crc {
+        if crc32c::crc32c(&bytes) != crc && !planted(Bug::RecordHeadUnchecked) {
             return Ok(None);
         }
         let list = bytes.get(HEAD_BYTES..).unwrap_or_default().chunks_exact(ENTRY_BYTES);
@@ -343,7 +350,7 @@ impl Journal {
                 continue;
             }
             self.read(page_at, &mut page)?;
-            if crc32c::crc32c(&page) != entry.crc.get() {
+            if crc32c::crc32c(&page) != entry.crc.get() && !planted(Bug::RecordBytesUnchecked) {
                 return Ok(None);
             }
             entries.push((entry, page_at));
@@ -423,7 +430,7 @@ impl Journal {
         let at = self.offset(self.active, self.at);
         self.storage.write_at(at, &bytes).map_err(|e| io_failed(&*self.storage, "write", at, e))?;
         self.at += bytes.len() as u64;
-        self.next += 1;
+        self.next += u64::from(!planted(Bug::SequenceNotRaised));
         Ok(())
     }
 
@@ -456,7 +463,7 @@ fn open_header(storage: &dyn Storage, id: [u8; 16]) -> Result<u64> {
         let found = header.version.get();
         return Err(wrong(storage, format!("format version {found}, this build knows {OVERLAY_VERSION}")));
     }
-    if header.id != id {
+    if header.id != id && !planted(Bug::WrongJournalAccepted) {
         return Err(wrong(storage, "belongs to another overlay".to_owned()));
     }
     let len = storage.len().map_err(|e| io_failed(storage, "stat", 0, e))?;

@@ -18,7 +18,10 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use aquifer_formats::{Error as FormatError, Storage};
+use aquifer_formats::{
+    Error as FormatError, Storage,
+    planted::{Bug, planted},
+};
 use zerocopy::{
     FromBytes, FromZeros, IntoBytes,
     little_endian::{U32, U64},
@@ -138,6 +141,9 @@ impl MapFile {
 
     /// Sets that flag for good, durably.
     pub(super) fn hand_over(&mut self) -> Result<()> {
+        if planted(Bug::HandOverNotRecorded) {
+            return Ok(());
+        }
         self.header.flags = U32::new(self.header.flags.get() | FLAG_HANDED_OVER);
         self.store_header()
     }
@@ -179,7 +185,7 @@ impl MapFile {
             if page != [0; 4096] {
                 head = self.page_head(*index, &page);
             }
-            if head.is_none_or(|h| h.sequence.get() < self.sequence) {
+            if head.is_none_or(|h| h.sequence.get() < self.sequence) && !planted(Bug::ImageNotUsed) {
                 repaired.push(*index);
                 self.tell(*index, image, each);
             }
@@ -233,7 +239,7 @@ impl MapFile {
     fn page_head(&self, index: u32, page: &Page) -> Option<MapPageHead> {
         let (head, _) = MapPageHead::read_from_prefix(page).ok()?;
         let ours = head.magic == MAP_PAGE_MAGIC && head.id == self.header.id && head.index.get() == index;
-        (ours && head.crc.get() == page_crc(page)).then_some(head)
+        (ours && (head.crc.get() == page_crc(page) || planted(Bug::MapPageUnchecked))).then_some(head)
     }
 
     fn tell(&self, index: u32, page: &Page, each: &mut dyn FnMut(u32, Line)) {
@@ -302,7 +308,9 @@ impl MapFile {
                 first.copy_from_slice(list.as_bytes());
             }
             self.write(LIST_AT, &images)?;
-            self.sync()?;
+            if !planted(Bug::ImagesNotSynced) {
+                self.sync()?;
+            }
             for (index, page) in batch.iter().zip(images.chunks_exact(4096).skip(1)) {
                 self.write(self.place(*index), page)?;
             }
@@ -311,7 +319,9 @@ impl MapFile {
                 self.header.floor = U64::new(floor);
                 self.write_header()?;
             }
-            self.sync()?;
+            if !planted(Bug::MapNotSynced) {
+                self.sync()?;
+            }
         }
         if pages.is_empty() && self.floor() != floor {
             self.header.floor = U64::new(floor);
@@ -364,7 +374,7 @@ fn check_header(storage: &dyn Storage, header: &MapHeader, of: &OverlayOf) -> Re
         let found = header.size.get();
         return Err(wrong(storage, format!("belongs to a disk of {found} bytes, not {}", of.size)));
     }
-    if header.chain != of.chain {
+    if header.chain != of.chain && !planted(Bug::WrongChainAccepted) {
         return Err(wrong(storage, "belongs to another chain".to_owned()));
     }
     Ok(())

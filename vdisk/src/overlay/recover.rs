@@ -10,7 +10,10 @@
 
 use std::collections::BTreeMap;
 
-use aquifer_formats::Error as FormatError;
+use aquifer_formats::{
+    Error as FormatError,
+    planted::{Bug, planted},
+};
 
 use super::{
     LocalProgress, OverlayFiles, OverlayOf, OverlayOptions,
@@ -52,7 +55,7 @@ impl Found {
             };
             self.mark(first, end, state);
             let superseded: Vec<u64> = self.bytes.range(first..end).map(|(block, _)| *block).collect();
-            for block in superseded {
+            for block in superseded.into_iter().filter(|_| !planted(Bug::ReplayOlderBytes)) {
                 self.bytes.remove(&block);
             }
             if entry.kind() == ENTRY_DATA {
@@ -132,7 +135,8 @@ pub(super) fn open(files: OverlayFiles, of: OverlayOf, options: OverlayOptions) 
         core.stripe(*region).write().load(*region, *line);
         for at in 0..core.region_blocks(*region) {
             let block = u64::from(*region) * REGION_BLOCKS + at as u64;
-            core.count(BlockState::Absent, line.get(at), core.block_len(block) as u64);
+            let len = if planted(Bug::CountsWrong) { 512 } else { core.block_len(block) as u64 };
+            core.count(BlockState::Absent, line.get(at), len);
             trimmed |= line.get(at) == BlockState::Trimmed;
         }
     }
@@ -152,7 +156,7 @@ fn open_plain(files: OverlayFiles, of: OverlayOf, options: OverlayOptions, map: 
 fn check_raw(files: &OverlayFiles, of: &OverlayOf) -> Result<()> {
     let raw = &*files.raw;
     let len = raw.len().map_err(|e| io_failed(raw, "stat", 0, e))?;
-    if len != of.size {
+    if len != of.size && !planted(Bug::ShortRawAccepted) {
         let what = "the disk's bytes".to_owned();
         return Err(FormatError::Truncated { path: raw.label().to_owned(), len, need: of.size, what }.into());
     }
@@ -176,9 +180,14 @@ fn settle(
         let whole = page.get(..len).unwrap_or_default();
         raw.write_at(start, whole).map_err(|e| io_failed(raw, "write", start, e))?;
     }
-    raw.sync().map_err(|e| io_failed(raw, "sync", 0, e))?;
+    if !planted(Bug::RecoveryNotSynced) {
+        raw.sync().map_err(|e| io_failed(raw, "sync", 0, e))?;
+    }
     found.dirty.sort_unstable();
     found.dirty.dedup();
+    if planted(Bug::RecoveryMarksLost) {
+        found.dirty.clear();
+    }
     let absent = Line::uniform(BlockState::Absent);
     journal.restart();
     let lines = &found.lines;

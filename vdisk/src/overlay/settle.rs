@@ -10,6 +10,8 @@
 //!
 //! Not here: when a flush is acknowledged.
 
+use aquifer_formats::planted::{Bug, planted};
+
 use super::{
     core::Core,
     failure::io_failed,
@@ -34,7 +36,9 @@ impl Core {
     /// between: whoever does must find the same half inactive when he begins and when he ends.
     pub(super) fn switch_half(&self) -> Result<()> {
         let mut map = self.map.lock();
-        self.settle_with(&mut map, Scope::Inactive)?;
+        if !planted(Bug::HalfNotSettled) {
+            self.settle_with(&mut map, Scope::Inactive)?;
+        }
         self.journal.lock().switch();
         drop(map);
         self.wake();
@@ -58,7 +62,8 @@ impl Core {
             if scope == Scope::Inactive && journal.is_settled(inactive) {
                 return Ok(());
             }
-            let floor = if scope == Scope::All { journal.floor_of_all() } else { journal.floor_of_active() };
+            let all = scope == Scope::All || planted(Bug::FloorTooHigh);
+            let floor = if all { journal.floor_of_all() } else { journal.floor_of_active() };
             (journal.active(), floor)
         };
         self.write_back(1 - active)?;
@@ -69,10 +74,15 @@ impl Core {
             self.seal();
         }
         let pages: Vec<u32> = std::mem::take(&mut *self.map_dirty.lock()).into_iter().collect();
-        self.sync_raw(Delta::new)?;
+        if !planted(Bug::MarksBeforeBytes) {
+            self.sync_raw(Delta::new)?;
+        }
         if let Err(cause) = map.store(floor, &pages, &mut |region| self.durable_line(region)) {
             let path = self.files.map.label();
             return Err(self.fail(path, &cause, Delta::new()));
+        }
+        if planted(Bug::MarksBeforeBytes) {
+            self.sync_raw(Delta::new)?;
         }
         self.journal.lock().settle_inactive();
         Ok(())
@@ -117,8 +127,8 @@ impl Core {
     fn write_back_region(&self, region: u32) -> Result<()> {
         let mut stripe = self.stripe(region).write();
         let Some(target) = stripe.mixed(region) else { return Ok(()) };
-        let ready: Vec<usize> =
-            target.pages().map(|(at, _)| at).filter(|at| target.durable.get(*at) == BlockState::Written).collect();
+        let may = |at: &usize| target.durable.get(*at) == BlockState::Written || planted(Bug::WriteBackEarly);
+        let ready: Vec<usize> = target.pages().map(|(at, _)| at).filter(may).collect();
         for run in ready.chunk_by(|a, b| a + 1 == *b) {
             let first = run.first().copied().unwrap_or(0);
             let range = self.range(region, first, run.len());
@@ -126,7 +136,9 @@ impl Core {
             for page in run.iter().filter_map(|at| target.page(*at)) {
                 bytes.extend_from_slice(&**page);
             }
-            bytes.truncate(usize::try_from(range.end - range.start).unwrap_or(usize::MAX));
+            if !planted(Bug::LastBlockWhole) {
+                bytes.truncate(usize::try_from(range.end - range.start).unwrap_or(usize::MAX));
+            }
             let written = self.raw().write_at(range.start, &bytes);
             written.map_err(|e| io_failed(self.raw(), "write", range.start, e))?;
             // A page that is newer than its record stays: a later flush needs its bytes.
@@ -171,12 +183,14 @@ impl Core {
         if self.is_plain() {
             return self.flush();
         }
-        self.through.store(true, Ordering::Release);
+        self.through.store(!planted(Bug::DrainNotThrough), Ordering::Release);
         // Whoever stores a page now began before that; nobody does once each lock was free once.
         for stripe in self.stripes() {
             drop(stripe.write());
         }
-        self.flush()?;
+        if !planted(Bug::DrainWithoutFlush) {
+            self.flush()?;
+        }
         self.settle(Scope::All)?;
         self.give_up_trims()?;
         // Once more: the marks that have just changed.
@@ -186,7 +200,7 @@ impl Core {
     /// Makes trimmed blocks written ones, which are zeros in `disk.raw`: a write over them in place is then found
     /// again, flushed or not, and so is one by whoever else is given the file.
     fn give_up_trims(&self) -> Result<()> {
-        let unswept = self.unswept.load(Ordering::Acquire);
+        let unswept = self.unswept.load(Ordering::Acquire) && !planted(Bug::SweepSkipped);
         for region in 0..self.regions() {
             let mut stripe = self.stripe(region).write();
             let trimmed: Vec<usize> = {

@@ -11,6 +11,8 @@
 
 use std::sync::Arc;
 
+use aquifer_formats::planted::{Bug, planted};
+
 use super::{
     core::{Core, in_region, region_of},
     failure::io_failed,
@@ -112,7 +114,8 @@ impl Core {
         while !rest.is_empty() {
             let block = at / OVERLAY_BLOCK_BYTES;
             let has_page = target.page(in_region(block)).is_some();
-            let held_back = target.durable.get(in_region(block)) == BlockState::Hydrated;
+            let hydrated = target.durable.get(in_region(block)) == BlockState::Hydrated;
+            let held_back = hydrated && !planted(Bug::WrittenBeforeMark);
             let n = if spill && !held_back && (through || !has_page) {
                 self.store_in_place(target, region, at, rest, edges)?
             } else {
@@ -129,7 +132,9 @@ impl Core {
     fn needs_intent(&self, target: &Region, offset: u64, len: usize, through: bool) -> Option<(u64, u64)> {
         let first = offset / OVERLAY_BLOCK_BYTES;
         let end = (offset + len as u64).div_ceil(OVERLAY_BLOCK_BYTES);
-        let hydrated = |block: &u64| target.durable.get(in_region(*block)) == BlockState::Hydrated;
+        let hydrated = |block: &u64| {
+            target.durable.get(in_region(*block)) == BlockState::Hydrated && !planted(Bug::WrittenBeforeMark)
+        };
         if through {
             return (first..end).any(|b| hydrated(&b)).then_some((first, end));
         }
@@ -156,7 +161,7 @@ impl Core {
             let at = in_region(end);
             let fresh = matches!(target.ram.get(at), BlockState::Absent | BlockState::Trimmed);
             let merge = n < self.block_len(end) && (fresh || target.page(at).is_some());
-            let held_back = target.durable.get(at) == BlockState::Hydrated;
+            let held_back = target.durable.get(at) == BlockState::Hydrated && !planted(Bug::WrittenBeforeMark);
             let paged = target.page(at).is_some() && !through;
             if merge && len == 0 {
                 let part = bytes.get(..n).unwrap_or_default();
@@ -259,8 +264,8 @@ impl Core {
         match target.ram.get(at) {
             BlockState::Trimmed => {}
             BlockState::Absent => {
-                let edge = edges.iter().find(|(b, _)| *b == block);
-                debug_assert!(edge.is_some(), "a block does not become absent again");
+                let edge = edges.iter().find(|(b, _)| *b == block && !planted(Bug::EdgeOfZeros));
+                debug_assert!(edge.is_some() || planted(Bug::EdgeOfZeros), "a block does not become absent again");
                 if let Some((_, below)) = edge {
                     page = **below;
                 }
@@ -343,7 +348,9 @@ impl Core {
                 }
                 for block in first..end {
                     let at = in_region(block);
-                    self.drop_page(target, block);
+                    if !planted(Bug::TrimLeavesPage) {
+                        self.drop_page(target, block);
+                    }
                     if through {
                         // The file says it all from now on.
                         self.note_written(target, region, block);
@@ -351,7 +358,9 @@ impl Core {
                     }
                     self.set_ram(target, block, BlockState::Trimmed);
                     self.set_pending(region, target, at);
-                    target.unpunched.insert(at);
+                    if !planted(Bug::TrimLeavesBytes) {
+                        target.unpunched.insert(at);
+                    }
                     target.keep.remove(at);
                     if zeroing == Zeroing::KeepSpace {
                         target.keep.insert(at);
@@ -393,7 +402,7 @@ impl Core {
 
     /// Zeros what is stored in a range of `disk.raw`.
     pub(super) fn clear_leftovers(&self, from: u64, to: u64) -> Result<()> {
-        let mut at = from;
+        let mut at = if planted(Bug::LeftoversKept) { to } else { from };
         while at < to {
             let map = |e| io_failed(self.raw(), "map", at, e);
             let (stored, len) = self.raw().allocated(at, to - at).map_err(map)?;
