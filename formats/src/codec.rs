@@ -11,7 +11,10 @@
 //!
 //! Not here: checksums, which are the business of whoever stores the block; encoding.
 
-use std::cell::RefCell;
+use std::{
+    cell::{Cell, RefCell},
+    io,
+};
 
 use flate2::{Decompress, FlushDecompress, Status};
 use zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
@@ -149,6 +152,30 @@ pub fn zlib(stored: &[u8], raw_max: usize, out: &mut Vec<u8>) -> Result<(), Deco
     done
 }
 
+thread_local!(static IN_MEMORY_ONLY: Cell<bool> = const { Cell::new(false) });
+
+/// Runs `work` with [`with_stored`] on this thread kept to bytes that need no wait, by the word of
+/// [`Storage::read_now`]: a block that lies elsewhere is an error of kind [`io::ErrorKind::WouldBlock`]. Through a
+/// layer that reads its blocks in another way, `work` may wait.
+pub fn in_memory_only<R>(work: impl FnOnce() -> R) -> R {
+    struct Restore(bool);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            IN_MEMORY_ONLY.set(self.0);
+        }
+    }
+    let _before = Restore(IN_MEMORY_ONLY.replace(true));
+    work()
+}
+
+fn read_stored(storage: &dyn Storage, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+    match IN_MEMORY_ONLY.get() {
+        true if storage.read_now(offset, bytes)? => Ok(()),
+        true => Err(io::ErrorKind::WouldBlock.into()),
+        false => storage.read_at(offset, bytes),
+    }
+}
+
 /// Reads `len` stored bytes at `offset` into a buffer kept per thread and hands them to `work`.
 ///
 /// # Errors
@@ -171,7 +198,7 @@ pub fn with_stored<R>(
         buffer.resize(len, 0);
     }
     let bytes = buffer.get_mut(..len).unwrap_or_default();
-    let read = storage.read_at(offset, bytes).map_err(|e| Error::io(storage.label(), "read", offset, e));
+    let read = read_stored(storage, offset, bytes).map_err(|e| Error::io(storage.label(), "read", offset, e));
     let done = read.and_then(|()| work(bytes));
     STORED.set(buffer);
     done

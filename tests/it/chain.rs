@@ -102,6 +102,10 @@ proptest! {
             if chain.read_now(offset, &mut now).expect("in range") {
                 prop_assert_eq!(&now[..], wanted, "read_now {}+{}", offset, len);
             }
+            let mut soon = vec![0xAA; len];
+            if offset % 3 == 0 && chain.read_soon(offset, &mut soon).expect("in range") {
+                prop_assert_eq!(&soon[..], wanted, "read_soon {}+{}", offset, len);
+            }
             let mut bytes = vec![0xAA; len];
             chain.read(offset, &mut bytes).expect("a good chain");
             prop_assert_eq!(&bytes[..], wanted, "read {}+{}", offset, len);
@@ -437,4 +441,19 @@ fn the_fingerprint_tells_chains_apart() {
     assert_ne!(print(&[a.clone(), b.clone()]), print(&[b.clone(), a.clone()]));
     assert_ne!(print(&[a.clone(), b.clone()]), print(&[a.clone(), b.clone(), c]));
     assert_ne!(print(&[a]), print(&[b]));
+}
+
+#[test]
+fn a_read_that_must_not_wait_decodes_only_what_is_in_memory() {
+    let mut disk = Oracle::new(0);
+    let layer = Arc::new(Synthetic::build(layer(MIB, &[(0, MIB, Kind::Packed)]), 1, &mut disk));
+    let chain = chain(std::slice::from_ref(&layer), 4 * MIB);
+    let mut page = [0; 4096];
+    assert!(!chain.read_soon(0, &mut page).expect("in range"), "no map was kept");
+    chain.read(0, &mut page).expect("a good block");
+    assert!(chain.read_soon(3 * BLOCK + 4096, &mut page).expect("in range"));
+    assert_eq!(page, disk.read(3 * BLOCK as usize + 4096, 4096));
+    assert!(chain.read_now(3 * BLOCK + 4096, &mut page).expect("in range"), "it was kept");
+    assert!(chain.read_soon(3 * BLOCK + 40_960, &mut page).expect("in range"), "past what was kept");
+    assert_eq!(page, disk.read(3 * BLOCK as usize + 40_960, 4096));
 }

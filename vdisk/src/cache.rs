@@ -18,15 +18,16 @@ mod page;
 
 use std::{
     cell::RefCell,
-    fmt,
+    fmt, io,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 use aquifer_formats::{
-    BlockRef, Error, Layer, Result,
+    BlockRef, Error, Layer, Result, codec,
     planted::{Bug, planted},
 };
 use quick_cache::{
@@ -199,11 +200,31 @@ impl BlockCache {
         if let Some(kept) = self.peek(layer, block, need) {
             return Ok(kept);
         }
+        self.get_within(None, layer, block, need)
+    }
+
+    /// As [`BlockCache::get`], if that takes no more than a decode: the stored bytes are in memory, and nobody
+    /// else is at the block. `None` leaves it to a thread that may wait, and whatever is wrong as well.
+    pub(crate) fn get_soon(&self, layer: &dyn Layer, block: &BlockRef, need: usize) -> Option<Arc<Decoded>> {
+        if let Some(kept) = self.peek(layer, block, need) {
+            return Some(kept);
+        }
+        codec::in_memory_only(|| self.get_within(Some(Duration::ZERO), layer, block, need)).ok()
+    }
+
+    /// `patience` is how long another thread's decode is waited for, `None` for as long as it takes.
+    fn get_within(
+        &self,
+        patience: Option<Duration>,
+        layer: &dyn Layer,
+        block: &BlockRef,
+        need: usize,
+    ) -> Result<Arc<Decoded>> {
         let want = prefix(block, need);
-        let kept = match self.blocks.get_value_or_guard(&BlockKey::of(layer, block), None) {
+        let kept = match self.blocks.get_value_or_guard(&BlockKey::of(layer, block), patience) {
             GuardResult::Guard(guard) => return self.decode_and_keep(guard, layer, block, want),
             GuardResult::Value(kept) => kept,
-            GuardResult::Timeout => return self.decode(layer, block, want),
+            GuardResult::Timeout => return Err(busy(layer, block)),
         };
         if !kept.is(block) {
             return self.decode(layer, block, want);
@@ -213,12 +234,18 @@ impl BlockCache {
             return Ok(kept);
         }
         drop(kept);
-        self.extend(layer, block, need)
+        self.extend(patience, layer, block, need)
     }
 
     /// The second touch, past the kept prefix: decodes all, once.
-    fn extend(&self, layer: &dyn Layer, block: &BlockRef, need: usize) -> Result<Arc<Decoded>> {
-        let entry = self.blocks.entry(&BlockKey::of(layer, block), None, |_, kept: &mut Arc<Decoded>| {
+    fn extend(
+        &self,
+        patience: Option<Duration>,
+        layer: &dyn Layer,
+        block: &BlockRef,
+        need: usize,
+    ) -> Result<Arc<Decoded>> {
+        let entry = self.blocks.entry(&BlockKey::of(layer, block), patience, |_, kept: &mut Arc<Decoded>| {
             if kept.is(block) && kept.bytes.len() < need {
                 EntryAction::ReplaceWithGuard
             } else {
@@ -234,9 +261,8 @@ impl BlockCache {
             EntryResult::Vacant(guard) | EntryResult::Replaced(guard, _) => {
                 self.decode_and_keep(guard, layer, block, whole)
             }
-            EntryResult::Retained(_) | EntryResult::Removed(..) | EntryResult::Timeout => {
-                self.decode(layer, block, whole)
-            }
+            EntryResult::Timeout => Err(busy(layer, block)),
+            EntryResult::Retained(_) | EntryResult::Removed(..) => self.decode(layer, block, whole),
         }
     }
 
@@ -310,6 +336,11 @@ impl BlockCache {
         SCRATCH.set(scratch);
         done
     }
+}
+
+/// Another thread decodes this block, and it was not to be waited for.
+fn busy(layer: &dyn Layer, block: &BlockRef) -> Error {
+    Error::io(layer.label(), "read", block.offset, io::ErrorKind::WouldBlock.into())
 }
 
 /// How far a first touch decodes.

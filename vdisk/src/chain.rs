@@ -25,6 +25,18 @@ use crate::{
 /// back for the same blocks: whole blocks in them are kept only while nothing has to go for them.
 pub const BULK_READ_BYTES: usize = 256 * 1024;
 
+/// Largest block that [`Chain::read_soon`] decodes, in bytes: about 0.1 ms of work.
+const DECODE_SOON_MAX: u32 = 128 * 1024;
+
+/// What a read that must not wait may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Effort {
+    /// Copy what is at hand.
+    Copy,
+    /// Decode small blocks as well.
+    Decode,
+}
+
 /// One read-only disk made of layers.
 #[derive(Debug)]
 pub struct Chain {
@@ -195,6 +207,19 @@ impl Chain {
     /// # Errors
     /// [`Error::OutOfRange`].
     pub fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
+        self.read_without_wait(Effort::Copy, offset, buf)
+    }
+
+    /// As [`Chain::read_now`], and blocks of up to 128 KiB whose stored bytes are in memory are decoded. For a
+    /// thread that nothing else waits for: it spares the way to another thread and back.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`].
+    pub fn read_soon(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
+        self.read_without_wait(Effort::Decode, offset, buf)
+    }
+
+    pub(crate) fn read_without_wait(&self, effort: Effort, offset: u64, buf: &mut [u8]) -> Result<bool> {
         self.check_range(offset, buf.len() as u64)?;
         let (mut at, mut rest) = (offset, buf);
         while !rest.is_empty() {
@@ -206,8 +231,8 @@ impl Chain {
             let Some((found, n)) = answer else { return Ok(false) };
             let (part, tail) = rest.split_at_mut(usize::try_from(n).unwrap_or(usize::MAX).min(rest.len()));
             let done = match found {
-                Found::Hole | Found::Zero => self.content_now(0, Content::Zero, part),
-                Found::At(index, content) => self.content_now(index, content, part),
+                Found::Hole | Found::Zero => self.content_now(effort, 0, Content::Zero, part),
+                Found::At(index, content) => self.content_now(effort, index, content, part),
                 Found::Ask(_) => false,
             };
             if !done {
@@ -219,7 +244,7 @@ impl Chain {
         Ok(true)
     }
 
-    fn content_now(&self, index: usize, content: Content, part: &mut [u8]) -> bool {
+    fn content_now(&self, effort: Effort, index: usize, content: Content, part: &mut [u8]) -> bool {
         match content {
             Content::Absent | Content::Zero => {
                 part.fill(0);
@@ -232,7 +257,11 @@ impl Chain {
             Content::Packed { block, skip } => {
                 let Ok(layer) = self.layer(index) else { return false };
                 let Ok((start, end)) = place(layer, &block, skip, part.len()) else { return false };
-                self.cache.peek(layer, &block, end).is_some_and(|decoded| decoded.copy_to(start, part))
+                let decoded = match effort {
+                    Effort::Decode if block.raw_len <= DECODE_SOON_MAX => self.cache.get_soon(layer, &block, end),
+                    _ => self.cache.peek(layer, &block, end),
+                };
+                decoded.is_some_and(|decoded| decoded.copy_to(start, part))
             }
         }
     }

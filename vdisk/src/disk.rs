@@ -25,6 +25,7 @@ pub use self::source::Parked;
 use self::source::Patience;
 use crate::{
     Chain, Delta, DemandStats, Error, Extent, ExtentKind, LocalProgress, Overlay, Result, Trace,
+    chain::Effort,
     hydrate::demand::Demand,
     overlay::Run,
     unflushed::{Boot, Operation, Unflushed},
@@ -183,7 +184,7 @@ impl Disk {
     fn read_absent(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let len = buf.len() as u64;
         self.demand.note_fault(offset, len);
-        if self.chain_now(offset, buf)? {
+        if self.chain_now(Effort::Copy, offset, buf)? {
             return Ok(());
         }
         let began = Instant::now();
@@ -201,8 +202,31 @@ impl Disk {
     /// # Errors
     /// As [`Disk::read`], as far as it comes.
     pub fn read_now(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
+        self.read_without_wait(Effort::Copy, offset, buf)
+    }
+
+    /// As [`Disk::read_now`], and small blocks whose stored bytes are in memory are decoded (see
+    /// [`Chain::read_soon`]).
+    ///
+    /// # Errors
+    /// As [`Disk::read_now`].
+    pub fn read_soon(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
+        let began = Instant::now();
+        if self.read_without_wait(Effort::Copy, offset, buf)? {
+            return Ok(true);
+        }
+        let ready = self.read_without_wait(Effort::Decode, offset, buf)?;
+        if ready && self.overlay.is_some() {
+            // The guest has waited for the source, though on this thread.
+            self.demand.note_miss(buf.len() as u64, began.elapsed());
+            self.demand.note_read(began.elapsed());
+        }
+        Ok(ready)
+    }
+
+    fn read_without_wait(&self, effort: Effort, offset: u64, buf: &mut [u8]) -> Result<bool> {
         self.check_range(offset, buf.len() as u64)?;
-        let Some(overlay) = &self.overlay else { return self.chain_now(offset, buf) };
+        let Some(overlay) = &self.overlay else { return self.chain_now(effort, offset, buf) };
         let (mut at, mut rest) = (offset, buf);
         while !rest.is_empty() {
             let (kind, len) = overlay.part(at, rest);
@@ -219,7 +243,7 @@ impl Disk {
                     ready
                 }
                 Run::Absent => {
-                    let ready = self.chain_now(at, front)?;
+                    let ready = self.chain_now(effort, at, front)?;
                     if ready {
                         self.demand.record(at, len as u64);
                         self.demand.note_fault(at, len as u64);
@@ -505,8 +529,8 @@ impl Disk {
         self.read_parts(overlay, offset, buf)
     }
 
-    fn chain_now(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
-        self.chain.load().as_ref().map_or(Ok(false), |chain| chain.read_now(offset, buf))
+    fn chain_now(&self, effort: Effort, offset: u64, buf: &mut [u8]) -> Result<bool> {
+        self.chain.load().as_ref().map_or(Ok(false), |chain| chain.read_without_wait(effort, offset, buf))
     }
 
     fn check_range(&self, offset: u64, len: u64) -> Result<()> {

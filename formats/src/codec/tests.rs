@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use super::*;
+use crate::storage::MemoryStorage;
 
 const RAW: usize = 64 << 10;
 
@@ -169,4 +170,71 @@ fn stored_bytes_come_from_a_buffer_that_survives_nesting() {
     assert_eq!((outer, inner), (sample(1000)[10..110].to_vec(), sample(1000)[500..550].to_vec()));
     assert!(with_stored(&storage, 990, 100, |_| Ok(())).is_err(), "past the end");
     assert!(with_stored(&storage, 0, STORED_BYTES_MAX + 1, |_| Ok(())).is_err(), "over the limit");
+}
+
+/// Bytes that have to be waited for.
+#[derive(Debug)]
+struct Away(MemoryStorage);
+
+impl Storage for Away {
+    fn label(&self) -> &str {
+        self.0.label()
+    }
+
+    fn identity(&self) -> Option<u64> {
+        self.0.identity()
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.0.len()
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.0.read_at(offset, buf)
+    }
+
+    fn read_now(&self, _offset: u64, _buf: &mut [u8]) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
+        self.0.write_at(offset, buf)
+    }
+
+    fn allocated(&self, offset: u64, len_max: u64) -> io::Result<(bool, u64)> {
+        self.0.allocated(offset, len_max)
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.0.punch(offset, len)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.0.set_len(len)
+    }
+
+    fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.0.reserve(offset, len)
+    }
+
+    fn start_writeback(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.0.start_writeback(offset, len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync()
+    }
+}
+
+#[test]
+fn kept_to_memory_what_lies_elsewhere_is_left_and_nothing_stays_behind() {
+    let here = MemoryStorage::new("here", vec![7; 100]);
+    let away = Away(MemoryStorage::new("away", vec![7; 100]));
+    let first = |storage: &dyn Storage| with_stored(storage, 10, 50, |bytes| Ok(bytes[0]));
+    assert!(matches!(in_memory_only(|| first(&here)), Ok(7)));
+    let left = in_memory_only(|| first(&away));
+    assert!(matches!(left, Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::WouldBlock));
+    assert!(matches!(first(&away), Ok(7)), "only inside");
+    let caught = std::panic::catch_unwind(|| in_memory_only(|| panic!("as planned")));
+    assert!(caught.is_err() && first(&away).is_ok(), "not even after a panic");
 }

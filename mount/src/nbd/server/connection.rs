@@ -44,6 +44,8 @@ const BATCH_REQUESTS: u32 = 64;
 const BATCH_BYTES: usize = 256 << 10;
 /// Longest READ answered in place; longer ones are split and decoded beside each other.
 pub(super) const READ_INLINE_MAX: u64 = 256 << 10;
+/// Longest READ that is decoded in place, where it is the only one.
+const DECODE_INLINE_MAX: u64 = 64 << 10;
 /// Granularity of overlays in bytes: a write of whole blocks never reads the source.
 const WRITE_GRAIN: u64 = 4096;
 /// Longest WRITE done in place.
@@ -360,7 +362,9 @@ impl Connection {
         // Only for a client that waits for each answer: others keep the decoders busy themselves.
         let alone = self.batch.requests == 0 && self.shared.flight.is_empty();
         let ahead = self.readahead.after(offset, len).filter(|_| alone);
-        self.read_here_or_there(request)?;
+        // Nobody waits behind it, so a decode here is quicker than a way to another thread and back.
+        let decode = alone && len <= DECODE_INLINE_MAX && self.input.ready().is_empty();
+        self.read_here_or_there(request, decode)?;
         if let Some(range) = ahead {
             self.send_batch()?;
             work::submit_ahead(&self.shared, range);
@@ -368,14 +372,16 @@ impl Connection {
         Ok(())
     }
 
-    fn read_here_or_there(&mut self, request: &Request) -> Result<(), End> {
+    fn read_here_or_there(&mut self, request: &Request, decode: bool) -> Result<(), End> {
         let mode = self.shared.mode();
         let Request { cookie, offset, len, .. } = *request;
         if len <= READ_INLINE_MAX {
             let head = DataHead { cookie, request: offset, offset, len, done: true };
             let data = self.batch.data(mode, head).ok_or(End::Protocol("answer does not fit"))?;
             let total = data.len() + reply::data_header_len(mode);
-            match self.shared.export.disk.read_now(offset, data) {
+            let disk = &self.shared.export.disk;
+            let read = if decode { disk.read_soon(offset, data) } else { disk.read_now(offset, data) };
+            match read {
                 Ok(true) => {
                     self.batch.keep(total);
                     self.shared.hub.stats.bytes_read.fetch_add(len, Ordering::Relaxed);
