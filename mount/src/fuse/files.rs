@@ -11,7 +11,7 @@ use std::{
     io,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, SystemTime},
 };
@@ -109,6 +109,8 @@ pub(super) struct Shared {
     entries: Vec<Arc<Entry>>,
     source: Pool,
     local: Pool,
+    /// A thread that takes requests is at a decode.
+    decoding: AtomicBool,
     open_files: Arc<AtomicUsize>,
     born: SystemTime,
     owner: (u32, u32),
@@ -120,6 +122,7 @@ impl Shared {
             entries: entries.into_iter().map(Arc::new).collect(),
             source: Pool::new("fuse-source", SOURCE_THREADS)?,
             local: Pool::new("fuse-local", LOCAL_THREADS)?,
+            decoding: AtomicBool::new(false),
             open_files: Arc::new(AtomicUsize::new(0)),
             born: SystemTime::now(),
             owner: (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw()),
@@ -171,6 +174,18 @@ impl Shared {
             blksize,
             flags: 0,
         })
+    }
+
+    /// What is at hand; and of a lone request also what takes no more than a decode, which is less work than the
+    /// way to another thread. With others behind it a decode here would hold them up, and one core would do it all.
+    fn read_here(&self, disk: &Disk, offset: u64, part: &mut [u8]) -> aquifer_vdisk::Result<bool> {
+        let may = part.len() as u64 <= DECODE_INLINE_MAX && self.source.pending() == 0;
+        if !may || self.decoding.swap(true, Ordering::Relaxed) {
+            return disk.read_now(offset, part);
+        }
+        let read = disk.read_soon(offset, part);
+        self.decoding.store(false, Ordering::Relaxed);
+        read
     }
 }
 
@@ -364,10 +379,7 @@ impl Filesystem for Files {
         let len = clip(disk, offset, u64::from(size.min(REQUEST_BYTES_MAX)));
         let missed = HITS.with_borrow_mut(|hits| {
             let part = sized(hits, len);
-            // A decode here keeps one of two threads busy for less time than the way to a third takes.
-            let read =
-                if len <= DECODE_INLINE_MAX { disk.read_soon(offset, part) } else { disk.read_now(offset, part) };
-            match read {
+            match shared.read_here(disk, offset, part) {
                 Ok(true) => {
                     reply.data(part);
                     None
