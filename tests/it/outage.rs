@@ -330,7 +330,7 @@ fn outages_under_a_writing_client_are_only_waits() {
             let reader = needs_source.then(|| scope.spawn(move || read_at(site, at, 4096)));
             if reader.is_some() {
                 asked.fetch_add(4096, Ordering::SeqCst);
-                wait_until("the read is listed", || is_parked(&status(&site), at as u64));
+                wait_until("the read is listed", || is_parked(&status(site), at as u64));
             }
             std::thread::sleep(Duration::from_millis(100 + dice.below(400)));
             match kind {
@@ -340,7 +340,7 @@ fn outages_under_a_writing_client_are_only_waits() {
             if let Some(reader) = reader {
                 let got = reader.join().expect("reader").expect("no error, only a wait");
                 assert!(got == site.bytes[at..at + 4096], "{kind:?} number {number}");
-                wait_until("nothing is parked any more", || status(&site).disks[0].parked.is_empty());
+                wait_until("nothing is parked any more", || status(site).disks[0].parked.is_empty());
             }
         }
         assert!(kit.is_alive());

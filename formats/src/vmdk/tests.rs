@@ -17,7 +17,7 @@ const TEXT: &str = "# Disk DescriptorFile\nversion=1\nCID=0000000a\nparentCID=ff
 
 impl Made {
     fn new() -> Self {
-        let mut made = Self { bytes: vec![0; 8192 + 2 * GRAIN as usize] };
+        let mut made = Self { bytes: vec![0; 8192 + 2 * usize::try_from(GRAIN).expect("small")] };
         made.put(0, b"KDMV");
         made.u32(4, 1);
         made.u32(8, 0b101);
@@ -246,7 +246,7 @@ fn stream(sector: u64, len: Option<u32>, data: &[u8]) -> VmdkLayer {
     made.u32(8, 0x3_0001);
     made.put(77, &1u16.to_le_bytes());
     made.u64(8192, sector);
-    made.u32(8200, len.unwrap_or(data.len() as u32));
+    made.u32(8200, len.unwrap_or(u32::try_from(data.len()).expect("small")));
     made.put(8204, data);
     made.layer().expect("opens")
 }
@@ -259,7 +259,7 @@ fn zlib(raw: &[u8]) -> Vec<u8> {
 
 #[test]
 fn compressed_grains_are_checked_whole() {
-    let raw: Vec<u8> = (0..GRAIN).map(|i| (i / 7) as u8).collect();
+    let raw: Vec<u8> = (0..GRAIN).map(|i| (i / 7).to_le_bytes()[0]).collect();
     let unpack = |layer: &VmdkLayer| {
         let (content, len) = layer.lookup(300, u64::MAX)?;
         let Content::Packed { block, skip: 300 } = content else { panic!("expected a packed grain, got {content:?}") };

@@ -268,8 +268,8 @@ fn reads_line(status: &Status) -> String {
         let whole = p99 / 1000;
         parts.push(format!("p99 {whole}.{} ms", p99 % 1000 / 100));
     }
-    if total > 0 {
-        parts.push(format!("boot trace {} % fetched", done * 100 / total));
+    if let Some(percent) = (done * 100).checked_div(total) {
+        parts.push(format!("boot trace {percent} % fetched"));
     }
     if parts.is_empty() { String::new() } else { format!("  reads    {}\n", parts.join("; ")) }
 }

@@ -29,5 +29,5 @@ fn an_overlay_whose_making_was_cut_off_is_made_anew() {
     fs::rename(&overlay, &draft).expect("rename");
     fs::write(draft.join("map"), b"").expect("an empty map");
     mount("read -P 7 4096 4096");
-    assert_eq!(names(), [name.clone()]);
+    assert_eq!(names(), std::slice::from_ref(name));
 }
