@@ -112,14 +112,29 @@ impl Repository {
         Ok(found)
     }
 
+    fn still_interrupted(&self, machine: &Machine, point: Uuid) -> Result<()> {
+        let (done, begun) = (name::point(machine.id, point), name::begin(machine.id, point));
+        match (self.store().len(&done)?, self.store().len(&begun)?) {
+            (Some(_), _) => Err(Error::Exists { path: self.store().path_of(&done) }),
+            (None, None) => Err(Error::not_found(&self.store().path_of(&begun), "interrupted backup")),
+            (None, Some(_)) => Ok(()),
+        }
+    }
+
     /// Goes on with an interrupted backup.
     ///
     /// # Errors
-    /// As [`Repository::begin`]; [`Error::NotFound`] if its parent has been given up.
+    /// As [`Repository::begin`]; [`Error::Exists`] if it was not interrupted at all and has been committed since it
+    /// was looked for; [`Error::NotFound`] if its parent, or itself, has been given up.
     pub fn resume(&self, machine: &Machine, what: &Interrupted, holder: Holder) -> Result<Transaction<'_>> {
         self.writable()?;
         let begin = what.record.clone();
         let lease = self.lease_append(machine, begin.parent, holder)?;
+        // Whoever had the lease until now may have finished it, or given it up.
+        if let Err(over) = self.still_interrupted(machine, begin.id) {
+            lease.release()?;
+            return Err(over);
+        }
         let parent = match begin.parent {
             None => None,
             Some(id) => {
@@ -262,6 +277,7 @@ impl Transaction<'_> {
             None => Err(Error::not_found(&folder, "append lease: it was reclaimed")),
         };
         held()?;
+        self.repo.still_interrupted(&self.machine, self.begin.id)?;
         let draws_from_older = self.disks.iter().any(|d| !d.needs.is_empty());
         let kind = if draws_from_older { PointKind::Increment } else { PointKind::Full };
         let mut record = PointRecord {

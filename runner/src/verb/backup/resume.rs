@@ -14,7 +14,7 @@ use std::{
 
 use aquifer_formats::{
     aql::WriterOptions,
-    repo::{LEASE_TTL, Machine, Point, Repository, Transaction, keeper},
+    repo::{Error, LEASE_TTL, Machine, Point, Repository, Transaction, keeper},
 };
 use aquifer_vdisk::Chain;
 use jiff::Timestamp;
@@ -85,7 +85,11 @@ pub(super) fn begin<'r>(
         // What a bitmap mentioned then and does not mention now would keep the content of then.
         if same || args.bitmap.is_none() {
             let options = repo.writer_options();
-            let transaction = repo.resume(machine, what, repository::holder("backup"))?;
+            let transaction = match repo.resume(machine, what, repository::holder("backup")) {
+                // Another one was at it, and has committed it by now.
+                Err(Error::Exists { .. }) => return afresh(context, repo, machine, parent, now),
+                outcome => outcome?,
+            };
             let how = if same { "the source has not changed" } else { "the source is read again" };
             context.out.say(format_args!("going on with the interrupted point {}: {how}", what.record.id));
             return Ok(Begun { transaction, same_since: then.filter(|_| same).map(|then| then.began), options });
