@@ -84,16 +84,11 @@ pub(super) fn withdraw(store: &Store, lease: Uuid) -> Result<()> {
 /// complete one where it stays; [`Error::ForeignOwner`]; I/O.
 pub fn forget(repo: &Repository, machine: &Machine, points: &[Uuid], last: LastPoint) -> Result<ManifestRecord> {
     repo.writable()?;
-    if last == LastPoint::Stays {
-        let complete = |p: &super::Point| p.state == PointState::Complete && !points.contains(&p.id);
-        let all = repo.points(machine)?;
-        let any_before = all.iter().any(|p| p.state == PointState::Complete);
-        if any_before && !all.iter().any(complete) {
-            let what = format!("no complete point of {} would be left", machine.name);
-            return Err(crate::Error::Refused { path: repo.label().into(), what }.into());
-        }
-    }
     let changed = manifest::change(repo, machine, |record| {
+        // In the very generation that is built on: of two at once the second finds what the first has left.
+        if last == LastPoint::Stays {
+            leaves_one(repo, machine, record, points)?;
+        }
         for id in points {
             let point = record.points.iter_mut().find(|p| p.id == *id && p.retained);
             let point =
@@ -108,6 +103,19 @@ pub fn forget(repo: &Repository, machine: &Machine, points: &[Uuid], last: LastP
         Ok(())
     })?;
     Ok(changed.record)
+}
+
+/// Refuses where the last complete point is among `points`.
+fn leaves_one(repo: &Repository, machine: &Machine, record: &ManifestRecord, points: &[Uuid]) -> Result<()> {
+    let complete =
+        |p: &&ManifestPoint| repo.point_state(machine, p).is_ok_and(|point| point.state == PointState::Complete);
+    let (going, staying): (Vec<_>, Vec<_>) =
+        record.points.iter().rev().filter(|p| p.retained).partition(|p| points.contains(&p.id));
+    if staying.iter().any(complete) || !going.iter().any(complete) {
+        return Ok(());
+    }
+    let what = format!("no complete point of {} would be left", machine.name);
+    Err(crate::Error::Refused { path: repo.label().into(), what }.into())
 }
 
 /// Pins or unpins a point: a pinned one cannot be forgotten.

@@ -123,6 +123,26 @@ fn a_backup_that_commits_while_a_sweep_looks_keeps_what_it_needs() {
 }
 
 #[test]
+fn two_who_forget_at_once_leave_the_last_point() {
+    for _ in 0..10 {
+        let dir = tempfile::tempdir().expect("dir");
+        let (repo, machine) = with_points(dir.path(), 2);
+        let points = repo.points(&machine).expect("points");
+        let start = std::sync::Barrier::new(2);
+        let one = |point: &Point| {
+            start.wait();
+            forget(&repo, &machine, &[point]).is_ok()
+        };
+        let one = &one;
+        let forgotten = std::thread::scope(|scope| {
+            let threads: Vec<_> = points.iter().map(|point| scope.spawn(move || one(point))).collect();
+            threads.into_iter().map(|thread| thread.join().expect("thread")).filter(|done| *done).count()
+        });
+        assert_eq!((forgotten, repo.points(&machine).expect("points").len()), (1, 1));
+    }
+}
+
+#[test]
 fn pinned_points_cannot_be_forgotten() {
     let dir = tempfile::tempdir().expect("dir");
     let (repo, machine) = with_points(dir.path(), 3);
@@ -216,6 +236,26 @@ fn a_killed_backups_lease_is_reclaimed_by_sight_or_by_its_silence() {
     assert_eq!(reclaim(&mut LeaseObserver::recall(&memory, "another boot", later(90)), Liveness::Unknown), 0);
     assert_eq!(reclaim(&mut LeaseObserver::recall(&memory, "boot", later(90)), Liveness::Unknown), 1);
     repo.begin(&machine, None, holder()).expect("free").interrupt().expect("release");
+}
+
+#[test]
+fn a_backup_that_was_only_running_is_not_gone_on_with_once_it_is_committed() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (repo, machine) = with_points(dir.path(), 1);
+    let mut tx = repo.begin(&machine, None, holder()).expect("begin");
+    let seen = repo.interrupted(&machine).expect("interrupted");
+    assert_eq!(seen.len(), 1, "running or interrupted: that cannot be told");
+    write_disk(&mut tx, &vda(), &bytes(1)).expect("vda");
+    tx.commit(new_point("2026-01-02T00:00:00Z")).expect("commit");
+    assert!(matches!(repo.resume(&machine, &seen[0], holder()), Err(Error::Exists { .. })));
+    assert_eq!(repo.leases().expect("leases").len(), 0, "a refused lease leaves nothing");
+    let points = repo.points(&machine).expect("points");
+    assert_eq!(points.iter().filter(|p| p.state == PointState::Complete).count(), 2, "{points:?}");
+    // And one that was given up meanwhile.
+    repo.begin(&machine, None, holder()).expect("begin").interrupt().expect("release");
+    let seen = repo.interrupted(&machine).expect("interrupted");
+    keeper::discard(&repo, &machine, &seen[0], holder()).expect("discard");
+    assert!(matches!(repo.resume(&machine, &seen[0], holder()), Err(Error::NotFound { .. })));
 }
 
 #[test]
