@@ -1,7 +1,8 @@
 //! Promise: a restore point is there whole or not at all, whatever is killed; retained points never change.
 
 use std::{
-    env,
+    collections::BTreeSet,
+    env, fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -146,6 +147,11 @@ fn backups_and_retention_survive_being_killed_at_any_moment() {
     let mut newest = 0;
     let kills = cases(40);
     for _ in 0..kills {
+        let leases = || {
+            let listed = fs::read_dir(folder.path().join("leases")).expect("leases").flatten();
+            listed.map(|entry| entry.file_name()).collect::<BTreeSet<_>>()
+        };
+        let before = leases();
         let mut child = Command::new(env::current_exe().expect("this test binary"))
             .args(["--exact", "--ignored", "--test-threads=1", "repository::child"])
             .env(FOLDER, folder.path())
@@ -153,6 +159,12 @@ fn backups_and_retention_survive_being_killed_at_any_moment() {
             .stderr(Stdio::null())
             .spawn()
             .expect("spawn");
+        // On a busy computer it takes a while until the child is at work; now and then it is killed before.
+        let begun = || leases().difference(&before).any(|name| !name.as_encoded_bytes().starts_with(b"."));
+        let started = Instant::now();
+        while !rng.once_in(400) && !begun() && started.elapsed() < Duration::from_secs(5) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         std::thread::sleep(Duration::from_micros(5_000 + rng.below(150_000)));
         assert!(child.try_wait().expect("wait").is_none(), "the child failed by itself");
         child.kill().expect("kill -9");
