@@ -101,9 +101,9 @@ impl Delta {
         range.start < range.end && self.ranges.get(next).is_some_and(|r| r.start < range.end)
     }
 
-    /// Whether `offset` is in the set, and where that answer ends (at most at `end_max`): how NBD
-    /// block status of a dirty context is answered. `offset < end_max`.
-    pub fn run(&self, offset: u64, end_max: u64) -> (bool, u64) {
+    /// Whether `offset` is in the set, and the offset until which that holds, at most `end_max`. It is an
+    /// offset and no length: whoever walks a disk goes on from there. `offset < end_max`.
+    pub fn run_until(&self, offset: u64, end_max: u64) -> (bool, u64) {
         let next = self.ranges.partition_point(|r| r.end <= offset);
         match self.ranges.get(next) {
             Some(r) if r.start <= offset => (true, r.end.min(end_max)),

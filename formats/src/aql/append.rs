@@ -92,13 +92,17 @@ pub(crate) enum Outcome {
     AsParent(ContentId),
     /// Stored already.
     Known(Known),
-    /// A frame in the chunk's bytes, header still empty.
-    Frame {
-        bytes: Range<usize>,
-        codec: Codec,
-        id: ContentId,
-        payload_crc: u32,
-    },
+    /// To be stored.
+    Frame(Encoded),
+}
+
+/// A frame in a chunk's bytes, its header still empty.
+#[derive(Debug)]
+pub(crate) struct Encoded {
+    pub(crate) bytes: Range<usize>,
+    pub(crate) codec: Codec,
+    pub(crate) id: ContentId,
+    pub(crate) payload_crc: u32,
 }
 
 /// One item of the writer's order.
@@ -259,13 +263,14 @@ impl Appender {
                     },
                 },
                 Outcome::Known(known) => self.point_at(block, &known)?,
-                Outcome::Frame { bytes, codec, id, payload_crc } => {
+                Outcome::Frame(encoded) => {
+                    let id = encoded.id;
                     let known = dedupe.read().find(&id);
                     match known {
                         Some(known) => self.point_at(block, &known)?,
                         None => {
                             self.recovered.remove(&block);
-                            let at = self.place_frame(block, &mut frames, bytes, &mut kept, codec, id, payload_crc);
+                            let at = self.place_frame(block, encoded, &mut frames, &mut kept);
                             dedupe.write().insert(Known { id, at, logical: block });
                             (Entry::Data(at), id)
                         }
@@ -295,17 +300,8 @@ impl Appender {
     }
 
     /// Gives a frame its header and its place, closing the gap that shared blocks left before it.
-    #[expect(clippy::too_many_arguments, reason = "one call site; a struct would only rename the outcome")]
-    fn place_frame(
-        &mut self,
-        block: u64,
-        frames: &mut [u8],
-        bytes: Range<usize>,
-        kept: &mut usize,
-        codec: Codec,
-        id: ContentId,
-        payload_crc: u32,
-    ) -> Stored {
+    fn place_frame(&mut self, block: u64, encoded: Encoded, frames: &mut [u8], kept: &mut usize) -> Stored {
+        let Encoded { bytes, codec, id, payload_crc } = encoded;
         let stored = bytes.len() - FRAME_HEADER_BYTES;
         let info = FrameInfo {
             kind: FrameKind::Block,

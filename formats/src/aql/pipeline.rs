@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, sync::Arc, thread::JoinHandle};
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::{
-    append::{Appender, Item, Outcome},
+    append::{Appender, Encoded, Item, Outcome},
     block::{Compression, Encoder},
     dedupe::DedupeTable,
     entry::IdPage,
@@ -272,7 +272,7 @@ impl Shared {
         frames.resize(start + FRAME_HEADER_BYTES, 0);
         let codec = bench.encoder.encode(raw, frames);
         let payload_crc = crc32c::crc32c(frames.get(start + FRAME_HEADER_BYTES..).unwrap_or_default());
-        Ok(Outcome::Frame { bytes: start..frames.len(), codec, id, payload_crc })
+        Ok(Outcome::Frame(Encoded { bytes: start..frames.len(), codec, id, payload_crc }))
     }
 
     fn recycle(&self, mut buffer: Vec<u8>) {

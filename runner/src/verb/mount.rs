@@ -114,7 +114,8 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         disk.flush()?;
     }
     drop(disks);
-    scratch.end();
+    // What was not to be kept goes with it.
+    drop(scratch);
     outcome
 }
 

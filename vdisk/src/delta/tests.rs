@@ -40,7 +40,7 @@ proptest! {
         for x in 0..SIZE + 30 {
             prop_assert_eq!(a.contains(x), a_set.contains(&x));
             prop_assert_eq!(a.overlaps(&(x..x + 7)), (x..x + 7).any(|y| a_set.contains(&y)));
-            let (inside, end) = a.run(x, SIZE + 30);
+            let (inside, end) = a.run_until(x, SIZE + 30);
             prop_assert!(end > x);
             prop_assert!((x..end).all(|y| a_set.contains(&y) == inside));
         }

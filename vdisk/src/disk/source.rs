@@ -41,7 +41,16 @@ pub(super) struct Patience {
 struct Inner {
     limit: Duration,
     next: u64,
-    waiting: Vec<(u64, u64, u64, Instant)>,
+    waiting: Vec<Waiting>,
+}
+
+/// A read that may have to wait.
+#[derive(Debug)]
+struct Waiting {
+    id: u64,
+    offset: u64,
+    len: u64,
+    since: Instant,
 }
 
 impl Patience {
@@ -62,11 +71,8 @@ impl Patience {
 
     pub(super) fn parked(&self) -> Vec<Parked> {
         let inner = self.inner.lock();
-        let all = inner.waiting.iter().map(|(_, offset, len, since)| Parked {
-            offset: *offset,
-            len: *len,
-            waited: since.elapsed(),
-        });
+        let parked = |read: &Waiting| Parked { offset: read.offset, len: read.len, waited: read.since.elapsed() };
+        let all = inner.waiting.iter().map(parked);
         all.filter(|parked| parked.waited >= PARKED_AFTER).collect()
     }
 
@@ -77,7 +83,7 @@ impl Patience {
             let mut inner = self.inner.lock();
             inner.next += 1;
             let id = inner.next;
-            inner.waiting.push((id, offset, len, since));
+            inner.waiting.push(Waiting { id, offset, len, since });
             id
         };
         // Listed from the start: a source may also be away by not answering at all.
@@ -86,7 +92,7 @@ impl Patience {
             other => other,
         };
         let mut inner = self.inner.lock();
-        if let Some(at) = inner.waiting.iter().position(|(waiting, ..)| *waiting == id) {
+        if let Some(at) = inner.waiting.iter().position(|read| read.id == id) {
             inner.waiting.swap_remove(at);
         }
         result

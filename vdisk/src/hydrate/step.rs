@@ -99,7 +99,7 @@ fn block_runs(extents: &[Extent], end: u64) -> Vec<(bool, u64, u64)> {
     let mut out = Vec::new();
     let mut at = extents.first().map_or(end, |e| e.offset);
     while at < end {
-        let (has_data, to) = data.run(at, end);
+        let (has_data, to) = data.run_until(at, end);
         out.push((has_data, at, to));
         at = to;
     }

@@ -213,16 +213,14 @@ impl Committing<'_> {
         while !self.rest.is_empty() {
             let mut draft = self.core.journal.lock().draft();
             let covered = self.draft(&mut draft);
-            // Joined to `unsynced` first, so that an error below puts them back.
-            let earlier = std::mem::replace(&mut self.unsynced, covered);
-            if !self.core.journal.lock().fits(&draft) {
-                let covered = std::mem::replace(&mut self.unsynced, earlier);
-                let synced = self.sync();
-                self.unsynced.extend(covered);
-                synced?;
+            let fits = self.core.journal.lock().fits(&draft);
+            // What a half holds is durable before the other begins.
+            let synced = if fits { Ok(()) } else { self.sync() };
+            // Joined before anything is returned, so that an error puts them back.
+            self.unsynced.extend(covered);
+            synced?;
+            if !fits {
                 self.core.switch_half()?;
-            } else {
-                self.unsynced.extend(earlier);
             }
             self.core.journal.lock().append(&draft)?;
         }

@@ -134,7 +134,7 @@ impl<'a> Pieces<'a> {
         while at < end {
             let (dirty, until) = match self.changed {
                 None => (true, end),
-                Some(delta) => delta.run(at, end),
+                Some(delta) => delta.run_until(at, end),
             };
             if dirty {
                 self.cut_by_map(at, until)?;

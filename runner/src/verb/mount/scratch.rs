@@ -70,11 +70,6 @@ impl Scratch {
         }
         Ok(Some(Overlay::open(&dir, of, OverlayOptions::default())?))
     }
-
-    /// Removes what was not to be kept.
-    pub(super) fn end(self) {
-        drop(self);
-    }
 }
 
 impl Drop for Scratch {
