@@ -223,12 +223,7 @@ impl Chain {
         self.check_range(offset, buf.len() as u64)?;
         let (mut at, mut rest) = (offset, buf);
         while !rest.is_empty() {
-            let len = rest.len() as u64;
-            let answer = match &self.map {
-                Some(map) => map.lookup_filled(at, len),
-                None => self.walk(0, at, len).ok().map(|(index, content, n)| (Found::At(index, content), n)),
-            };
-            let Some((found, n)) = answer else { return Ok(false) };
+            let Some((found, n)) = self.found_now(at, rest.len() as u64) else { return Ok(false) };
             let (part, tail) = rest.split_at_mut(usize::try_from(n).unwrap_or(usize::MAX).min(rest.len()));
             let done = match found {
                 Found::Hole | Found::Zero => self.content_now(effort, 0, Content::Zero, part),
@@ -303,15 +298,36 @@ impl Chain {
         let mut at = offset;
         while at < end {
             let (_, content, n) = self.resolve(at, end - at)?;
-            let kind = match content {
-                Content::Absent => ExtentKind::Hole,
-                Content::Zero => ExtentKind::Zero,
-                Content::Plain { .. } | Content::Packed { .. } => ExtentKind::Data,
+            Extent::push(out, Extent { offset: at, len: n, kind: kind_of(content) });
+            at += n;
+        }
+        Ok(())
+    }
+
+    /// As [`Chain::extents`], if that needs no table that was not looked at before; `false` leaves `out` in any
+    /// state.
+    pub(crate) fn extents_now(&self, offset: u64, len: u64, out: &mut Vec<Extent>) -> bool {
+        let end = offset.saturating_add(len).min(self.size);
+        let mut at = offset;
+        while at < end {
+            let (kind, n) = match self.found_now(at, end - at) {
+                Some((Found::Hole, n)) => (ExtentKind::Hole, n),
+                Some((Found::Zero, n)) => (ExtentKind::Zero, n),
+                Some((Found::At(_, content), n)) => (kind_of(content), n),
+                Some((Found::Ask(_), _)) | None => return false,
             };
             Extent::push(out, Extent { offset: at, len: n, kind });
             at += n;
         }
-        Ok(())
+        true
+    }
+
+    /// What the map says, if it is at hand.
+    fn found_now(&self, offset: u64, len: u64) -> Option<(Found, u64)> {
+        match &self.map {
+            Some(map) => map.lookup_filled(offset, len),
+            None => self.walk(0, offset, len).ok().map(|(index, content, n)| (Found::At(index, content), n)),
+        }
     }
 
     fn check_range(&self, offset: u64, len: u64) -> Result<()> {
@@ -324,6 +340,14 @@ impl Chain {
     fn out_of_range(&self, offset: u64, len: u64) -> Error {
         let disk = self.layers.first().map_or("chain", |l| l.label()).into();
         Error::OutOfRange { disk, offset, len, size: self.size }
+    }
+}
+
+fn kind_of(content: Content) -> ExtentKind {
+    match content {
+        Content::Absent => ExtentKind::Hole,
+        Content::Zero => ExtentKind::Zero,
+        Content::Plain { .. } | Content::Packed { .. } => ExtentKind::Data,
     }
 }
 

@@ -376,6 +376,36 @@ impl Disk {
         Ok(())
     }
 
+    /// As [`Disk::extents`], if that needs neither the source nor a table that was not looked at before; `false`
+    /// leaves `out` in any state.
+    ///
+    /// # Errors
+    /// A local file that cannot be asked.
+    pub fn extents_now(&self, offset: u64, len: u64, out: &mut Vec<Extent>) -> Result<bool> {
+        let end = offset.saturating_add(len).min(self.size);
+        let mut at = offset;
+        while at < end {
+            let (kind, len) = self.overlay.as_ref().map_or((Run::Absent, end - at), |o| o.run(at, end - at));
+            let known = match kind {
+                Run::Absent => self.chain.load().as_ref().is_some_and(|chain| chain.extents_now(at, len, out)),
+                Run::Trimmed => {
+                    Extent::push(out, Extent { offset: at, len, kind: ExtentKind::Zero });
+                    true
+                }
+                Run::Pages => {
+                    Extent::push(out, Extent { offset: at, len, kind: ExtentKind::Data });
+                    true
+                }
+                Run::Local => self.local_extents(at, len, out).map(|()| true)?,
+            };
+            if !known {
+                return Ok(false);
+            }
+            at += len;
+        }
+        Ok(true)
+    }
+
     /// Local ranges that are holes of `disk.raw` read as zeros.
     fn local_extents(&self, offset: u64, len: u64, out: &mut Vec<Extent>) -> Result<()> {
         let raw = self.overlay()?.raw();

@@ -22,7 +22,7 @@ use super::{
     flight::{Flight, Permit},
     outlet::Outlet,
     pool::LaneId,
-    work,
+    status, work,
 };
 use crate::{
     errno::Errno,
@@ -470,6 +470,11 @@ impl Connection {
                     return Ok(());
                 }
             }
+        }
+        let contexts = ids.as_deref().unwrap_or(&self.shared.contexts);
+        if let Some(answer) = status::answer_now(&self.shared.export, contexts, &request, self.shared.mode()) {
+            self.batch.small(|out| out.extend_from_slice(&answer));
+            return Ok(());
         }
         let permit = self.begin(0)?;
         work::submit_status(&self.shared, request, ids, permit);
