@@ -28,6 +28,7 @@ use crate::{
     chain::Effort,
     hydrate::demand::Demand,
     overlay::Run,
+    sync::Mutex,
     unflushed::{Boot, Operation, Unflushed},
 };
 
@@ -44,6 +45,9 @@ pub struct Disk {
     /// Acknowledged writes for the next process, where that is wanted.
     unflushed: Option<Unflushed>,
     demand: Arc<Demand>,
+    /// Held while hydration stores: a file takes one writer at a time, and the others decode meanwhile
+    /// instead of spinning for it. Taken before any lock of the overlay.
+    turn: Mutex<()>,
     patience: Patience,
 }
 
@@ -104,7 +108,17 @@ impl Disk {
         let patience = Patience::new(if overlay.is_some() { PATIENCE } else { Duration::ZERO });
         let demand = Arc::new(Demand::new(size));
         let awaited = AtomicBool::new(false);
-        Self { name, size, chain: ArcSwapOption::new(chain), awaited, overlay, unflushed: None, demand, patience }
+        Self {
+            name,
+            size,
+            chain: ArcSwapOption::new(chain),
+            awaited,
+            overlay,
+            unflushed: None,
+            demand,
+            turn: Mutex::new(()),
+            patience,
+        }
     }
 
     /// Keeps acknowledged writes where the next process finds them, flushed or not, in two files in `dir`, the
@@ -592,6 +606,11 @@ impl Disk {
     fn not_open(&self, offset: u64) -> Error {
         let cause = std::io::Error::new(std::io::ErrorKind::NotConnected, "the source is not open yet");
         aquifer_formats::Error::io(&self.name, "read", offset, cause).into()
+    }
+
+    /// Whose turn it is to store what was hydrated.
+    pub(crate) fn turn(&self) -> &Mutex<()> {
+        &self.turn
     }
 
     /// What the guest waits for.

@@ -34,7 +34,7 @@ pub struct Pace {
 impl Default for Pace {
     fn default() -> Self {
         Self {
-            workers: 2,
+            workers: 3,
             rate_bytes: None,
             latency_target: Some(Duration::from_millis(2)),
             floor_bytes: 16 << 20,

@@ -7,9 +7,12 @@
 //!
 //! Not here: which range comes next, retries.
 
+use std::ops::Range;
+
 use crate::{
     Chain, Delta, Disk, Extent, ExtentKind, Overlay, Result,
     overlay::{OVERLAY_BLOCK_BYTES, Run},
+    sync::Mutex,
 };
 
 /// Most bytes that are read, stored and sent on their way to the disk at once.
@@ -47,7 +50,7 @@ impl Disk {
         while at < end {
             let (kind, n) = overlay.run(at, (end - at).min(STEP_BYTES));
             if kind == Run::Absent {
-                hydrate_run(overlay, &chain, at, n, buf, &mut done)?;
+                hydrate_run(overlay, &chain, self.turn(), at..at + n, buf, &mut done)?;
             }
             at += n;
         }
@@ -67,25 +70,33 @@ impl Disk {
 fn hydrate_run(
     overlay: &Overlay,
     chain: &Chain,
-    offset: u64,
-    len: u64,
+    turn: &Mutex<()>,
+    Range { start: offset, end }: Range<u64>,
     buf: &mut Vec<u8>,
     done: &mut Hydrated,
 ) -> Result<()> {
+    let len = end - offset;
+    let mut copied = false;
     let mut extents = Vec::new();
     chain.extents(offset, len, &mut extents)?;
     for (has_data, from, to) in block_runs(&extents, offset + len) {
         if has_data {
             buf.resize(usize::try_from(to - from).unwrap_or(usize::MAX), 0);
             chain.read(from, buf)?;
-            let stored = overlay.fill(from, buf)?;
-            // A hint; the sync that matters reports its own errors.
-            let _hint = overlay.raw().start_writeback(from, to - from);
+            let stored = {
+                let _turn = turn.lock();
+                overlay.fill(from, buf)?
+            };
+            copied = true;
             done.local += stored;
             done.copied += stored;
         } else {
             done.local += overlay.fill_zero(from, to - from)?;
         }
+    }
+    if copied {
+        // A hint; the sync that matters reports its own errors. Once for the whole step: runs are short.
+        let _hint = overlay.raw().start_writeback(offset, len);
     }
     Ok(())
 }
