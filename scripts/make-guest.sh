@@ -35,28 +35,15 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 [ -n "$tree" ] || tree=$scratch/tree
 rm -rf "$tree"; mkdir -p "$tree" "$cache"
-
-fetch_kernel() {
-    local package
-    if ! ls "$cache"/linux-image-*-cloud-amd64_*.deb >/dev/null 2>&1; then
-        [ -n "$(apt-cache search --names-only '^linux-image-cloud-amd64$')" ] || [ "$(id -u)" != 0 ] || apt-get update >/dev/null
-        package=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image-/ {print $2; exit}')
-        [ -n "$package" ] || { echo "make-guest: apt knows no linux-image-cloud-amd64 (run apt-get update)" >&2; exit 2; }
-        (cd "$scratch" && apt-get download "$package" >/dev/null 2>"$scratch/apt.log") || { cat "$scratch/apt.log" >&2; exit 2; }
-        mv "$scratch"/linux-image-*.deb "$cache/"
-    fi
-    dpkg -x "$(ls "$cache"/linux-image-*-cloud-amd64_*.deb | sort -V | tail -1)" "$scratch/kernel"
-    release=$(basename "$scratch"/kernel/lib/modules/*)
-}
+# shellcheck source=scripts/guest/kernel.sh
+. "$here/guest/kernel.sh"
 
 # What the initramfs must load before the disk can be seen, in order; ext4 is built into the kernel.
 make_initramfs() {
-    local dir=$scratch/initramfs path
+    local dir=$scratch/initramfs
     mkdir -p "$dir/bin" "$dir/modules"
     cp /bin/busybox "$dir/bin/busybox"
-    for path in $(modprobe -d "$tree" -S "$release" --show-depends -a virtio_pci virtio_blk | awk '/^insmod/ && !seen[$2]++ {print $2}'); do
-        cp "$path" "$dir/modules/"; basename "$path" >> "$dir/modules/order"
-    done
+    copy_modules "$tree" "$dir/modules" virtio_pci virtio_blk
     install -m 755 "$here/guest/init" "$dir/init"
     (cd "$dir" && find . | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0) | gzip -1 > "$tree/boot/initrd.img"
 }

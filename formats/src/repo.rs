@@ -36,6 +36,7 @@ pub mod record;
 mod store;
 mod trace;
 mod transaction;
+mod variables;
 
 pub use error::{Error, Result};
 pub use lease::{LEASE_TTL, Lease, LeaseMemory, LeaseObserver, Liveness};
@@ -46,6 +47,7 @@ pub use point::{Point, PointState};
 pub use query::PointQuery;
 pub use store::Store;
 pub use transaction::{DiskPlan, DiskWork, Interrupted, NewPoint, Transaction};
+pub use variables::{UefiVariables, VARIABLES_BYTES_MAX};
 
 #[cfg(test)]
 mod tests;

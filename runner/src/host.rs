@@ -132,10 +132,14 @@ pub trait Host: Debug + Send + Sync {
     fn name(&self) -> &'static str;
 
     /// Whether a machine of this shape could be started: programs, firmware, limits. Starts and changes nothing.
+    /// What it gets otherwise than described is told, in sentences without a full stop.
     ///
     /// # Errors
     /// Whatever [`Host::start`] would refuse for.
-    fn check(&self, shape: &Shape) -> Result<()>;
+    fn check(&self, shape: &Shape) -> Result<Vec<String>>;
+
+    /// The file that holds the UEFI variables of a machine whose folder is `dir`.
+    fn variables(&self, dir: &Path) -> PathBuf;
 
     /// Starts a machine with one door for each of its disks, in order, and lets it go once its disks were seen to be
     /// those doors. On an error nothing is left running and no socket is left behind.

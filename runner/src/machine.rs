@@ -40,6 +40,8 @@ pub struct Described {
     pub firmware: Option<FirmwareKind>,
     /// The board, like `q35` or `pc-q35-7.2`.
     pub machine_type: Option<String>,
+    /// The file its UEFI variables were in when the description was made.
+    pub nvram: Option<String>,
     /// Number of processors.
     pub cpus: Option<u32>,
     /// Memory, bytes.

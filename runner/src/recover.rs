@@ -3,7 +3,7 @@
 //! - [`Plan`]: everything that is known before anything is made, and every reason to refuse.
 //! - [`start`]: the steps, and their undoing.
 //! - [`queue`]: several machines at once, under a limit.
-//! - [`finish`]: keep or discard.
+//! - [`finish`]: keep or discard; [`gone`]: where the folder was taken away by hand.
 //! - [`traces`]: what earlier boots read first.
 //!
 //! Invariants
@@ -16,6 +16,7 @@
 pub mod door;
 pub mod finish;
 pub mod follow;
+pub mod gone;
 pub mod plan;
 pub mod queue;
 pub mod record;

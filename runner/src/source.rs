@@ -66,7 +66,8 @@ impl Source {
     /// # Errors
     /// [`Code::Source`] with the reason.
     pub fn parse(word: &str) -> Result<Self> {
-        Self::parse_with(word, |path| path.exists())
+        // A recovery's folder often has the name of its machine: a folder is meant only where a `/` says so.
+        Self::parse_with(word, |path| path.exists() && !path.is_dir())
     }
 
     /// As [`Source::parse`], asking `exists` for files.

@@ -83,6 +83,8 @@ fn shape() -> Shape {
         name: "test".into(),
         uuid: uuid::Uuid::nil(),
         firmware: Firmware::Bios,
+        machine_type: None,
+        variables: None,
         memory: 64 << 20,
         cpus: 1,
         disks: vec![Disk { name: "vda".into(), bus: Bus::Virtio, boot_order: None }],

@@ -283,3 +283,48 @@ fn of_several_machines_one_failure_stops_no_other_and_the_limit_queues() {
     Guest::of(&site.session("web")).goes_on(1);
     assert!(!site.path("vm/gone").exists());
 }
+
+#[test]
+fn a_machine_gets_its_own_board_and_what_its_firmware_remembers() {
+    let site = Site::new();
+    fs::write(site.path("disk.raw"), boot_sector::disk(24, 16)).expect("disk");
+    site.json(&["init"]);
+    let disk = format!("hda=raw:{}", site.word("disk.raw"));
+    // An old machine: its disk on IDE, on a board of a version of its own.
+    let old = "version = 1\nname = \"old\"\nmachine_type = \"pc-i440fx-7.2\"\nmemory = \"64MiB\"\n[[disk]]\nname = \"hda\"\nbus = \"ide\"\n";
+    fs::write(site.path("old.toml"), old).expect("file");
+    site.json(&["backup", "old", "--disk", &disk, "--machine", &site.word("old.toml")]);
+    let guest = recover(&site, "old", "old", &["--no-hydrate"]);
+    guest.goes_on(3);
+    let command = fs::read_to_string(site.path("old/qemu.command")).expect("command");
+    assert!(command.contains("-machine pc-i440fx-7.2,") && command.contains("ide.0"), "{command}");
+    site.json(&["finalize", "old", "--discard", "--yes"]);
+
+    // A newer one, with variables that its firmware wrote: a mark where firmware itself writes nothing.
+    let mut variables = fs::read("/usr/share/OVMF/OVMF_VARS_4M.fd").expect("ovmf is installed by scripts/setup.sh");
+    variables[0x40800..0x40804].copy_from_slice(b"MARK");
+    fs::write(site.path("own.fd"), &variables).expect("variables");
+    let new = "version = 1\nname = \"new\"\nfirmware = \"uefi\"\nmachine_type = \"pc-q35-foreign\"\nmemory = \"128MiB\"\nnvram = \"own.fd\"\n";
+    fs::write(site.path("new.toml"), new).expect("file");
+    let backup = ["backup", "new", "--disk", &disk, "--machine", "new.toml"];
+    let without = site.run(&backup);
+    assert_eq!(without.code, 1, "what is left out is a warning: {without:#?}");
+    assert!(without.err.contains("--nvram own.fd"), "{without:#?}");
+    site.json(&[&backup[..], &["--nvram", "own.fd"]].concat());
+    fs::remove_file(site.path("own.fd")).expect("lost with the machine");
+    let said = site.run(&["recover", "new", "--into", &site.word("new"), "--network", "none", "--no-hydrate"]);
+    assert_eq!(said.code, 0, "{said:#?}");
+    assert!(said.err.contains("type pc-q35-foreign") && said.err.contains("becomes q35"), "{said:#?}");
+    let own = fs::read(site.path("new/nvram.fd")).expect("variables");
+    assert_eq!((own.len(), &own[0x40800..0x40804]), (variables.len(), &b"MARK"[..]));
+    site.json(&["finalize", "new", "--discard", "--yes"]);
+
+    // Variables of another firmware's length do not keep it from starting; a file without any is refused.
+    variables.truncate(128 << 10);
+    fs::write(site.path("other.fd"), &variables).expect("variables");
+    let args = ["recover", "new", "--into", &site.word("new"), "--network", "none", "-n", "--nvram"];
+    let dry = site.json(&[&args[..], &["other.fd"]].concat());
+    assert!(dry.record("plan")["warnings"].to_string().contains("131072 bytes"), "{dry:#?}");
+    assert_eq!(site.run(&[&args[..], &["disk.raw"]].concat()).code, 2);
+    nothing_left(&site, "new");
+}

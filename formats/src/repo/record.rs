@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use uuid::Uuid;
 
-use super::{DiskName, Error, Result, Store};
+use super::{DiskName, Error, Result, Store, UefiVariables};
 
 /// A record with a schema name.
 pub trait Record: Serialize + DeserializeOwned {
@@ -221,6 +221,9 @@ pub struct MachineDescription {
     /// Machine type, by QEMU's names: `q35`, `pc`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine_type: Option<String>,
+    /// What its firmware remembers, if that was backed up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variables: Option<UefiVariables>,
     /// Processors.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpus: Option<u32>,

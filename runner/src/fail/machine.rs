@@ -90,6 +90,7 @@ impl From<host::Error> for Fail {
                 Fail::new(Code::Tool, format!("{what} is not installed")).at(looked).help("aquifer doctor")
             }
             E::Shape { what } => Fail::new(Code::Unsupported, format!("the host cannot run this machine: {what}")),
+            error @ E::Variables { .. } => Fail::new(Code::Unsupported, error.to_string()).help("aquifer doctor"),
             E::Io { path, action, source } => from_io(&path.display().to_string(), action, None, &source),
             E::Start { program, status, said } => {
                 Fail::new(Code::Guest, format!("{program} ended at its start ({status})")).at(program).cause(said)

@@ -27,6 +27,12 @@ pub enum Error {
         /// What, and the limit.
         what: String,
     },
+    /// No firmware here has variables of that length.
+    #[error("no UEFI firmware here keeps its variables in {bytes} bytes")]
+    Variables {
+        /// Their length.
+        bytes: u64,
+    },
     /// A file or process call failed.
     #[error("{path}: {action}: {source}")]
     Io {

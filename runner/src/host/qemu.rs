@@ -14,6 +14,7 @@
 
 mod accel;
 mod alone;
+mod board;
 mod command;
 mod firmware_files;
 mod nodes;
@@ -65,8 +66,11 @@ const RESUME_PROOF: Duration = Duration::from_millis(200);
 /// PCI devices a machine may have in all, disks and cards together; the board has 32 places and uses some itself.
 const PCI_DEVICES_MAX: usize = 24;
 
-/// Ports of the board's SATA controller.
+/// Ports of a SATA controller.
 const SATA_PORTS: usize = 6;
+
+/// Places on the old board's IDE controller.
+const IDE_PLACES: usize = 4;
 
 /// The host `qemu`.
 #[derive(Debug, Default)]
@@ -83,7 +87,7 @@ impl Host for Qemu {
         "qemu"
     }
 
-    fn check(&self, shape: &Shape) -> Result<()> {
+    fn check(&self, shape: &Shape) -> Result<Vec<String>> {
         check_limits(shape)?;
         let (major, minor) = version()?;
         if (major, minor) < VERSION_MIN {
@@ -91,9 +95,13 @@ impl Host for Qemu {
             return Err(Error::Observed { what: PROGRAM.into(), expected, found: format!("{major}.{minor}") });
         }
         if shape.firmware == Firmware::Uefi {
-            FirmwareFiles::find()?;
+            FirmwareFiles::find(shape.variables)?;
         }
-        Ok(())
+        Ok(board::named(shape.machine_type.as_deref()).note.into_iter().collect())
+    }
+
+    fn variables(&self, dir: &Path) -> PathBuf {
+        dir.join("nvram.fd")
     }
 
     fn start(&self, shape: &Shape, doors: &[Door], places: &Places) -> Result<Running> {
@@ -262,6 +270,10 @@ fn check_limits(shape: &Shape) -> Result<()> {
     let sata = shape.disks.iter().filter(|d| d.bus == Bus::Sata).count();
     if sata > SATA_PORTS {
         return refuse(format!("{sata} SATA disks; the board has {SATA_PORTS} ports"));
+    }
+    let ide = shape.disks.iter().filter(|d| d.bus == Bus::Ide).count();
+    if ide > IDE_PLACES {
+        return refuse(format!("{ide} IDE disks; the board has {IDE_PLACES} places"));
     }
     if shape.memory < 1 << 20 || !shape.memory.is_multiple_of(1 << 20) {
         return refuse(format!("{} bytes of memory; whole MiB are possible", shape.memory));

@@ -23,6 +23,12 @@ pub struct Shape {
     pub uuid: Uuid,
     /// What starts it.
     pub firmware: Firmware,
+    /// Its board, by QEMU's names, where somebody said which.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine_type: Option<String>,
+    /// Bytes of the UEFI variables it brings along; they lie in its folder before it starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variables: Option<u64>,
     /// Bytes of memory, whole MiB.
     pub memory: u64,
     /// Number of processors.
@@ -60,6 +66,33 @@ pub enum Bus {
     Sata,
     /// NVMe, a controller for each disk.
     Nvme,
+    /// The old board's own controller, two channels of two disks.
+    Ide,
+}
+
+/// Kinds of board.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Board {
+    /// PCI Express, SATA.
+    Q35,
+    /// PCI, IDE.
+    Pc,
+}
+
+impl Board {
+    /// The kind that a machine type belongs to; the newer one where nothing is said.
+    pub fn of(machine_type: Option<&str>) -> Self {
+        let old = |said: &str| said == "pc" || (said.starts_with("pc-") && !said.starts_with("pc-q35"));
+        if machine_type.is_some_and(old) { Self::Pc } else { Self::Q35 }
+    }
+
+    /// QEMU's name for its newest one.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Q35 => "q35",
+            Self::Pc => "pc",
+        }
+    }
 }
 
 /// A network card.

@@ -44,6 +44,7 @@ pub(super) fn parse(label: &str, text: &str) -> Result<Described> {
     }
     if let Some(os) = child(domain, "os") {
         described.firmware = Some(firmware(os));
+        described.nvram = text_of(os, "nvram");
         described.machine_type = child(os, "type").and_then(|kind| kind.attribute("machine")).map(str::to_owned);
     }
     let Some(devices) = child(domain, "devices") else { return Ok(described) };

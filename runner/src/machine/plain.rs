@@ -6,6 +6,7 @@
 //! uuid = "1b4e28ba-2fa1-11d2-883f-0016d3cca427"
 //! firmware = "uefi"                  # or "bios"
 //! machine_type = "q35"
+//! nvram = "/var/lib/libvirt/qemu/nvram/db01_VARS.fd"
 //! cpus = 2
 //! memory = "4GiB"
 //! [[disk]]
@@ -27,7 +28,7 @@ pub(super) fn parse(label: &str, text: &str) -> Result<Described> {
     let mut reader = Reader::new(label, text);
     let top = reader.parse();
     let top = top.get_ref();
-    let known = ["version", "name", "uuid", "firmware", "machine_type", "cpus", "memory", "disk", "nic"];
+    let known = ["version", "name", "uuid", "firmware", "machine_type", "nvram", "cpus", "memory", "disk", "nic"];
     reader.only(top, "the machine's description", &known);
     reader.integer(top, "version", 1..=1);
     let described = Described {
@@ -35,6 +36,7 @@ pub(super) fn parse(label: &str, text: &str) -> Result<Described> {
         uuid: reader.parsed(top, "uuid", |text| uuid::Uuid::try_parse(text).map_err(|e| e.to_string())),
         firmware: reader.parsed(top, "firmware", firmware),
         machine_type: reader.string(top, "machine_type"),
+        nvram: reader.string(top, "nvram"),
         cpus: reader.integer(top, "cpus", 1..=4096).and_then(|cpus| u32::try_from(cpus).ok()),
         memory: reader.parsed(top, "memory", |text| units::parse_bytes(text).map_err(|fail| fail.what)),
         disks: disks(&mut reader, top),

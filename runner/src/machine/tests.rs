@@ -9,7 +9,8 @@ const DOMAIN: &str = r#"<?xml version="1.0"?>
   <uuid>1b4e28ba-2fa1-11d2-883f-0016d3cca427</uuid>
   <memory unit='KiB'>4194304</memory>
   <vcpu placement='static' current='1'>2</vcpu>
-  <os firmware='efi'><type arch='x86_64' machine='pc-q35-7.2'>hvm</type></os>
+  <os firmware='efi'><type arch='x86_64' machine='pc-q35-7.2'>hvm</type>
+    <nvram template='/usr/share/OVMF/OVMF_VARS_4M.fd'>/var/lib/libvirt/qemu/nvram/db01_VARS.fd</nvram></os>
   <devices>
     <disk type='file' device='disk'>
       <driver name='qemu' type='qcow2'/>
@@ -31,6 +32,7 @@ name = "db01"
 uuid = "1b4e28ba-2fa1-11d2-883f-0016d3cca427"
 firmware = "uefi"
 machine_type = "pc-q35-7.2"
+nvram = "/var/lib/libvirt/qemu/nvram/db01_VARS.fd"
 cpus = 2
 memory = "4GiB"
 [[disk]]

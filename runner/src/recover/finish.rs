@@ -11,11 +11,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aquifer_mount::session::{Client, Folder, Registry, Spec, State, Status, control::Clients, traces};
+use aquifer_mount::session::{
+    Client, Folder, Registry, Spec, State, Status,
+    control::Clients,
+    status::{DiskStatus, Phase},
+    traces,
+};
 use aquifer_vdisk::{Overlay, unflushed};
 
 use super::{
-    door,
+    door, gone,
     record::{Machine, Wanted},
     start,
 };
@@ -28,6 +33,9 @@ use crate::{
 
 /// How often a session that is becoming local is looked at.
 const TICK: Duration = Duration::from_millis(200);
+
+/// How long a door of a session that is thrown away may take to end by itself.
+const DOOR_END_WAIT: Duration = Duration::from_secs(20);
 
 /// What `keep` left.
 #[derive(Clone, Debug)]
@@ -46,7 +54,7 @@ pub fn disk_file(spec: &Spec, disk: &str) -> PathBuf {
 /// Waits until everything is local. `tell` sees the session each time it was looked at.
 ///
 /// # Errors
-/// [`Code::Timeout`]; [`Code::State`] where nothing is being copied and something is missing; an interruption.
+/// [`Code::Timeout`]; [`Code::BlockCorrupt`] or [`Code::Failed`] where a copy has failed for good; an interruption.
 pub fn wait_local(client: &Client, limit: Option<Duration>, stop: Stop, tell: &mut dyn FnMut(&Status)) -> Result<()> {
     let start = Instant::now();
     loop {
@@ -55,13 +63,28 @@ pub fn wait_local(client: &Client, limit: Option<Duration>, stop: Stop, tell: &m
         if status.is_local() {
             return Ok(());
         }
+        if let Some(fail) = copy_failed(&status) {
+            return Err(fail);
+        }
         if let Some(limit) = limit.filter(|limit| start.elapsed() >= *limit) {
             let what = format!("{} was not local within {} s", status.name, limit.as_secs());
-            return Err(Fail::new(Code::Timeout, what));
+            return Err(Fail::new(Code::Timeout, what).help(format!("aquifer status {}", status.name)));
         }
         stop.check()?;
         stop.wait(TICK);
     }
+}
+
+/// Why a session will not become local by waiting: a copy of it has ended with something missing.
+pub fn copy_failed(status: &Status) -> Option<Fail> {
+    let ended = |disk: &&DiskStatus| disk.hydration.as_ref().is_some_and(|copy| copy.phase == Phase::Failed);
+    let disk = status.disks.iter().find(ended)?;
+    let copy = disk.hydration.as_ref()?;
+    let code = if copy.damaged.is_empty() { Code::Failed } else { Code::BlockCorrupt };
+    let what = format!("{} cannot become local: the copy of {} has failed", status.name, disk.name);
+    let fail = Fail::new(code, what).at(&disk.name).help(format!("aquifer status {}", status.name));
+    let fail = copy.damaged.first().map_or(fail.clone(), |(offset, _)| fail.offset(*offset));
+    Some(copy.error.as_ref().map_or(fail.clone(), |error| fail.cause(error)))
 }
 
 /// Makes the local disks the machine's only ones. Everything must be local.
@@ -145,11 +168,9 @@ pub fn discard(context: &Context, folder: &Folder) -> Result<()> {
             super::host(&machine.host)?.power_off(running, Duration::ZERO)?;
         }
     }
-    if folder.owner()?.is_some() {
-        let supervisor = door::supervisor(folder);
-        Client::of(folder.clone()).stop(Clients::Disconnect)?;
-        supervisor.as_ref().map_or(Ok(()), door::await_end)?;
-    }
+    end_door(folder)?;
+    // A command that was killed just when it had started the machine has not written down which process that is.
+    gone::kill(&gone::processes(folder.dir(), gone::Kind::Hypervisor))?;
     if spec.state.to(State::Dismounting).is_ok() {
         folder.transition(State::Dismounting, "finalize_discard", None)?;
     }
@@ -158,6 +179,21 @@ pub fn discard(context: &Context, folder: &Folder) -> Result<()> {
         remove_all(&spec.runtime_dir)?;
     }
     remove_all(&spec.dir)
+}
+
+/// Ends supervisor and door of a session that is thrown away: in order where they listen, by force where they do not.
+/// They may be on their way up still, by the hand of a command that was killed.
+fn end_door(folder: &Folder) -> Result<()> {
+    let deadline = Instant::now() + DOOR_END_WAIT;
+    while Instant::now() < deadline {
+        if gone::processes(folder.dir(), gone::Kind::Door).is_empty() {
+            return Ok(());
+        }
+        // One that cannot be told yet, or not any more, is asked again or is gone.
+        let _ = Client::of(folder.clone()).stop(Clients::Disconnect);
+        std::thread::sleep(TICK / 4);
+    }
+    gone::kill(&gone::processes(folder.dir(), gone::Kind::Door))
 }
 
 fn remove(path: &std::path::Path) -> Result<()> {

@@ -20,7 +20,10 @@ use super::{
 use crate::{
     context::{Context, quoted},
     fail::{Code, Fail, Result},
-    host::{Host, firmware},
+    host::{
+        self, Host,
+        firmware::{self, Firmware},
+    },
     machine::Described,
     repository::Hold,
     source::{SelectedDisk, SelectedPoint, SourceOptions, select},
@@ -44,6 +47,8 @@ pub struct Request {
     pub described: Option<Described>,
     /// What the command line says about it.
     pub wishes: Wishes,
+    /// Its UEFI variables.
+    pub nvram: Option<PathBuf>,
     /// Folder of the session.
     pub into: PathBuf,
     /// How the session behaves.
@@ -74,6 +79,8 @@ pub struct Plan {
     pub machine: Machine,
     /// Where it runs.
     pub host: &'static dyn Host,
+    /// Its UEFI variables, where it brings some along.
+    pub variables: Option<Vec<u8>>,
     /// What a person ought to know.
     pub warnings: Vec<String>,
     /// Keeps retention away from the point until the session's own hold does.
@@ -109,7 +116,18 @@ impl Plan {
         let decision = firmware::decide(named_firmware(&described, &request.wishes), &opened)?;
         shape.firmware = decision.firmware;
         warnings.extend(decision.hints.iter().cloned());
-        host.check(&shape)?;
+        let variables = variables(request, found.point.as_ref())?.filter(|_| shape.firmware == Firmware::Uefi);
+        shape.variables = variables.as_ref().and_then(|content| u64::try_from(content.len()).ok());
+        let mut variables = variables;
+        warnings.extend(match host.check(&shape) {
+            // A machine without its memory of boot entries starts by its fallback; one that is refused does not start.
+            Err(host::Error::Variables { bytes }) => {
+                (variables, shape.variables) = (None, None);
+                let what = format!("no UEFI firmware here keeps variables in {bytes} bytes; it starts with empty ones");
+                [vec![what], host.check(&shape)?].concat()
+            }
+            checked => checked?,
+        });
         check_space(&space_at, &disks, &request.options)?;
         let machine = Machine {
             host: host.name().to_owned(),
@@ -125,7 +143,8 @@ impl Plan {
             }),
         };
         let hold = found.point.map(|point| point.hold);
-        Ok(Self { name, dir, disks, options: request.options.clone(), machine, host, warnings, hold })
+        let options = request.options.clone();
+        Ok(Self { name, dir, disks, options, machine, host, variables, warnings, hold })
     }
 }
 
@@ -163,6 +182,17 @@ fn find_disks(context: &Context, request: &Request) -> Result<Found> {
     Ok(found)
 }
 
+/// What its firmware remembers: from the file somebody named, else with the point.
+fn variables(request: &Request, point: Option<&SelectedPoint>) -> Result<Option<Vec<u8>>> {
+    if let Some(path) = &request.nvram {
+        let label = path.display().to_string();
+        return Ok(Some(crate::verb::backup::machine::variables(path)?.content(&label)?));
+    }
+    let Some(point) = point else { return Ok(None) };
+    let stored = point.record.machine.variables.as_ref();
+    Ok(stored.map(|stored| stored.content(&format!("point {}", point.point.id))).transpose()?)
+}
+
 fn machine_name(request: &Request, described: &Described, dir: &Path) -> Result<String> {
     let folder = dir.file_name().and_then(|n| n.to_str()).unwrap_or_default();
     let name = request.name.as_deref().or(described.name.as_deref()).unwrap_or(folder);
@@ -192,6 +222,7 @@ fn place(into: &Path) -> Result<(PathBuf, PathBuf)> {
                 .help("choose another --into DIR"));
         }
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(e) if e.kind() == std::io::ErrorKind::NotADirectory => return Err(named()),
         Err(e) => return Err(Fail::io(path.display(), "look into", &e)),
     }
     let existing = path.ancestors().find(|p| p.is_dir()).ok_or_else(named)?;
@@ -233,9 +264,13 @@ fn check_space(at: &Path, disks: &[DiskSpec], options: &Options) -> Result<()> {
     if free >= need {
         return Ok(());
     }
+    let help = match options.preallocate {
+        Preallocate::Full => "choose another --into DIR, or leave out --preallocate",
+        _ => "choose another --into DIR",
+    };
     let what =
         format!("the recovery needs {} and {} has {} free", units::bytes(need), at.display(), units::bytes(free));
-    Err(Fail::new(Code::Capacity, what).at(at.display()).help("choose another --into DIR, or leave out --preallocate"))
+    Err(Fail::new(Code::Capacity, what).at(at.display()).help(help))
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use crate::{
     host::{
         Bus, Disk, Network, Nic, Shape,
         firmware::Firmware,
-        shape::{CPUS_DEFAULT, MEMORY_DEFAULT, NicModel},
+        shape::{Board, CPUS_DEFAULT, MEMORY_DEFAULT, NicModel},
     },
     machine::{Described, DescribedDisk, DescribedNic, FirmwareKind},
 };
@@ -52,9 +52,10 @@ pub fn named_firmware(described: &Described, wishes: &Wishes) -> Option<Firmware
 pub fn shape(name: &str, disks: &[String], described: &Described, wishes: &Wishes) -> Shaped {
     let mut warnings = Vec::new();
     let uuid = described.uuid.unwrap_or_else(Uuid::new_v4);
+    let board = Board::of(described.machine_type.as_deref());
     let disks = disks.iter().enumerate().map(|(index, disk)| {
         let said = said_about(described, disk, index);
-        let bus = bus(disk, said.and_then(|d| d.bus.as_deref()), &mut warnings);
+        let bus = bus(disk, said.and_then(|d| d.bus.as_deref()), board, &mut warnings);
         Disk { name: disk.clone(), bus, boot_order: said.and_then(|d| d.boot_order) }
     });
     let disks = disks.collect();
@@ -67,6 +68,8 @@ pub fn shape(name: &str, disks: &[String], described: &Described, wishes: &Wishe
         name: name.to_owned(),
         uuid,
         firmware: Firmware::Bios,
+        machine_type: described.machine_type.clone(),
+        variables: None,
         // Descriptions may hold odd kilobytes; a machine has whole mebibytes, and not less than was said.
         memory: memory.next_multiple_of(1 << 20),
         cpus: wishes.cpus.or(described.cpus).unwrap_or(CPUS_DEFAULT),
@@ -103,6 +106,8 @@ pub fn stored(description: &MachineDescription) -> Described {
             StoredFirmware::Uefi => FirmwareKind::Uefi,
         }),
         machine_type: description.machine_type.clone(),
+        // The file it was is not the machine's any more; its content is with the point.
+        nvram: None,
         cpus: description.cpus,
         memory: description.memory_bytes,
         disks: description.disks.iter().map(disk).collect(),
@@ -140,8 +145,9 @@ pub fn disk_names(found: &[String], described: &Described) -> Result<Vec<String>
     Err(Fail::new(Code::Usage, what).help("name each disk: --disk NAME=SOURCE"))
 }
 
-fn bus(disk: &str, said: Option<&str>, warnings: &mut Vec<String>) -> Bus {
+fn bus(disk: &str, said: Option<&str>, board: Board, warnings: &mut Vec<String>) -> Bus {
     match said {
+        Some("ide") if board == Board::Pc => Bus::Ide,
         None | Some("virtio") => Bus::Virtio,
         Some("scsi") => Bus::Scsi,
         Some("sata") => Bus::Sata,

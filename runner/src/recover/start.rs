@@ -7,6 +7,8 @@
 
 use std::{
     fs,
+    io::Write,
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -85,6 +87,12 @@ fn prepare(context: &Context, plan: &Plan, undo: &mut Undo) -> Result<Folder> {
         Spec::new(&plan.name, &plan.dir, &runtime, plan.disks.clone(), plan.options.clone(), Timestamp::now())?;
     spec.host = plan.machine.to_json();
     let folder = undo.make(&spec)?;
+    if let Some(content) = &plan.variables {
+        let path = plan.host.variables(folder.dir());
+        let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+        let written = file.and_then(|mut file| file.write_all(content).and_then(|()| file.sync_all()));
+        written.map_err(|e| Fail::io(path.display(), "write", &e))?;
+    }
     let registry = Registry::new(&context.home()?);
     registry.add(&spec)?;
     undo.registry = Some((registry, spec.id));

@@ -110,6 +110,9 @@ impl View {
         let _ = writeln!(out, "  local    {}", self.local_sentence());
         for disk in &status.disks {
             let _ = writeln!(out, "  {}", disk_line(disk));
+            for trouble in troubles(disk) {
+                let _ = writeln!(out, "           {trouble}");
+            }
             for parked in &disk.parked {
                 let _ = writeln!(
                     out,
@@ -239,7 +242,7 @@ fn disk_line(disk: &DiskStatus) -> String {
         Some(Phase::Paused) => "paused",
         Some(Phase::Waiting) => "waiting for the source",
         Some(Phase::NoSpace) => "waiting for space",
-        Some(Phase::Failed) => "copy failed, see aquifer events",
+        Some(Phase::Failed) => "the copy failed",
         Some(Phase::Done) => "local",
         None if overlay.absent == 0 => "local",
         None => "not copied",
@@ -272,6 +275,26 @@ fn reads_line(status: &Status) -> String {
         parts.push(format!("boot trace {percent} % fetched"));
     }
     if parts.is_empty() { String::new() } else { format!("  reads    {}\n", parts.join("; ")) }
+}
+
+/// What keeps a disk from becoming local or puts bytes in doubt, in sentences.
+fn troubles(disk: &DiskStatus) -> Vec<String> {
+    let mut out = Vec::new();
+    if let Some(why) = &disk.source_away {
+        out.push(format!("its source cannot be opened: {why}"));
+    }
+    if let Some(copy) = disk.hydration.as_ref().filter(|copy| copy.phase != Phase::Done) {
+        if let Some((offset, _)) = copy.damaged.first() {
+            let bytes = copy.damaged.iter().map(|(_, len)| len).sum();
+            out.push(format!("its source is damaged: {} cannot be copied, the first at {offset}", units::bytes(bytes)));
+        }
+        out.extend(copy.error.as_ref().map(|error| format!("last error: {error}")));
+    }
+    if let Some((offset, len)) = disk.doubtful.first() {
+        let more = disk.doubtful.len() - 1;
+        out.push(format!("after a failed sync {len} bytes at {offset} are in doubt, and {more} other ranges"));
+    }
+    out
 }
 
 /// `█` hydrated, `▓` written by the guest, `░` waiting.

@@ -37,7 +37,16 @@ pub(super) fn disks(
     point: &PointRef,
     disk: Option<&str>,
 ) -> Result<(Vec<SelectedDisk>, SelectedPoint)> {
-    let repo = repository::open(context)?;
+    // Whoever mistyped the name of a file has named a machine without knowing.
+    let nowhere = |fail: Fail| match fail.code {
+        Code::NoRepository if fail.at.is_none() => {
+            let what =
+                format!("there is no file `{machine}` here, and no repository was named to look for a machine in");
+            Fail { what, do_: None, ..fail }.help("write a path with a `/`, or name the repository: aquifer -r DIR")
+        }
+        _ => fail,
+    };
+    let repo = repository::open(context).map_err(nowhere)?;
     let (machine, point) = repository::find(&repo, machine, point)?;
     let hold = Arc::new(Hold::read(&repo, &machine, &point, repository::holder(context.out.verb()))?);
     let Some(record) = point.record.clone() else {

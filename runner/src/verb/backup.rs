@@ -10,7 +10,7 @@
 
 mod changed;
 mod feed;
-mod machine;
+pub(crate) mod machine;
 mod resume;
 
 use std::{path::PathBuf, sync::Arc, time::Instant};
@@ -51,6 +51,9 @@ pub struct Args {
     /// The machine's description: TOML or libvirt domain XML
     #[arg(long = "machine", value_name = "FILE")]
     pub description: Option<PathBuf>,
+    /// The file with its UEFI variables (libvirt's <nvram>), to travel with the point
+    #[arg(long, value_name = "FILE")]
+    pub nvram: Option<PathBuf>,
     /// Store everything, standing on no earlier point
     #[arg(long)]
     pub full: bool,

@@ -10,19 +10,20 @@ use crate::{
     confirm::confirm,
     context::{Context, quoted},
     fail::{Code, Fail, Result},
-    recover::{finish, start, view::View},
+    recover::{finish, gone, start, view::View},
     stop::Stop,
     units,
 };
 
 /// Options of `finalize`.
 #[derive(Debug, clap::Args)]
+#[command(group(clap::ArgGroup::new("end").required(true).args(["keep", "discard"])))]
 pub struct Args {
     /// The session
     #[arg(value_name = "SESSION")]
     pub session: String,
     /// Keep the machine: its local disk becomes its only one
-    #[arg(long, alias = "migrate", required_unless_present = "discard", conflicts_with = "discard")]
+    #[arg(long, alias = "migrate")]
     pub keep: bool,
     /// Stop the machine and delete everything it wrote
     #[arg(long)]
@@ -39,7 +40,21 @@ pub struct Args {
 }
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
-    let folder = Registry::new(&context.home()?).resolve(&args.session)?;
+    let registry = Registry::new(&context.home()?);
+    if args.discard
+        && let Some(pointer) = gone::find(&registry, &args.session)?
+    {
+        let loss = format!("what is left of {} is ended; its folder {} is gone", pointer.name, pointer.dir.display());
+        if args.dry.dry_run {
+            context.out.line(loss);
+            return Ok(());
+        }
+        confirm(context, &args.confirm, &loss)?;
+        gone::clear(&registry, &pointer)?;
+        context.out.line(format_args!("{} is gone", pointer.name));
+        return Ok(());
+    }
+    let folder = registry.resolve(&args.session)?;
     let view = View::of(&folder)?;
     let operation = if args.discard { "discard" } else { "keep" };
     let goes_on = view.status.state == State::Dismounting;

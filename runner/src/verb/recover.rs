@@ -63,6 +63,9 @@ pub struct Args {
     /// What starts it [default: from its description, else what its disks say]
     #[arg(long, value_name = "KIND", value_parser = firmware)]
     pub firmware: Option<Firmware>,
+    /// A file with its UEFI variables [default: those its restore point carries, else empty ones]
+    #[arg(long, value_name = "FILE")]
+    pub nvram: Option<PathBuf>,
     /// Where its network cards are plugged in: user (reaches out, cannot be reached) or none
     #[arg(long, value_name = "KIND", default_value = "user", value_parser = network)]
     pub network: Network,
@@ -151,6 +154,7 @@ fn requests(context: &Context, args: &Args) -> Result<Vec<Request>> {
         name,
         described: described.clone(),
         wishes: wishes.clone(),
+        nvram: args.nvram.clone(),
         into,
         options: options.clone(),
     };
@@ -158,8 +162,9 @@ fn requests(context: &Context, args: &Args) -> Result<Vec<Request>> {
         [] => Ok(vec![base(From::Disks(args.disk.clone()), args.name.clone(), args.into.clone())]),
         [only] => Ok(vec![base(From::Source(only.clone()), args.name.clone(), args.into.clone())]),
         many => {
-            if args.name.is_some() || args.machine.is_some() {
-                let what = "--name and --machine describe one machine, and several sources are several machines";
+            if args.name.is_some() || args.machine.is_some() || args.nvram.is_some() {
+                let what =
+                    "--name, --machine and --nvram are for one machine, and several sources are several machines";
                 return Err(Fail::new(Code::Usage, what));
             }
             let mut requests: Vec<Request> = Vec::new();

@@ -8,7 +8,7 @@ use crate::{
     context::Context,
     fail::{Code, Result},
     output::Form,
-    recover::view::View,
+    recover::{gone, view::View},
 };
 
 /// How often a watched screen is drawn again.
@@ -72,6 +72,11 @@ fn once(context: &Context, args: &Args, screen: &mut String) -> Result<()> {
             Ok(view) => {
                 show(&view);
                 last = Some(view);
+            }
+            Err(_) if gone::is_gone(&pointer.dir) => {
+                let what = format!("{}: its folder {} is gone", pointer.name, pointer.dir.display());
+                let help = context.invocation(&format!("finalize {} --discard", pointer.id));
+                context.out.warn(Code::WarnSkipped, what, Some(&help));
             }
             // One session that cannot be looked at does not hide the others.
             Err(fail) => {

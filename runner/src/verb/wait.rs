@@ -11,7 +11,7 @@ use crate::{
     context::Context,
     fail::{Code, Fail, Result},
     host::Power,
-    recover::view::View,
+    recover::{finish, view::View},
     units,
 };
 
@@ -99,6 +99,11 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
             context.out.closing("seconds", start.elapsed().as_secs_f64());
             context.out.closing("state", view.status.state.to_string());
             return Ok(());
+        }
+        if args.state == Goal::Local
+            && let Some(fail) = finish::copy_failed(&view.status)
+        {
+            return Err(fail);
         }
         if args.state.out_of_reach(&view) {
             return Err(Fail::new(Code::State, format!("{} is {}", view.status.name, view.status.state)));

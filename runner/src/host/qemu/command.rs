@@ -14,9 +14,11 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::{Accel, FirmwareFiles, alone, nodes, socket};
+use super::{Accel, FirmwareFiles, alone, board, nodes, socket};
 use crate::host::{
-    Bus, Disk, Door, Error, Network, Nic, Places, Process, Result, Running, Shape, firmware::Firmware, shape::NicModel,
+    Bus, Door, Error, Host, Network, Nic, Places, Process, Result, Running, Shape,
+    firmware::Firmware,
+    shape::{Board, NicModel},
 };
 
 const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
@@ -37,14 +39,14 @@ impl Line {
             return Err(Error::Shape { what });
         }
         let firmware = match shape.firmware {
-            Firmware::Uefi => Some(FirmwareFiles::find()?),
+            Firmware::Uefi => Some(FirmwareFiles::find(shape.variables)?),
             Firmware::Bios => None,
         };
         let mut line = Self { args: Vec::new(), places: places.clone(), accel, firmware };
         line.board(shape);
         line.monitors();
-        for (index, (disk, door)) in shape.disks.iter().zip(doors).enumerate() {
-            line.disk(index, disk, door, order(shape, index));
+        for (index, door) in doors.iter().enumerate() {
+            line.disk(shape, index, door);
         }
         for (index, nic) in shape.nics.iter().enumerate() {
             line.nic(index, nic, shape.network);
@@ -100,7 +102,7 @@ impl Line {
     }
 
     fn variables(&self) -> PathBuf {
-        self.places.dir.join("nvram.fd")
+        super::Qemu.variables(&self.places.dir)
     }
 
     fn add(&mut self, option: &str, value: impl Into<OsString>) {
@@ -119,7 +121,7 @@ impl Line {
         self.add("-sandbox", SANDBOX);
         self.add("-pidfile", alone::number_file(&self.places.dir));
         self.add("-msg", "timestamp=on");
-        let mut machine = "q35,vmport=off".to_owned();
+        let mut machine = format!("{},vmport=off", board::named(shape.machine_type.as_deref()).name);
         if let Some(files) = self.firmware.clone() {
             machine.push_str(",pflash0=code,pflash1=variables");
             let flash = |name: &str, file: &Path, read_only: bool| {
@@ -137,6 +139,9 @@ impl Line {
         self.add("-rtc", "base=utc,driftfix=slew");
         self.json("-object", &json!({ "qom-type": "rng-random", "id": "rng", "filename": "/dev/urandom" }));
         self.json("-device", &json!({ "driver": "virtio-rng-pci", "rng": "rng" }));
+        if old_board(shape) && shape.disks.iter().any(|d| d.bus == Bus::Sata) {
+            self.json("-device", &json!({ "driver": "ich9-ahci", "id": "ahci" }));
+        }
         if shape.disks.iter().any(|d| d.bus == Bus::Scsi) {
             self.json("-device", &json!({ "driver": "virtio-scsi-pci", "id": "scsi" }));
         }
@@ -157,7 +162,10 @@ impl Line {
         self.add("-vnc", joined(&[&"unix:", &escaped(&socket(&self.places, "vnc.sock"))]));
     }
 
-    fn disk(&mut self, index: usize, disk: &Disk, door: &Door, boot_order: Option<u32>) {
+    fn disk(&mut self, shape: &Shape, index: usize, door: &Door) {
+        let Some(disk) = shape.disks.get(index) else { return };
+        // Its place among those on the same controller.
+        let place = shape.disks.iter().take(index).filter(|other| other.bus == disk.bus).count();
         let [raw, nbd, _] = nodes::names(index);
         self.json("-blockdev", &nodes::door(&nbd, door));
         self.json("-blockdev", &nodes::raw(&raw, &nbd));
@@ -167,13 +175,20 @@ impl Line {
             Bus::Scsi => {
                 json!({ "driver": "scsi-hd", "bus": "scsi.0", "scsi-id": index, "rerror": "stop", "werror": "stop" })
             }
-            Bus::Sata => json!({ "driver": "ide-hd", "rerror": "stop", "werror": "stop" }),
+            Bus::Sata => {
+                let bus = format!("{}.{place}", if old_board(shape) { "ahci" } else { "ide" });
+                json!({ "driver": "ide-hd", "bus": bus, "rerror": "stop", "werror": "stop" })
+            }
+            Bus::Ide => {
+                let bus = format!("ide.{}", place / 2);
+                json!({ "driver": "ide-hd", "bus": bus, "unit": place % 2, "rerror": "stop", "werror": "stop" })
+            }
             // NVMe has no such setting: it reports errors to the guest, after the whole of the door's patience.
             Bus::Nvme => json!({ "driver": "nvme", "serial": format!("disk{index}") }),
         };
         if let (Value::Object(device), Value::Object(more)) = (&mut device, more) {
             device.extend(more);
-            if let Some(order) = boot_order {
+            if let Some(order) = order(shape, index) {
                 device.insert("bootindex".into(), json!(order));
             }
         }
@@ -201,6 +216,10 @@ impl Line {
 pub(super) fn sockets(running: &Running) -> impl Iterator<Item = &Path> {
     let named = [&running.orders, &running.events, &running.console];
     named.into_iter().map(PathBuf::as_path).chain(running.screen.as_deref())
+}
+
+fn old_board(shape: &Shape) -> bool {
+    Board::of(shape.machine_type.as_deref()) == Board::Pc
 }
 
 /// A disk's place in the boot order, if it has one.

@@ -27,13 +27,19 @@ pub(super) struct FirmwareFiles {
 }
 
 impl FirmwareFiles {
-    pub(super) fn find() -> Result<Self> {
+    /// The first that is there; for a machine that brings variables along, the first whose own have that length.
+    pub(super) fn find(variables: Option<u64>) -> Result<Self> {
         let described = DESCRIPTORS.iter().flat_map(|dir| descriptors(Path::new(dir)));
         let described = described.filter_map(|path| from_descriptor(&fs::read_to_string(path).ok()?));
         let known = KNOWN.iter().map(|(code, vars)| Self { code: code.into(), variables: vars.into() });
         let mut all = described.chain(known);
-        let found = all.find(|files| files.code.is_file() && files.variables.is_file());
-        found.ok_or_else(|| Error::Missing { what: "UEFI firmware (OVMF)", looked: DESCRIPTORS.join(", ") })
+        let length = |files: &Self| fs::metadata(&files.variables).ok().filter(fs::Metadata::is_file).map(|m| m.len());
+        let there = |files: &Self| length(files).filter(|_| files.code.is_file());
+        let found = all.find(|files| there(files).is_some_and(|len| variables.is_none_or(|own| own == len)));
+        found.ok_or_else(|| match variables {
+            Some(bytes) if Self::find(None).is_ok() => Error::Variables { bytes },
+            _ => Error::Missing { what: "UEFI firmware (OVMF)", looked: DESCRIPTORS.join(", ") },
+        })
     }
 }
 
@@ -89,6 +95,10 @@ mod tests {
 
     #[test]
     fn the_machine_that_runs_the_tests_has_some() {
-        assert!(FirmwareFiles::find().expect("ovmf is installed by scripts/setup.sh").code.is_file());
+        let found = FirmwareFiles::find(None).expect("ovmf is installed by scripts/setup.sh");
+        assert!(found.code.is_file());
+        let own = fs::metadata(&found.variables).expect("variables").len();
+        assert!(FirmwareFiles::find(Some(own)).is_ok());
+        assert!(matches!(FirmwareFiles::find(Some(own + 1)), Err(Error::Variables { .. })));
     }
 }

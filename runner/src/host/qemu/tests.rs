@@ -8,6 +8,8 @@ fn shape() -> Shape {
         name: "m".into(),
         uuid: uuid::Uuid::nil(),
         firmware: Firmware::Bios,
+        machine_type: None,
+        variables: None,
         memory: MEMORY_DEFAULT,
         cpus: 2,
         disks: vec![Disk { name: "vda".into(), bus: Bus::Virtio, boot_order: None }],

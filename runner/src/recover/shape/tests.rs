@@ -60,7 +60,8 @@ fn a_stored_description_comes_back_whole() {
         name: "db01".into(),
         uuid: Some(Uuid::from_u128(7)),
         firmware: Some(StoredFirmware::Uefi),
-        machine_type: Some("q35".into()),
+        machine_type: Some("pc-q35-7.2".into()),
+        variables: None,
         cpus: Some(3),
         memory_bytes: Some(1 << 30),
         disks: vec![DiskDescription {
@@ -80,5 +81,14 @@ fn a_stored_description_comes_back_whole() {
     assert_eq!(back.firmware, Some(FirmwareKind::Uefi));
     let shape = shape("db01", &["sda".into()], &back, &Wishes::default()).shape;
     assert_eq!(shape.disks, [Disk { name: "sda".into(), bus: Bus::Scsi, boot_order: Some(1) }]);
+    assert_eq!(shape.machine_type.as_deref(), Some("pc-q35-7.2"));
     assert_eq!(shape.nics, [Nic { mac: "52:54:00:12:34:56".into(), model: NicModel::E1000e }]);
+}
+
+#[test]
+fn the_old_board_has_its_own_controller() {
+    let said = described("version = 1\nmachine_type = \"pc-i440fx-7.2\"\n[[disk]]\nname = \"hda\"\nbus = \"ide\"\n");
+    let shaped = shape("old", &["hda".into()], &said, &Wishes::default());
+    assert_eq!(shaped.shape.disks[0].bus, Bus::Ide);
+    assert!(shaped.warnings.is_empty(), "{:?}", shaped.warnings);
 }

@@ -1,14 +1,16 @@
 //! The machine's description as it travels with the point.
 
+use std::{fs, io::Read, path::Path};
+
 use aquifer_formats::repo::{
-    DiskName,
+    DiskName, UefiVariables, VARIABLES_BYTES_MAX,
     record::{DiskDescription, Firmware, MachineDescription, NicDescription},
 };
 
 use super::{Args, Wanted};
 use crate::{
-    context::Context,
-    fail::{Code, Result},
+    context::{Context, quoted},
+    fail::{Code, Fail, Result},
     machine::{Described, DescribedDisk, FirmwareKind},
 };
 
@@ -31,7 +33,17 @@ pub(super) fn describe(context: &Context, args: &Args, wanted: &[Wanted]) -> Res
     for left in said.disks.iter().filter(|known| wanted.iter().all(|disk| disk.name.as_str() != known.name)) {
         context.out.warn(Code::WarnSkipped, left_out(left), Some(&format!("add --disk {}=SOURCE", left.name)));
     }
+    let variables = match (&args.nvram, &said.nvram) {
+        (Some(path), _) => Some(variables(path)?),
+        (None, Some(path)) => {
+            let what = format!("the machine's UEFI variables ({path}) are not backed up");
+            context.out.warn(Code::WarnSkipped, what, Some(&format!("add --nvram {}", quoted(path))));
+            None
+        }
+        (None, None) => None,
+    };
     Ok(MachineDescription {
+        variables,
         name: said.name.unwrap_or_else(|| args.machine.clone()),
         uuid: said.uuid,
         firmware: said.firmware.map(|kind| match kind {
@@ -48,6 +60,17 @@ pub(super) fn describe(context: &Context, args: &Args, wanted: &[Wanted]) -> Res
             .map(|nic| NicDescription { mac: nic.mac, network: nic.network, model: nic.model })
             .collect(),
     })
+}
+
+/// The content of a file of UEFI variables.
+pub(crate) fn variables(path: &Path) -> Result<UefiVariables> {
+    let label = path.display().to_string();
+    let read = |e: &std::io::Error| Fail::io(&label, "read", e);
+    let mut content = Vec::new();
+    let file = fs::File::open(path).map_err(|e| read(&e))?;
+    // One byte more than can be: what is too long is refused, not cut.
+    file.take(u64::from(VARIABLES_BYTES_MAX) + 1).read_to_end(&mut content).map_err(|e| read(&e))?;
+    Ok(UefiVariables::of(&label, &content)?)
 }
 
 fn left_out(disk: &DescribedDisk) -> String {

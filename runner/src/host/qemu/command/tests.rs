@@ -17,6 +17,8 @@ fn shape(buses: &[Bus]) -> Shape {
         name: "db01".into(),
         uuid: uuid::Uuid::nil(),
         firmware: Firmware::Bios,
+        machine_type: None,
+        variables: None,
         memory: MEMORY_DEFAULT,
         cpus: 2,
         disks: buses.iter().enumerate().map(disk).collect(),
@@ -65,4 +67,18 @@ fn the_boot_order_is_the_described_one() {
     let starts: Vec<bool> =
         args.iter().filter(|a| a.contains("\"drive\":")).map(|a| a.contains("\"bootindex\":1")).collect();
     assert_eq!(starts, [false, true]);
+}
+
+#[test]
+fn the_old_board_has_two_channels_of_two() {
+    let old = Shape { machine_type: Some("pc".into()), ..shape(&[Bus::Ide, Bus::Sata, Bus::Ide, Bus::Ide]) };
+    let args = line(&old);
+    assert!(args.contains(&"pc,vmport=off".to_owned()), "{args:?}");
+    let places: Vec<String> = args
+        .iter()
+        .filter(|a| a.contains("\"drive\":"))
+        .map(|a| serde_json::from_str::<Value>(a).expect("JSON"))
+        .map(|d| format!("{}:{}", d["bus"].as_str().unwrap_or("?"), d["unit"]))
+        .collect();
+    assert_eq!(places, ["ide.0:0", "ahci.0:null", "ide.0:1", "ide.1:0"]);
 }
