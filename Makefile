@@ -5,7 +5,7 @@ export PATH := $(HOME)/.cargo/bin:$(PATH)
 CARGO ?= cargo
 BIN := $(or $(CARGO_TARGET_DIR),target)/release/aquifer
 
-.PHONY: help setup build test test-long bench lint deny man demo clean
+.PHONY: help setup build test test-long proofs bench lint deny man demo clean
 
 help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,14 @@ test-long: setup ## the same with many more cases, whole guests and the licence 
 	AQUIFER_TEST_SCALE=$${AQUIFER_TEST_SCALE:-20} AQUIFER_TEST_LONG=1 $(CARGO) test --workspace --locked --release --quiet
 	AQUIFER_TEST_SCALE=$${AQUIFER_TEST_SCALE:-20} $(CARGO) test -p aquifer-tests --features schedule --test schedule --locked --release --quiet
 	$(MAKE) deny
+
+LEDGER := $(CURDIR)/target/proofs.jsonl
+proofs: setup    ## count what the tests prove, into docs/proofs.md
+	rm -f $(LEDGER)
+	AQUIFER_LEDGER=$(LEDGER) $(CARGO) test -p aquifer-tests --test it --locked --quiet -- \
+		crash:: overlay:: stored:: filesystems:: kill:: fuzz_smoke::
+	AQUIFER_LEDGER=$(LEDGER) $(CARGO) test -p aquifer-tests --features planted --test planted --locked --quiet
+	scripts/proofs.py $(LEDGER) $(LONG_LEDGER) > target/proofs.md && mv target/proofs.md docs/proofs.md
 
 bench: build     ## figures against the peers, in one run
 	scripts/bench/main.py $(GROUPS)

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aquifer_tests::{fuzz, oracle::cases, qemu, rng::Rng};
+use aquifer_tests::{fuzz, ledger::Ledger, oracle::cases, qemu, rng::Rng};
 
 /// Address space of the child: its threads and libraries take about a quarter.
 const ADDRESS_SPACE: &str = "1073741824";
@@ -36,6 +36,7 @@ fn run_bounded(child: &str, folder: &Path) {
 
 /// Feeds `target` mutations of every seed; what makes it panic or dawdle is kept.
 fn mutate_and_run(target: fn(&[u8]), rounds: u32) {
+    let ledger = Ledger::begin("fuzzing");
     let folder = PathBuf::from(env::var_os(SEEDS).expect("started by its parent test"));
     let mut seeds: Vec<_> = fs::read_dir(&folder).expect("seeds").map(|e| e.expect("a seed").path()).collect();
     seeds.sort();
@@ -57,6 +58,7 @@ fn mutate_and_run(target: fn(&[u8]), rounds: u32) {
             }
         }
     }
+    ledger.tell("42", &[("inputs", u64::from(rounds) * seeds.len() as u64)]);
 }
 
 /// One change of the kind that finds parsers' mistakes: fields near their limits, cuts, splices.
@@ -476,4 +478,57 @@ fn boot_traces_survive_hostile_bytes() {
 #[ignore = "run by its parent test, in a bounded process"]
 fn trace_child() {
     mutate_and_run(fuzz::trace, cases(20_000));
+}
+
+/// A record of a session with two disks of different chains.
+fn session_seeds(folder: &Path) {
+    let text = r#"{"version":1,"id":"0190a000-0000-7000-8000-000000000001","name":"web","dir":"/var/lib/s",
+        "runtime_dir":"/run/s","disks":[{"name":"vda","chain":{"kind":"image","path":"/a.qcow2","format":null},
+        "size":4096,"fingerprint":"FP"}],"options":{"rate":5},
+        "created":"2026-01-01T00:00:00Z","machine":{"a":[1]},"host":null,"state":"Queued"}"#;
+    let text = text.replace("FP", &"ab".repeat(32));
+    serde_json::from_str::<aquifer_mount::session::Spec>(&text).expect("seeds are valid");
+    fs::write(folder.join("0"), &text).expect("write");
+    let dir = Path::new("/var/lib/aquifer/s");
+    let disk = |name: &str| aquifer_mount::session::DiskSpec {
+        name: name.into(),
+        chain: aquifer_tests::chains::image(Path::new("/srv/base.qcow2")),
+        size: 1 << 20,
+        fingerprint: "cd".repeat(32),
+    };
+    let disks = vec![disk("vda"), disk("vdb")];
+    let options = aquifer_mount::session::Options::default();
+    let created = "2026-01-01T00:00:00Z".parse().expect("a time");
+    let spec = aquifer_mount::session::Spec::new("web", dir, Path::new("/run/aquifer"), disks, options, created);
+    let text = serde_json::to_vec(&spec.expect("a session")).expect("text");
+    fs::write(folder.join("1"), &text).expect("write");
+    fuzz::session(&text);
+}
+
+#[test]
+fn session_records_survive_hostile_bytes() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    session_seeds(folder.path());
+    run_bounded("fuzz_smoke::session_child", folder.path());
+}
+
+#[test]
+#[ignore = "run by its parent test, in a bounded process"]
+fn session_child() {
+    mutate_and_run(fuzz::session, cases(5000));
+}
+
+#[test]
+fn overlays_survive_hostile_bytes() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    for (number, seed) in fuzz::overlay_seeds().iter().enumerate() {
+        fs::write(folder.path().join(number.to_string()), seed).expect("write");
+    }
+    run_bounded("fuzz_smoke::overlay_child", folder.path());
+}
+
+#[test]
+#[ignore = "run by its parent test, in a bounded process"]
+fn overlay_child() {
+    mutate_and_run(fuzz::overlay, cases(1200));
 }

@@ -6,6 +6,7 @@ mod chain;
 mod chain_files;
 mod confine;
 mod crash;
+mod filesystems;
 mod first_minutes;
 mod foreign;
 mod fuse;

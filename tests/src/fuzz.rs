@@ -3,6 +3,8 @@
 //! The same functions run under libFuzzer (`fuzz/`) and, for a few seconds over mutated seeds, in
 //! `tests/it/fuzz_smoke.rs`. They may only panic where the parser broke a promise.
 
+mod overlay;
+
 use std::sync::Arc;
 
 use aquifer_formats::{
@@ -14,6 +16,7 @@ use aquifer_formats::{
     vmdk::Vmdk,
 };
 
+pub use self::overlay::{overlay, overlay_seeds};
 use crate::{door, mend, rng::Rng};
 
 /// Most blocks that are decoded of one input; one hostile table can name the same one a thousand times.
@@ -120,6 +123,23 @@ pub fn record(data: &[u8]) {
         5 => drop(r::decode::<r::MachineRecord>("fuzz", data)),
         _ => drop(r::decode::<r::OwnerRecord>("fuzz", data)),
     }
+}
+
+/// Any bytes as `session.json`: what passes the check is within its bounds and survives being written again.
+pub fn session(data: &[u8]) {
+    use aquifer_mount::session::{Spec, is_name};
+    let Ok(spec) = serde_json::from_slice::<Spec>(data) else { return };
+    if spec.check(std::path::Path::new("session.json")).is_err() {
+        return;
+    }
+    assert!(is_name(&spec.name) && spec.dir.is_absolute() && (1..=64).contains(&spec.disks.len()));
+    for disk in &spec.disks {
+        assert!(is_name(&disk.name) && i64::try_from(disk.size).is_ok_and(|size| size > 0), "{disk:?}");
+        assert!(spec.disk_dir(&disk.name).starts_with(&spec.dir), "{disk:?} leaves its folder");
+    }
+    let text = serde_json::to_vec(&spec).expect("a record");
+    let again: Spec = serde_json::from_slice(&text).expect("what we write we read");
+    assert_eq!(serde_json::to_vec(&again).expect("a record"), text);
 }
 
 /// Bytes of the disk that the NBD targets serve and read.

@@ -14,6 +14,7 @@ pub mod door;
 pub mod explore;
 pub mod failing;
 pub mod faults;
+pub mod filesystems;
 pub mod foreign;
 pub mod fuzz;
 pub mod guest;
