@@ -24,6 +24,9 @@ pub mod repo;
 mod runs;
 pub mod storage;
 mod tables;
+pub mod vdi;
+pub mod vhd;
+pub mod vhdx;
 pub mod vmdk;
 
 pub use error::{Error, Result};

@@ -181,6 +181,43 @@ fn vmdk_seeds(folder: &Path) {
     }
 }
 
+/// Small disks of both generations and of VirtualBox, with and without a parent.
+fn hyperv_seeds(folder: &Path) {
+    use aquifer_tests::foreign::hyperv::{Sectors, VhdChild, VhdxChild};
+    let sectors: Sectors = [(0, [1; 512]), (9, [2; 512])].into();
+    let (id, parent, paths) = ([1; 16], [2; 16], &[("relative_path", ".\\p.vhdx")][..]);
+    let (size, block) = (1 << 20, 1 << 20);
+    let child = VhdxChild { id, parent, paths, size, block, sectors: &sectors, zero_blocks: &[] };
+    fs::write(folder.join("0"), child.bytes()).expect("write");
+    let mut logged = child.bytes();
+    logged[0x1_0030..0x1_0040].fill(9);
+    let mut entry = vec![0; 8192];
+    for (at, bytes) in [
+        (0, &b"loge"[..]),
+        (8, &8192u32.to_le_bytes()),
+        (16, &1u64.to_le_bytes()),
+        (24, &1u32.to_le_bytes()),
+        (32, &[9; 16]),
+        (64, b"desc"),
+        (80, &(3u64 << 20).to_le_bytes()),
+        (88, &1u64.to_le_bytes()),
+        (4096, b"data"),
+        (8188, &1u32.to_le_bytes()),
+    ] {
+        entry[at..at + bytes.len()].copy_from_slice(bytes);
+    }
+    logged[1 << 20..(1 << 20) + 8192].copy_from_slice(&entry);
+    fs::write(folder.join("1"), logged).expect("write");
+    let child = VhdChild { id, parent, relative: ".\\p.vhd", size: 4096 * 512, sectors: &sectors };
+    fs::write(folder.join("2"), child.bytes()).expect("write");
+    for (name, format, options) in
+        [("3", "vhdx", "block_size=1M"), ("4", "vpc", "force_size=on"), ("5", "vdi", "static=off")]
+    {
+        let path = folder.join(name);
+        qemu::img(&["create", "-q", "-f", format, "-o", options, qemu::text(&path), "1M"]);
+    }
+}
+
 /// Blocks in every encoding, behind the three bytes that say how to ask for them.
 fn codec_seeds(folder: &Path) {
     let raw: Vec<u8> = (0..40_000u32).flat_map(|i| (i / 3).to_le_bytes()).take(64 << 10).collect();
@@ -448,6 +485,19 @@ fn vmware_disks_survive_hostile_bytes() {
 #[ignore = "run by its parent test, in a bounded process"]
 fn vmdk_child() {
     mutate_and_run(fuzz::vmdk, cases(1000));
+}
+
+#[test]
+fn hyper_v_disks_survive_hostile_bytes() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    hyperv_seeds(folder.path());
+    run_bounded("fuzz_smoke::hyperv_child", folder.path());
+}
+
+#[test]
+#[ignore = "run by its parent test, in a bounded process"]
+fn hyperv_child() {
+    mutate_and_run(fuzz::hyperv, cases(40));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Disks of other products: writers for what no tool here makes, and a comparison with an oracle that
 //! does not take a disk's whole size in memory.
 
+pub mod hyperv;
 pub mod vmdk;
 
 use std::{path::Path, sync::Arc};

@@ -13,6 +13,9 @@ use aquifer_formats::{
     probe::{Format, probe},
     qcow2::{BitmapTrust, Qcow2},
     storage::MemoryStorage,
+    vdi::VdiLayer,
+    vhd::Vhd,
+    vhdx::Vhdx,
     vmdk::Vmdk,
 };
 
@@ -83,6 +86,33 @@ pub fn vmdk(data: &[u8]) {
         if let Ok(layer) = disk.layer(|_| Ok(storage(data.to_vec()))) {
             walk_layer(&layer, 16);
         }
+    }
+}
+
+/// Any bytes as a Hyper-V or VirtualBox disk: as they are, and with the checksums on the way made right.
+pub fn hyperv(data: &[u8]) {
+    tables(data);
+    tables(&mend::hyperv(data));
+}
+
+fn tables(data: &[u8]) {
+    let storage = || -> Arc<dyn aquifer_formats::Storage> { Arc::new(MemoryStorage::new("fuzz", data.to_vec())) };
+    if let Ok(disk) = Vhdx::open(storage()) {
+        let _ = disk.check_parent(&disk);
+        if let Ok(layer) = disk.layer() {
+            assert_eq!(layer.size(), disk.size());
+            walk_layer(&layer, 16);
+        }
+    }
+    if let Ok(disk) = Vhd::open(storage()) {
+        let _ = disk.check_parent(&disk);
+        if let Ok(layer) = disk.layer() {
+            assert_eq!(layer.size(), disk.size());
+            walk_layer(&layer, 16);
+        }
+    }
+    if let Ok(layer) = VdiLayer::open(storage()) {
+        walk_layer(&layer, 16);
     }
 }
 

@@ -119,6 +119,34 @@ fn mend_ends(bytes: &mut [u8]) {
     }
 }
 
+/// A Hyper-V disk of either generation with its checksums made right: headers, region tables, the log's
+/// first entry; footers and the dynamic header.
+pub fn hyperv(data: &[u8]) -> Vec<u8> {
+    let mut out = data.to_vec();
+    let word =
+        |out: &[u8], at: usize| out.get(at..at + 4).map(|b| u32::from_le_bytes(b.try_into().expect("four bytes")));
+    let entry = word(&out, (1 << 20) + 8).map_or(4096, |len| len as usize);
+    let areas = [(0x1_0000, 4096), (0x2_0000, 4096), (0x3_0000, 0x1_0000), (0x4_0000, 0x1_0000), (1 << 20, entry)];
+    for (at, len) in areas {
+        if len < 8 || out.len() < at + len {
+            continue;
+        }
+        out[at + 4..at + 8].fill(0);
+        let sum = crc32c::crc32c(&out[at..at + len]);
+        out[at + 4..at + 8].copy_from_slice(&sum.to_le_bytes());
+    }
+    let end = out.len().saturating_sub(512);
+    for (at, len, place) in [(0, 512, 64), (end, 512, 64), (512, 1024, 36)] {
+        let is_vhd = out.get(at..at + 8).is_some_and(|head| head == b"conectix" || head == b"cxsparse");
+        if is_vhd && out.len() >= at + len {
+            out[at + place..at + place + 4].fill(0);
+            let sum = !out[at..at + len].iter().fold(0u32, |sum, byte| sum + u32::from(*byte));
+            out[at + place..at + place + 4].copy_from_slice(&sum.to_be_bytes());
+        }
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
     //! A mended layer opens: else the fuzzer would never get past the first check.

@@ -3,7 +3,7 @@
 //! Invariants
 //! - The first file is named by a person; every other one passes the [`Gate`], and its format is the
 //!   one its overlay records. Only the first file's format is ever probed, and never as `raw`.
-//! - Formats that tell a parent by its content (VMDK) accept no other one.
+//! - Formats that tell a parent by its content or id (VMDK, VHDX, VHD) accept no other one.
 //! - Depth and cycles are bounded by the gate.
 //! - A chain opens completely or not at all: a missing file is an error before anything is served.
 //!
@@ -17,6 +17,9 @@ use aquifer_formats::{
     probe::{Format, probe},
     qcow2::{Backing, Qcow2},
     raw::RawLayer,
+    vdi::VdiLayer,
+    vhd::Vhd,
+    vhdx::Vhdx,
     vmdk::Vmdk,
 };
 use serde::{Deserialize, Serialize};
@@ -115,6 +118,18 @@ fn image_layers(
                 vmdk_layers(gate, at, &mut layers)?;
                 return Ok(layers);
             }
+            (Format::Vhdx, None) => {
+                vhdx_layers(gate, at, &mut layers)?;
+                return Ok(layers);
+            }
+            (Format::Vhd, None) => {
+                vhd_layers(gate, at, &mut layers)?;
+                return Ok(layers);
+            }
+            (Format::Vdi, None) => {
+                layers.push(Arc::new(VdiLayer::open(at.storage())?));
+                return Ok(layers);
+            }
             (Format::Qcow2, name) => {
                 let Some(below) = qcow2_layer(gate, &at, name, &mut layers)? else { return Ok(layers) };
                 (at, format) = below;
@@ -150,6 +165,32 @@ fn vmdk_layers(gate: &Gate, first: Passage, layers: &mut Vec<Arc<dyn Layer>>) ->
         let Some(parent) = image.parent() else { return Ok(()) };
         (at, image) = parent_of(gate, &at, &parent.names(), |file| {
             let parent = Vmdk::open(file.storage())?;
+            image.check_parent(&parent).map(|()| parent)
+        })?;
+    }
+}
+
+/// A Hyper-V disk and its parents, which are of the same generation.
+fn vhdx_layers(gate: &Gate, first: Passage, layers: &mut Vec<Arc<dyn Layer>>) -> Result<()> {
+    let (mut at, mut image) = (first.clone(), Vhdx::open(first.storage())?);
+    loop {
+        layers.push(Arc::new(image.layer()?));
+        let Some(parent) = image.parent() else { return Ok(()) };
+        (at, image) = parent_of(gate, &at, parent.names(), |file| {
+            let parent = Vhdx::open(file.storage())?;
+            image.check_parent(&parent).map(|()| parent)
+        })?;
+    }
+}
+
+/// As [`vhdx_layers`], for the first generation.
+fn vhd_layers(gate: &Gate, first: Passage, layers: &mut Vec<Arc<dyn Layer>>) -> Result<()> {
+    let (mut at, mut image) = (first.clone(), Vhd::open(first.storage())?);
+    loop {
+        layers.push(Arc::new(image.layer()?));
+        let Some(parent) = image.parent() else { return Ok(()) };
+        (at, image) = parent_of(gate, &at, parent.names(), |file| {
+            let parent = Vhd::open(file.storage())?;
             image.check_parent(&parent).map(|()| parent)
         })?;
     }
