@@ -16,10 +16,10 @@ pub fn confirm(context: &Context, confirm: &Confirm, loss: &str) -> Result<()> {
     if confirm.yes {
         return Ok(());
     }
-    context.out.say(loss);
+    context.out.say_lines(loss);
     if !io::stdin().is_terminal() || !context.out.is_terminal() {
         return Err(Fail::new(Code::Confirm, "nobody can be asked here, and --yes was not given")
-            .help("the same command with -n to look, or with --yes"));
+            .help_again("--yes    # or with -n, to look first"));
     }
     context.out.say("type yes to go on:");
     let mut answer = String::new();

@@ -18,7 +18,7 @@ use aquifer_vdisk::BlockCache;
 use crate::{
     cli::Globals,
     fail::{Code, Fail, Result},
-    output::{Form, Output},
+    output::{Form, Output, Typed, is_obeyed},
     site::Site,
     stop::Stop,
     units,
@@ -42,20 +42,8 @@ impl Context {
     /// The context of one command line.
     pub fn new(globals: Globals, verb: &'static str) -> Self {
         let form = if globals.json { Form::Json } else { Form::Human };
-        let out = Output::new(form, verb).quiet(globals.quiet);
+        let out = Output::new(form, verb).quiet(globals.quiet).answering(typed(&globals));
         Self { globals, out, site: OnceLock::new(), cache: OnceLock::new() }
-    }
-
-    /// A command line of ours with the same repository, site file and state folder: what `next:` and
-    /// `do:` lines print, ready to be typed.
-    pub fn invocation(&self, rest: &str) -> String {
-        let globals = &self.globals;
-        let named = [("-r", &globals.repo), ("-c", &globals.config), ("--home", &globals.home)];
-        let mut line = String::from("aquifer ");
-        for (option, value) in named.iter().filter_map(|(option, value)| value.as_ref().map(|value| (option, value))) {
-            line.push_str(&format!("{option} {} ", quoted(&value.to_string_lossy())));
-        }
-        line + rest
     }
 
     /// Takes over the signals, for verbs that work for long.
@@ -201,13 +189,40 @@ impl Context {
     }
 }
 
+/// The command line of this process, for commands that are advised.
+fn typed(globals: &Globals) -> Typed {
+    let mut program = String::from("aquifer");
+    let named = [("-r", &globals.repo), ("-c", &globals.config), ("--home", &globals.home)];
+    for (option, value) in named.iter().filter_map(|(option, value)| value.as_ref().map(|value| (option, value))) {
+        program.push_str(&format!(" {option} {}", quoted(&value.to_string_lossy())));
+    }
+    // Whoever was asked to serve in the background did not type that.
+    let words = env::args_os().skip(1).filter(|word| word != "--in-background");
+    let line = words.fold(String::from("aquifer"), |line, word| line + " " + &quoted(&word.to_string_lossy()));
+    Typed { program, line }
+}
+
 /// A word as a shell takes it.
 pub fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@%+,~".contains(c);
-    match !word.is_empty() && word.chars().all(plain) {
-        true => word.to_owned(),
-        false => format!("'{}'", word.replace('\'', "'\\''")),
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
     }
+    if !word.contains(is_obeyed) {
+        return format!("'{}'", word.replace('\'', "'\\''"));
+    }
+    let mut out = String::from("$'");
+    for c in word.chars() {
+        match c {
+            '\'' | '\\' => out.extend(['\\', c]),
+            _ if is_obeyed(c) => {
+                let mut bytes = [0; 4];
+                c.encode_utf8(&mut bytes).bytes().for_each(|byte| out.push_str(&format!("\\x{byte:02x}")));
+            }
+            _ => out.push(c),
+        }
+    }
+    out + "'"
 }
 
 /// Whether colour is not refused by `NO_COLOR`.

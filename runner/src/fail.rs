@@ -4,6 +4,7 @@
 //! - [`table`] is the only place where errors of the libraries and of the operating system become
 //!   codes; [`codes`] the only place where codes become exit codes.
 //! - `what` and `at` are facts; `do_` is a command a person can type.
+//! - As text, each of them is one line, whatever names it quotes.
 
 mod codes;
 mod errno;
@@ -16,6 +17,8 @@ use serde::Serialize;
 
 pub use codes::Code;
 pub use errno::errno_name;
+
+use crate::output::plain;
 
 /// Result of anything a verb does.
 pub type Result<T, E = Fail> = std::result::Result<T, E>;
@@ -46,6 +49,24 @@ impl fmt::Display for At {
     }
 }
 
+/// A command that helps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Remedy {
+    /// A command line; one of ours is printed with the repository and state folder of the failed one.
+    Command(String),
+    /// The failed command line once more, with these options added.
+    Again(String),
+}
+
+impl fmt::Display for Remedy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Command(command) => f.write_str(command),
+            Self::Again(options) => write!(f, "the same command with {options}"),
+        }
+    }
+}
+
 /// A failed command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fail {
@@ -56,7 +77,7 @@ pub struct Fail {
     /// Where.
     pub at: Option<At>,
     /// A command that helps.
-    pub do_: Option<String>,
+    pub do_: Option<Remedy>,
     /// An exit code that replaces the code's own: only for `mount --run`, which passes on its command's.
     pub exit: Option<u8>,
 }
@@ -91,7 +112,14 @@ impl Fail {
     /// Adds the command that helps. The first one stays: it was said closest to the cause.
     #[must_use]
     pub fn help(mut self, command: impl Into<String>) -> Self {
-        self.do_.get_or_insert_with(|| command.into());
+        self.do_.get_or_insert_with(|| Remedy::Command(command.into()));
+        self
+    }
+
+    /// The command that helps is this one, with `options` added; with none, once more as it was.
+    #[must_use]
+    pub fn help_again(mut self, options: impl Into<String>) -> Self {
+        self.do_.get_or_insert_with(|| Remedy::Again(options.into()));
         self
     }
 
@@ -116,12 +144,17 @@ impl Fail {
 
 impl fmt::Display for Fail {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.code.name(), self.what)?;
+        // A file with several problems has a line for each; everything else is one line, whatever it quotes.
+        let what: Vec<_> = match self.code {
+            Code::Config => self.what.lines().map(plain).collect(),
+            _ => vec![plain(&self.what)],
+        };
+        write!(f, "{}: {}", self.code.name(), what.join("\n"))?;
         if let Some(at) = &self.at {
-            write!(f, "\n  at: {at}")?;
+            write!(f, "\n  at: {}", plain(&at.to_string()))?;
         }
-        if let Some(command) = &self.do_ {
-            write!(f, "\n  do: {command}")?;
+        if let Some(remedy) = &self.do_ {
+            write!(f, "\n  do: {}", plain(&remedy.to_string()))?;
         }
         Ok(())
     }
@@ -136,7 +169,7 @@ pub(crate) struct FailRecord<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) at: Option<&'a At>,
     #[serde(rename = "do", skip_serializing_if = "Option::is_none")]
-    pub(crate) do_: Option<&'a str>,
+    pub(crate) do_: Option<String>,
     pub(crate) retryable: bool,
 }
 
@@ -147,7 +180,7 @@ impl<'a> From<&'a Fail> for FailRecord<'a> {
             exit: fail.exit(),
             what: &fail.what,
             at: fail.at.as_ref(),
-            do_: fail.do_.as_deref(),
+            do_: fail.do_.as_ref().map(ToString::to_string),
             retryable: fail.code.retryable(),
         }
     }

@@ -15,6 +15,7 @@ pub mod copy;
 pub mod fail;
 pub mod host;
 pub mod machine;
+pub mod mounts;
 pub mod output;
 pub mod read_ahead;
 pub mod recover;
@@ -51,6 +52,7 @@ fn run(args: &[OsString]) -> u8 {
         Ok(cli) => cli,
         Err(error) => return not_a_command(&error, args, form),
     };
+    output::begin_log();
     let context = Context::new(cli.globals, cli.verb.name());
     let verb = cli.verb;
     let outcome = panic::catch_unwind(panic::AssertUnwindSafe(|| verb.run(&context)));
@@ -72,11 +74,19 @@ fn not_a_command(error: &clap::Error, args: &[OsString], form: Form) -> u8 {
             out.text("help", &error.render().to_string());
             out.finish(Ok(()), false)
         }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let what = format!("`aquifer {verb}` needs to be told what to do");
+            out.finish(Err(Fail::new(Code::Usage, what).help(format!("aquifer {verb} --help"))), false)
+        }
+        ErrorKind::MissingSubcommand => {
+            let fail = Fail::new(Code::Usage, "no verb was given").help("aquifer --help");
+            out.finish(Err(fail), false)
+        }
         _ => {
             let text = error.render().to_string();
             let (what, rest) = cli::split_usage_error(&text);
             if form == Form::Human && !rest.is_empty() {
-                out.say(rest.trim_end());
+                out.say_lines(rest.trim_end());
             }
             let help = if verb == "cli" { "aquifer --help".into() } else { format!("aquifer {verb} --help") };
             out.finish(Err(Fail::new(Code::Usage, what).help(help)), false)

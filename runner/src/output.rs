@@ -5,10 +5,14 @@
 //!   last one is `done` or `error`.
 //! - Warnings are kept and listed once more at the end of human output.
 //! - A reader that has gone away (`| head`) ends the printing, not the work.
+//! - No text from elsewhere is obeyed by a terminal: see [`plain`].
+//! - Every error ends with a command that helps; commands of ours are printed ready to be typed.
 //! - Colour and carriage returns only on a terminal, never under `NO_COLOR`.
 //!
 //! Not here: what is worth saying (the verbs), units (`units`).
 
+mod log;
+mod plain;
 mod progress;
 
 use std::{
@@ -22,9 +26,12 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+pub(crate) use log::begin as begin_log;
+pub(crate) use plain::is_obeyed;
+pub use plain::plain;
 pub use progress::Progress;
 
-use crate::fail::{At, Code, Fail, FailRecord};
+use crate::fail::{At, Code, Fail, FailRecord, Remedy};
 
 /// Rows of a table are written in pieces of about this many bytes.
 const TABLE_BYTES: usize = 64 << 10;
@@ -55,11 +62,27 @@ struct Line<'a, T> {
     fields: &'a T,
 }
 
+/// The command line that is answered, as commands that it advises begin.
+#[derive(Clone, Debug)]
+pub struct Typed {
+    /// `aquifer`, with the repository, site file and state folder that were named, quoted for a shell.
+    pub program: String,
+    /// The whole command line, quoted for a shell.
+    pub line: String,
+}
+
+impl Default for Typed {
+    fn default() -> Self {
+        Self { program: "aquifer".into(), line: "aquifer".into() }
+    }
+}
+
 /// Where a verb prints.
 #[derive(Debug)]
 pub struct Output {
     form: Form,
     verb: &'static str,
+    typed: Typed,
     quiet: bool,
     terminal: bool,
     colour: bool,
@@ -77,6 +100,7 @@ impl Output {
         Self {
             form,
             verb,
+            typed: Typed::default(),
             quiet: false,
             terminal,
             colour: terminal && crate::context::no_color_is_unset(),
@@ -91,6 +115,13 @@ impl Output {
     #[must_use]
     pub fn quiet(mut self, quiet: bool) -> Self {
         self.quiet = quiet;
+        self
+    }
+
+    /// The same, answering this command line.
+    #[must_use]
+    pub fn answering(mut self, typed: Typed) -> Self {
+        self.typed = typed;
         self
     }
 
@@ -116,10 +147,17 @@ impl Output {
         }
     }
 
-    /// A line of human data on stdout; nothing with `--json`.
+    /// A line of human data on stdout, one line whatever names are in it; nothing with `--json`.
     pub fn line(&self, text: impl fmt::Display) {
         if self.form == Form::Human {
-            self.stdout(&format!("{text}\n"));
+            self.stdout(&format!("{}\n", plain(&text.to_string())));
+        }
+    }
+
+    /// Several lines of human data, as they are; names in them have to be [`plain`].
+    pub fn lines(&self, text: impl fmt::Display) {
+        if self.form == Form::Human {
+            self.stdout(&format!("{}\n", plain::lines(&text.to_string())));
         }
     }
 
@@ -128,7 +166,7 @@ impl Output {
         let mut text = String::new();
         for row in rows {
             match self.form {
-                Form::Human => text.push_str(&format!("{row}\n")),
+                Form::Human => text.push_str(&format!("{}\n", plain(&row.to_string()))),
                 Form::Json => text.push_str(&self.json_line(kind, &row).unwrap_or_default()),
             }
             if text.len() >= TABLE_BYTES {
@@ -149,19 +187,33 @@ impl Output {
         }
     }
 
-    /// A line of talk on stderr, in both forms.
+    /// A line of talk on stderr, in both forms; one line whatever names are in it.
     pub fn say(&self, text: impl fmt::Display) {
         if !self.quiet {
-            self.stderr(&format!("{text}\n"));
+            self.stderr(&format!("{}\n", plain(&text.to_string())));
         }
+    }
+
+    /// Several lines of talk, as they are; names in them have to be [`plain`].
+    pub fn say_lines(&self, text: impl fmt::Display) {
+        if !self.quiet {
+            self.stderr(&format!("{}\n", plain::lines(&text.to_string())));
+        }
+    }
+
+    /// A screen of text in place of the one before, for a person who watches.
+    pub fn screen(&self, text: &str) {
+        // Home, the text, and nothing of the last one around it.
+        self.stderr(&format!("\x1b[H\x1b[2J{}\n", plain::lines(text)));
     }
 
     /// A warning: said at once, counted, listed at the end, exit code 1.
     pub fn warn(&self, code: Code, what: impl Into<String>, do_: Option<&str>) {
         let what = what.into();
-        self.stderr(&format!("{}: {what}\n", self.paint("33", code.name())));
-        if let Some(command) = do_ {
-            self.stderr(&format!("  do: {command}\n"));
+        let do_ = do_.map(|command| self.ready(command));
+        self.stderr(&format!("{}: {}\n", self.paint("33", code.name()), plain(&what)));
+        if let Some(command) = &do_ {
+            self.stderr(&format!("  do: {}\n", plain(command)));
         }
         #[derive(Serialize)]
         struct Fields<'a> {
@@ -170,14 +222,8 @@ impl Output {
             #[serde(rename = "do", skip_serializing_if = "Option::is_none")]
             do_: Option<&'a str>,
         }
-        self.record("warning", &Fields { code: code.name(), what: &what, do_ });
+        self.record("warning", &Fields { code: code.name(), what: &what, do_: do_.as_deref() });
         self.warnings.lock().push(Warning { code, what });
-    }
-
-    /// Damage that was found and does not end the command: a record, and lines in human form.
-    pub fn damage(&self, fail: &Fail) {
-        self.line(fail);
-        self.record("damage", &FailRecord::from(fail));
     }
 
     /// The command to type next, printed after a success in human form.
@@ -188,8 +234,27 @@ impl Output {
     /// The command to type next, at once: for verbs that go on serving.
     pub fn next_now(&self, command: &str) {
         if self.form == Form::Human {
-            self.say(format_args!("next: {command}"));
+            self.say(format_args!("next: {}", self.ready(command)));
         }
+    }
+
+    /// A command of ours with the repository, site file and state folder that this one was given; any
+    /// other as it is.
+    pub fn ready(&self, command: &str) -> String {
+        match command.strip_prefix("aquifer ").filter(|rest| !rest.starts_with('-')) {
+            Some(rest) => format!("{} {rest}", self.typed.program),
+            None => command.to_owned(),
+        }
+    }
+
+    /// The failure with its remedy ready to be typed; where nobody knew one, the explanation of its code.
+    fn with_remedy(&self, mut fail: Fail) -> Fail {
+        let command = match fail.do_.take() {
+            Some(Remedy::Command(command)) => self.ready(&command),
+            Some(Remedy::Again(options)) => format!("{} {options}", self.typed.line).trim_end().to_owned(),
+            None => format!("aquifer explain {}", fail.code.name()),
+        };
+        Fail { do_: Some(Remedy::Command(command)), ..fail }
     }
 
     /// Adds a field to the closing `done` line.
@@ -207,6 +272,7 @@ impl Output {
         match outcome {
             Ok(()) => self.finish_done(strict),
             Err(fail) => {
+                let fail = self.with_remedy(fail);
                 if fail.exit.is_none() {
                     let text = fail.to_string();
                     let rest = text.strip_prefix(fail.code.name()).unwrap_or(&text);
@@ -231,7 +297,7 @@ impl Output {
         if warnings.len() > 1 {
             self.stderr(&format!("{} warnings:\n", warnings.len()));
             for warning in &warnings {
-                self.stderr(&format!("  {}: {}\n", warning.code.name(), warning.what));
+                self.stderr(&format!("  {}: {}\n", warning.code.name(), plain(&warning.what)));
             }
         }
         if let Some(next) = self.next.lock().take() {
@@ -254,7 +320,7 @@ impl Output {
     fn json_line(&self, kind: &str, fields: &impl Serialize) -> Option<String> {
         let line = Line { schema: format!("aquifer.{}/1", self.verb), kind, fields };
         match serde_json::to_string(&line) {
-            Ok(text) => Some(format!("{text}\n")),
+            Ok(text) => Some(format!("{}\n", plain::json(&text))),
             // Only a record that is no map can fail, and no verb has one; say so rather than lose it.
             Err(error) => {
                 self.stderr(&format!("a {kind} record cannot be printed: {error}\n"));

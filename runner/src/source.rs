@@ -13,6 +13,7 @@
 //! - Parsing looks at the file system only to see whether a file of that name exists.
 
 pub(crate) mod connect;
+pub(crate) mod files;
 mod repository;
 mod select;
 

@@ -33,6 +33,11 @@ pub fn bytes(n: u64) -> String {
     }
 }
 
+/// `1 point`, `2 points`.
+pub fn count(n: usize, one: &str) -> String {
+    if n == 1 { format!("1 {one}") } else { format!("{n} {one}s") }
+}
+
 /// `00:06:12`, with days where there are some.
 pub fn seconds(n: u64) -> String {
     let (days, hours, minutes, rest) = (n / 86_400, n / 3600 % 24, n / 60 % 60, n % 60);

@@ -210,8 +210,9 @@ impl Files {
     }
 }
 
-/// What the kernel is told of a disk's error.
+/// Tells of a disk's error where it can be seen, and what the kernel is told of it.
 fn errno(error: &aquifer_vdisk::Error) -> Errno {
+    tracing::warn!(%error, "request failed");
     Errno::from_i32(crate::errno::Errno::from(error).raw_os_error())
 }
 

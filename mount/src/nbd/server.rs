@@ -165,17 +165,33 @@ impl Server {
     /// As [`Server::listen_unix`] and [`Server::listen_tcp`]; [`Error::Address`] where the address asks for TLS
     /// and none is set up.
     pub fn listen(&self, address: &Address) -> Result<Address> {
+        self.check_tls(address)?;
+        match &address.place {
+            super::address::Place::Unix(path) => self.listen_unix(path),
+            super::address::Place::Tcp { host, port } => self.listen_tcp(&host_and_port(host, *port)),
+        }
+    }
+
+    /// Looks whether [`Server::listen`] has a reason to fail now; opens and makes nothing.
+    ///
+    /// # Errors
+    /// As [`Server::listen`].
+    pub fn check(&self, address: &Address) -> Result<()> {
+        self.check_tls(address)?;
+        match &address.place {
+            super::address::Place::Unix(path) => listen::check_unix(path),
+            super::address::Place::Tcp { host, port } => {
+                listen::check_tcp(&host_and_port(host, *port), self.hub.has_tls()).map(drop)
+            }
+        }
+    }
+
+    fn check_tls(&self, address: &Address) -> Result<()> {
         if address.tls && !self.hub.has_tls() {
             let why = "asks for TLS, and no certificates are set up";
             return Err(Error::Address { text: address.to_string(), why });
         }
-        match &address.place {
-            super::address::Place::Unix(path) => self.listen_unix(path),
-            super::address::Place::Tcp { host, port } => {
-                let host = if host.contains(':') { format!("[{host}]") } else { host.clone() };
-                self.listen_tcp(&format!("{host}:{port}"))
-            }
-        }
+        Ok(())
     }
 
     fn keep(&self, bound: listen::Bound) -> Result<Address> {
@@ -206,4 +222,9 @@ impl Drop for Server {
             self.stop();
         }
     }
+}
+
+/// As name resolution takes it.
+fn host_and_port(host: &str, port: u16) -> String {
+    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
 }

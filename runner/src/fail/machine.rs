@@ -27,7 +27,9 @@ impl From<session::Error> for Fail {
             E::BadFile { path, what } => Fail::new(Code::Corrupt, format!("{path} is not usable")).at(path).cause(what),
             E::SocketPath { path, len, max } => {
                 let what = format!("a socket's path of {len} bytes is too long; {max} fit");
-                Fail::new(Code::Usage, what).at(path).help("choose a shorter --into DIR or --home DIR")
+                Fail::new(Code::Usage, what)
+                    .at(path)
+                    .help_again("--into DIR    # a shorter one, or a shorter --home DIR")
             }
             E::OtherChain { disk, expected, found } => {
                 Fail::new(Code::State, format!("the source of disk {disk} is not the one the session was started on"))
@@ -66,6 +68,9 @@ impl From<fuse::Error> for Fail {
     fn from(error: fuse::Error) -> Self {
         use fuse::Error as E;
         match error {
+            E::Io { path, action: "mount", source } => {
+                from_io(&path, "mount", None, &source).help("aquifer doctor    # says who may use /dev/fuse here")
+            }
             E::Io { path, action, source } => from_io(&path, action, None, &source),
             E::Busy { path } => Fail::new(Code::Busy, format!("another door serves at {path}")).at(path),
             E::Name { path, name } => Fail::new(Code::Usage, format!("`{name}` cannot name a file")).at(path),

@@ -26,6 +26,8 @@ fn code_of(error: &io::Error) -> Code {
         | Kind::NetworkUnreachable
         | Kind::NetworkDown => Code::Net,
         Kind::UnexpectedEof => Code::Truncated,
+        // The word was too long for what it names: a file, or a socket, which holds 107 bytes.
+        Kind::InvalidFilename => Code::Usage,
         Kind::Unsupported => Code::Unsupported,
         Kind::StaleNetworkFileHandle => Code::RepoOffline,
         _ => Code::Io,
@@ -41,6 +43,7 @@ pub(super) fn from_io(path: &str, action: &str, offset: Option<u64>, error: &io:
         Code::Capacity => format!("no space left to {action} {path}"),
         Code::Busy => format!("cannot {action} {path}: it is in use"),
         Code::Truncated => format!("{path} ends too early"),
+        Code::Usage => format!("cannot {action} {path}: the name is too long"),
         _ => format!("cannot {action} {path}"),
     };
     let fail = Fail::new(code, what).at(path).cause(errno_name(error));
@@ -124,7 +127,7 @@ impl From<nbd::Error> for Fail {
             E::TlsNeeded { place } => {
                 Fail::new(Code::Refused, format!("{place} is not a loopback address, and no TLS is set up"))
                     .at(place)
-                    .help("add --tls DIR")
+                    .help_again("--tls DIR")
             }
             E::Tls { place, why } => Fail::new(Code::Access, format!("TLS failed: {why}")).at(place),
             E::SocketTaken { path, why } => Fail::new(Code::Busy, why).at(path),

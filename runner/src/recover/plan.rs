@@ -200,7 +200,7 @@ fn machine_name(request: &Request, described: &Described, dir: &Path) -> Result<
         return Ok(name.to_owned());
     }
     let what = format!("`{name}` cannot be a machine's name: letters, digits, `.`, `_` and `-`, at most 64");
-    Err(Fail::new(Code::Usage, what).help("add --name NAME"))
+    Err(Fail::new(Code::Usage, what).help_again("--name NAME"))
 }
 
 /// The folder as an absolute path whose existing part has no links, and that existing part.

@@ -17,8 +17,8 @@ use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Disk, open_chain};
 
 use super::{Source, repository::SelectedPoint};
 use crate::{
-    context::Context,
-    fail::{At, Code, Fail, Result},
+    context::{Context, quoted},
+    fail::{Code, Fail, Result},
 };
 
 /// Options of every verb that reads a SOURCE.
@@ -68,7 +68,15 @@ pub fn select(context: &Context, word: &str, options: &SourceOptions) -> Result<
         Source::Raw(path) => (vec![image(&path, Some(Format::Raw), options)?], None),
         Source::Nbd(uri) => (vec![nbd(uri)?], None),
         Source::Point { machine, point, disk } => {
-            let (disks, point) = super::repository::disks(context, &machine, &point, disk.as_deref())?;
+            let found = super::repository::disks(context, &machine, &point, disk.as_deref());
+            let (disks, point) = found.map_err(|fail| match fail.code {
+                Code::NoRepository => {
+                    let what =
+                        format!("`{word}` is no file here, and as a machine it needs a repository: {}", fail.what);
+                    Fail { what, ..fail }
+                }
+                _ => fail,
+            })?;
             (disks, Some(point))
         }
     };
@@ -97,9 +105,9 @@ fn image(path: &Path, format: Option<Format>, options: &SourceOptions) -> Result
 fn folder(path: &Path) -> Fail {
     let fail = Fail::new(Code::Source, format!("{} is a folder", path.display())).at(path.display());
     if path.join("aquifer.json").is_file() {
-        return fail.help(format!("aquifer -r {} points", path.display()));
+        return fail.help(format!("aquifer -r {} points", quoted(&path.display().to_string())));
     }
-    fail.help(format!("aquifer info {}/FILE", path.display()))
+    fail.help(format!("aquifer info {}/FILE", quoted(path.display().to_string().trim_end_matches('/'))))
 }
 
 fn nbd(uri: String) -> Result<SelectedDisk> {
@@ -136,7 +144,7 @@ fn keep(disks: Vec<SelectedDisk>, wanted: &[String], word: &str) -> Result<Vec<S
 fn no_disk(disks: &[SelectedDisk], name: &str, word: &str) -> Fail {
     let names: Vec<&str> = disks.iter().map(|disk| disk.name.as_str()).collect();
     Fail::new(Code::NotFound, format!("{word} has no disk `{name}`; it has {}", names.join(", ")))
-        .help(format!("aquifer info {word}"))
+        .help(format!("aquifer info {}", quoted(word)))
 }
 
 impl Selection {
@@ -151,7 +159,7 @@ impl Selection {
                 let names: Vec<&str> = several.iter().map(|disk| disk.name.as_str()).collect();
                 let first = names.first().copied().unwrap_or("NAME");
                 let what = format!("{} has several disks: {}", self.word, names.join(", "));
-                Err(Fail::new(Code::Ambiguous, what).help(format!("add --disk {first}")))
+                Err(Fail::new(Code::Ambiguous, what).help_again(format!("--disk {}", quoted(first))))
             }
         }
     }
@@ -176,12 +184,12 @@ impl SelectedDisk {
     /// Adds the command that gets around a refusal.
     fn advise(&self, fail: Fail) -> Fail {
         let ChainSpec::Image { path, format: None, .. } = &self.spec else { return fail };
-        let refused_at = fail.at.as_ref().map(|at: &At| at.path.clone()).unwrap_or_default();
         match fail.code {
-            Code::Refused if fail.what.contains("raw is only") => {
-                fail.help(format!("aquifer info raw:{}    # if it is a raw image", path.display()))
+            Code::Refused if fail.what.contains("raw is only") => fail
+                .help(format!("aquifer info {}    # if it is a raw image", quoted(&format!("raw:{}", path.display())))),
+            Code::Refused if fail.what.contains("lies outside") => {
+                fail.help_again("--allow-backing DIR    # if you trust the image")
             }
-            Code::Refused if !refused_at.is_empty() => fail.help("add --allow-backing DIR, if you trust the image"),
             _ => fail,
         }
     }

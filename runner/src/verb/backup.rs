@@ -327,14 +327,14 @@ impl Run<'_> {
         let (name, id) = (&machine.name, record.id);
         let (bytes, time) = (units::bytes(bytes), units::seconds(seconds));
         self.context.out.line(format_args!("{name}@{id}: {kind}, {bytes} stored in {time}"));
-        let recover = format!("recover {} --into ./{}", quoted(name), quoted(name));
-        self.context.out.next(self.context.invocation(&recover));
+        let recover = format!("aquifer recover {} --into ./{}", quoted(name), quoted(name));
+        self.context.out.next(recover);
     }
 
     fn advise(&self, fail: Fail) -> Fail {
         match fail.code {
             Code::Interrupted | Code::Terminated | Code::Capacity | Code::Net | Code::Timeout => {
-                fail.help("the same command once more; it goes on from what is stored")
+                fail.help_again("    # it goes on from what is stored")
             }
             _ => fail,
         }

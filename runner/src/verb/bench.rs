@@ -130,6 +130,10 @@ fn measure(context: &Context, args: &Args, work: Work) -> Result<()> {
     }
     let ours = if is_nbd { one(&args.target.parse()?, &load)? } else { own_door(context, &selected, &load)? };
     print(context, "aquifer", args, &load, &ours);
+    if ours.errors > 0 && ours.per_second == 0.0 {
+        let what = format!("not one {} of {} succeeded", load.name(), units::bytes(load.block));
+        return Err(Fail::new(Code::Io, what).at(&args.target));
+    }
     let mut sides = vec![("aquifer".to_owned(), ours.drawn())];
     for name in &args.peer {
         let peer = peer::start(context, &selected)?;

@@ -46,7 +46,7 @@ fn check(context: &Context) -> Result<()> {
     let site = Site::read(&path)?;
     let repositories = site.repositories.len();
     context.out.record("site", &serde_json::json!({ "path": path, "repositories": repositories }));
-    context.out.line(format_args!("{}: valid, {repositories} repositories", path.display()));
+    context.out.line(format_args!("{}: valid, repositories: {repositories}", path.display()));
     Ok(())
 }
 

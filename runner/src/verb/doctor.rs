@@ -95,8 +95,11 @@ fn device(name: &'static str, path: &str, needed_for: &'static str, load: &str) 
     match OpenOptions::new().read(true).write(true).open(path) {
         Ok(_) => Check::good(name, format!("{path} opens")),
         Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
-            let group = if name == "kvm" { "kvm" } else { "disk" };
-            let repair = format!("sudo usermod -aG {group} $USER    # then log in again");
+            let repair = match name {
+                "kvm" => "sudo usermod -aG kvm $USER    # then log in again",
+                "fuse" => "sudo chmod 666 /dev/fuse    # as udev does it",
+                _ => "sudo usermod -aG disk $USER    # then log in again",
+            };
             Check::bad(name, format!("{path}: access denied"), needed_for, repair)
         }
         Err(error) => Check::bad(name, format!("{path}: {}", crate::fail::errno_name(&error)), needed_for, load),

@@ -14,7 +14,7 @@ use serde::Serialize;
 use self::target::{OutFormat, Target};
 use crate::{
     cli::DryRun,
-    context::Context,
+    context::{Context, quoted},
     copy,
     fail::{Code, Fail, Result},
     source::{SourceOptions, select},
@@ -98,7 +98,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
 fn explain(fail: Fail, source: &str) -> Fail {
     match fail.code {
         Code::BlockCorrupt | Code::Corrupt | Code::Truncated | Code::ChainBroken => {
-            fail.help(format!("aquifer verify {source}"))
+            fail.help(format!("aquifer verify {}", quoted(source)))
         }
         _ => fail,
     }

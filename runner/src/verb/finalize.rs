@@ -71,13 +71,13 @@ fn discard(context: &Context, args: &Args, folder: &Folder, view: &View) -> Resu
     let loss = finish::loss(&view.status, &folder.load()?);
     if args.dry.dry_run {
         context.out.record("plan", &json!({ "session": view.status.id, "operation": "discard", "loss": loss }));
-        context.out.line(loss);
+        context.out.lines(loss);
         return Ok(());
     }
     confirm(context, &args.confirm, &loss)?;
     finish::discard(context, folder)?;
     context.out.line(format_args!("{} is gone", view.status.name));
-    context.out.next(context.invocation("status"));
+    context.out.next("aquifer status");
     Ok(())
 }
 

@@ -74,7 +74,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let loss = loss(&records);
     if args.dry.dry_run {
         records.iter().for_each(|record| context.out.record("plan", record));
-        context.out.line(loss);
+        context.out.lines(loss);
         return Ok(());
     }
     confirm(context, &args.confirm, &loss)?;
@@ -90,8 +90,8 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         freed += swept.bytes;
         if !swept.leased.is_empty() {
             context.out.say(format_args!(
-                "files of {} points of {} stay until whoever reads them ends (aquifer leases)",
-                swept.leased.len(),
+                "files of {} of {} stay until whoever reads them ends (aquifer leases)",
+                units::count(swept.leased.len(), "point"),
                 machine.name
             ));
         }
@@ -101,7 +101,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     }
     records.iter().for_each(|record| context.out.record("forgotten", record));
     context.out.closing("bytes_freed", freed);
-    context.out.line(format_args!("{} points forgotten, {} freed", records.len(), units::bytes(freed)));
+    context.out.line(format_args!("{} forgotten, {} freed", units::count(records.len(), "point"), units::bytes(freed)));
     Ok(())
 }
 
@@ -139,7 +139,7 @@ fn check_last(repo: &Repository, args: &Args, machine: &Machine, points: &[Point
         return Ok(());
     }
     let what = format!("no complete point of {} would be left", machine.name);
-    Err(Fail::new(Code::Refused, what).help("the same command with --even-last"))
+    Err(Fail::new(Code::Refused, what).help_again("--even-last"))
 }
 
 fn loss(records: &[Forgotten<'_>]) -> String {
@@ -170,9 +170,9 @@ fn interrupted(context: &Context, args: &Args, repo: &Repository, machine: &str)
         context.out.line(format_args!("{} has no interrupted backup", machine.name));
         return Ok(());
     }
-    let loss = format!("lost: what {} interrupted backups of {} have read so far", left.len(), machine.name);
+    let loss = format!("lost: what {} of {} read", units::count(left.len(), "interrupted backup"), machine.name);
     if args.dry.dry_run {
-        context.out.line(loss);
+        context.out.lines(loss);
         return Ok(());
     }
     confirm(context, &args.confirm, &loss)?;

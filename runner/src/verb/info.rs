@@ -73,8 +73,8 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         print(context, &record);
         context.out.record("disk", &record);
     }
-    let mount = format!("mount {} --run 'qemu-img info \"$uri\"'", quoted(&args.source));
-    context.out.next(context.invocation(&mount));
+    let mount = format!("aquifer mount {} --run 'qemu-img info \"$uri\"'", quoted(&args.source));
+    context.out.next(mount);
     Ok(())
 }
 

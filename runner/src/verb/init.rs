@@ -72,7 +72,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     if dir.join("aquifer.json").exists() {
         return Err(Fail::new(Code::Exists, format!("{} is a repository already", dir.display()))
             .at(dir.display())
-            .help(context.invocation("points")));
+            .help("aquifer points"));
     }
     match fs::read_dir(&dir).map(|mut entries| entries.next().is_some()) {
         Ok(true) => {
@@ -93,7 +93,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let repo = Repository::init(&dir, repository::me_for_good(context)?, defaults)?;
     context.out.record("repository", &record(Some(repo.id().to_string())));
     context.out.line(format_args!("repository {} in {}", repo.id(), dir.display()));
-    context.out.next(context.invocation("backup MACHINE --disk vda=IMAGE"));
+    context.out.next("aquifer backup MACHINE --disk vda=IMAGE");
     Ok(())
 }
 

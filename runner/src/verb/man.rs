@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 use clap::Command;
 
 use crate::{
-    cli,
+    cli::{self, DryRun},
     context::Context,
     fail::{Code, Fail, Result},
 };
@@ -18,18 +18,26 @@ pub struct Args {
     /// Write all pages into this folder instead
     #[arg(long, value_name = "DIR", conflicts_with = "verb")]
     pub out: Option<PathBuf>,
+    /// Whether only to look.
+    #[command(flatten)]
+    pub dry: DryRun,
 }
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let mut command = cli::command();
     command.build();
     if let Some(folder) = &args.out {
-        fs::create_dir_all(folder).map_err(|e| Fail::io(folder.display(), "create", &e))?;
+        if !args.dry.dry_run {
+            fs::create_dir_all(folder).map_err(|e| Fail::io(folder.display(), "create", &e))?;
+        }
         for (name, page) in pages(&command)? {
             let path = folder.join(format!("{name}.1"));
-            fs::write(&path, page).map_err(|e| Fail::io(path.display(), "write", &e))?;
+            if !args.dry.dry_run {
+                fs::write(&path, page).map_err(|e| Fail::io(path.display(), "write", &e))?;
+            }
             context.out.line(path.display());
-            context.out.record("page", &serde_json::json!({ "path": path.display().to_string() }));
+            let kind = if args.dry.dry_run { "plan" } else { "page" };
+            context.out.record(kind, &serde_json::json!({ "path": path.display().to_string() }));
         }
         return Ok(());
     }

@@ -17,12 +17,14 @@ mod scratch;
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use aquifer_vdisk::Disk;
+use jiff::Timestamp;
 
 use self::{doors::Doors, scratch::Scratch};
 use crate::{
     cli::DryRun,
     context::Context,
     fail::Result,
+    mounts::{Listed, Mount},
     source::{Selection, SourceOptions, select},
     units,
 };
@@ -76,6 +78,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let selection = select(context, &args.source, &args.options)?;
     let place = doors::Place::of(context, args)?;
     let mut scratch = Scratch::of(args)?;
+    place.check()?;
     if args.dry.dry_run {
         let cache = context.cache()?;
         for selected in &selection.disks {
@@ -95,6 +98,9 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     }
     let disks = open(context, &selection, &mut scratch)?;
     let doors = Doors::open(&place, &disks)?;
+    let (source, disks_served) = (args.source.clone(), doors.served().to_vec());
+    let mount = Mount { source, since: Timestamp::now(), pid: std::process::id(), disks: disks_served };
+    let listed = Listed::new(context, &mount)?;
     doors.announce(context, args.run.is_some());
     let outcome = match &args.run {
         Some(command) => child::run(context, command, &doors, stop),
@@ -109,6 +115,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
             Ok(())
         }
     };
+    drop(listed);
     doors.close(context);
     for disk in disks.iter().filter(|disk| disk.is_writable()) {
         disk.flush()?;

@@ -67,7 +67,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     for machine in &machines {
         let points = repo.points(machine)?;
         let kept: Vec<&Point> = points.iter().filter(|point| only.is_none_or(|id| id == point.id)).collect();
-        context.out.line(format_args!("{}  ({} points)", machine.name, kept.len()));
+        context.out.line(format_args!("{}  ({})", machine.name, units::count(kept.len(), "point")));
         for point in &kept {
             context.out.record("point", &record(machine, point));
             context.out.line(sentence(point));
@@ -79,7 +79,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     }
     if machines.is_empty() {
         context.out.say("there are no machines yet");
-        context.out.next(context.invocation("backup MACHINE --disk vda=IMAGE"));
+        context.out.next("aquifer backup MACHINE --disk vda=IMAGE");
     }
     context.out.closing("machines", machines.len());
     context.out.closing("points", shown);
@@ -161,12 +161,12 @@ fn details(context: &Context, point: &Point) {
     context.out.line(format_args!("    id {}", point.id));
     for disk in disks(point) {
         context.out.line(format_args!(
-            "    disk {}: {} of {} hold data, {} stored here, {} older files needed",
+            "    disk {}: {} of {} hold data, {} stored here, {} needed",
             disk.name,
             units::bytes(disk.data_bytes),
             units::bytes(disk.size),
             units::bytes(disk.file_bytes),
-            disk.needs.len()
+            units::count(disk.needs.len(), "older file")
         ));
     }
     if let Some(why) = why(&point.state) {

@@ -19,6 +19,7 @@ use crate::{
     fail::{Code, Fail, Result},
     host::{Host, Network, Power, Shape, firmware::Firmware},
     machine::Described,
+    output::plain,
     recover::{
         self, Plan, finish,
         plan::{From, Request},
@@ -129,7 +130,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         let plan = Plan::new(context, host, only)?;
         let started = begin(context, &plan, began)?;
         let short = started.spec.name.clone();
-        context.out.next(context.invocation(&format!("status {short}")));
+        context.out.next(format!("aquifer status {short}"));
         return after(context, args, &started, stop);
     }
     several(context, args, host, &requests, stop)
@@ -254,8 +255,8 @@ fn begin(context: &Context, plan: &Plan, began: Instant) -> Result<Started> {
     for disk in &spec.disks {
         out.line(format_args!("  disk     {} ({}) {}", disk.name, units::bytes(disk.size), spec.uri(&disk.name)));
     }
-    out.line(format_args!("  watch    {}", context.invocation(&format!("status --watch {}", spec.name))));
-    out.line(format_args!("  end      {}", context.invocation(&format!("finalize {} --keep", spec.name))));
+    out.line(format_args!("  watch    {}", out.ready(&format!("aquifer status --watch {}", spec.name))));
+    out.line(format_args!("  end      {}", out.ready(&format!("aquifer finalize {} --keep", spec.name))));
     Ok(started)
 }
 
@@ -299,7 +300,7 @@ impl Failures {
             "machine",
             &json!({ "name": name, "result": "failed", "code": fail.code.name(), "what": fail.what }),
         );
-        context.out.say(format_args!("{name}: {fail}"));
+        context.out.say_lines(format_args!("{}: {fail}", plain(&name)));
         self.all.push(fail);
     }
 
@@ -336,7 +337,7 @@ fn several(context: &Context, args: &Args, host: &'static dyn Host, requests: &[
             Err(fail) => failures.add(context, request, fail),
         }
     }
-    context.out.next(context.invocation("status"));
+    context.out.next("aquifer status");
     for one in &started {
         if let Err(fail) = after(context, args, one, stop) {
             failures.all.push(fail);

@@ -115,8 +115,8 @@ fn change(
     make(&Client::of(folder.clone()))?;
     let view = View::of(folder)?;
     context.out.record("session", &view);
-    context.out.line(view.text());
-    context.out.next(context.invocation(&format!("status {}", view.status.name)));
+    context.out.lines(view.text());
+    context.out.next(format!("aquifer status {}", view.status.name));
     Ok(())
 }
 

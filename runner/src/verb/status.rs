@@ -1,14 +1,16 @@
-//! `status`: recoveries, and how far they are.
+//! `status`: recoveries, and how far they are; mounts, and where they are.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use aquifer_mount::session::{Folder, Registry};
 
 use crate::{
     context::Context,
     fail::{Code, Result},
-    output::Form,
+    mounts::{self, Mount},
+    output::{Form, plain},
     recover::{gone, view::View},
+    units,
 };
 
 /// How often a watched screen is drawn again.
@@ -35,8 +37,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         let mut screen = String::new();
         once(context, args, &mut screen)?;
         if !json {
-            // Home, the screen, and nothing of the last one below it.
-            context.out.say(format_args!("\x1b[H\x1b[2J{screen}(Ctrl-C leaves this view; the machines go on)"));
+            context.out.screen(&format!("{screen}(Ctrl-C leaves this view; the machines go on)"));
         }
         if stop.wait(EVERY) {
             return Ok(());
@@ -54,14 +55,14 @@ fn once(context: &Context, args: &Args, screen: &mut String) -> Result<()> {
             screen.push_str(&view.text());
             screen.push('\n');
         } else {
-            context.out.line(view.text());
+            context.out.lines(view.text());
         }
     };
     if let Some(word) = &args.session {
         let view = View::of(&registry.resolve(word)?)?;
         show(&view);
         if let Some(next) = next(&view) {
-            context.out.next(context.invocation(&next));
+            context.out.next(next);
         }
         return Ok(());
     }
@@ -85,20 +86,44 @@ fn once(context: &Context, args: &Args, screen: &mut String) -> Result<()> {
             }
         }
     }
+    let mounts = mounts::list(context)?;
+    for mount in &mounts {
+        context.out.record("mount", mount);
+        if watched {
+            screen.push_str(&mounted(mount));
+        } else {
+            context.out.lines(mounted(mount).trim_end());
+        }
+    }
     context.out.closing("sessions", pointers.len());
-    if pointers.is_empty() {
-        context.out.say("no recoveries");
-        context.out.next(context.invocation("recover SOURCE --into DIR"));
+    context.out.closing("mounts", mounts.len());
+    if pointers.is_empty() && mounts.is_empty() {
+        context.out.say("no recoveries and no mounts");
+        context.out.next("aquifer recover SOURCE --into DIR");
     } else if let Some(next) = last.as_ref().filter(|_| pointers.len() == 1).and_then(next) {
-        context.out.next(context.invocation(&next));
+        context.out.next(next);
     }
     Ok(())
+}
+
+/// A mount, in lines for people.
+fn mounted(mount: &Mount) -> String {
+    let since = mount.since.strftime("%Y-%m-%dT%H:%M:%SZ");
+    let mut out = format!("mount of {} since {since}\n", plain(&mount.source));
+    for disk in &mount.disks {
+        let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+        let places = [disk.uri.clone(), path(&disk.path), path(&disk.device)];
+        let places: Vec<String> = places.into_iter().flatten().map(|place| plain(&place).into_owned()).collect();
+        let access = if disk.writable { "takes writes" } else { "read-only" };
+        out += &format!("  disk     {} ({}, {access}) {}\n", disk.disk, units::bytes(disk.size), places.join(" "));
+    }
+    out + &format!("  end      kill {}\n", mount.pid)
 }
 
 fn next(view: &View) -> Option<String> {
     let name = &view.status.name;
     if view.allowed_operations.contains(&"keep") {
-        return Some(format!("finalize {name} --keep"));
+        return Some(format!("aquifer finalize {name} --keep"));
     }
-    view.allowed_operations.contains(&"resume").then(|| format!("session resume {name}"))
+    view.allowed_operations.contains(&"resume").then(|| format!("aquifer session resume {name}"))
 }

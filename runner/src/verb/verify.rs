@@ -4,37 +4,39 @@
 //! decoding and content id. Anything else is read from its first byte to its last.
 //!
 //! Invariants
-//! - Damage is listed with file and offset, and ends nothing; the exit code says that there was some.
+//! - Damage is listed once for each stored place, with file, offset and the ranges of the disk it costs,
+//!   and ends nothing; the exit code says that there was some.
 //! - A listed point that is not whole any more is damage; one that was never completed is none.
-//! - Nothing is written and nothing repaired.
+//! - An interrupted check is gone on with by the same command, as far as its files have not changed.
+//! - Nothing that is checked is written, and nothing repaired.
 //!
 //! Not here: getting a good copy from elsewhere.
 
+mod memory;
+mod native;
+mod report;
 mod scan;
 
 use std::{
-    num::NonZero,
     ops::Range,
-    sync::atomic::{AtomicU64, Ordering},
-    thread,
+    path::{Path, PathBuf},
 };
 
-use aquifer_formats::{
-    Layer as _,
-    aql::{Depth, Finding, Reader, verify},
-    repo::PointState,
-};
+use aquifer_formats::{Layer as _, repo::PointState};
+use aquifer_vdisk::Disk;
 use parking_lot::Mutex;
-use serde::Serialize;
 
+use self::{memory::Memory, report::Tally};
 use crate::{
     context::Context,
-    copy,
-    fail::{At, Code, Fail, Result},
+    fail::{Code, Fail, Result},
     repository,
-    source::{SelectedDisk, Selection, SourceOptions, select},
+    source::{
+        SelectedDisk, SelectedPoint, Selection, Source, SourceOptions,
+        files::{self, FileState},
+        select,
+    },
     stop::Stop,
-    units,
 };
 
 /// Options of `verify`.
@@ -46,35 +48,26 @@ pub struct Args {
     /// Which disks, and how they are read.
     #[command(flatten)]
     pub options: SourceOptions,
+    /// Check everything, also what an interrupted check of the same has done
+    #[arg(long)]
+    pub afresh: bool,
 }
 
-/// Most damaged places that are listed one by one for a disk.
-const LISTED_MAX: usize = 1000;
+/// Damage of one stored place.
+#[derive(Clone, Debug)]
+struct Lost {
+    /// Why, with file and offset.
+    fail: Fail,
+    /// Ranges of the disk that cannot be read because of it, in order; none where a second copy serves.
+    ranges: Vec<Range<u64>>,
+}
 
-#[derive(Serialize)]
-struct DiskRecord<'a> {
-    source: &'a str,
-    disk: &'a str,
+/// What is known of a disk at the end of its check.
+struct Checked {
     size: u64,
-    bytes_checked: u64,
-    damaged_places: usize,
-}
-
-/// What was found so far.
-#[derive(Default)]
-struct Tally {
-    disks: u64,
-    damaged: usize,
-    first: Option<Fail>,
-}
-
-impl Tally {
-    /// Counts a point that cannot be read at all.
-    fn add(&mut self, context: &Context, fail: Fail) {
-        context.out.damage(&fail);
-        self.damaged += 1;
-        self.first.get_or_insert(fail);
-    }
+    /// Bytes that were read for it, by this run and the ones it goes on with.
+    bytes: u64,
+    damage: Vec<Lost>,
 }
 
 /// What is wrong with a point that was whole once.
@@ -90,134 +83,126 @@ fn lost(word: &str, state: &PointState) -> Option<Fail> {
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let stop = context.stop()?;
+    let mut check = Check { context, stop, memory: Memory::open(context, &target(context, args)?, args.afresh)? };
     let mut tally = Tally::default();
-    match &args.source {
-        Some(source) => check(context, &select(context, source, &args.options)?, stop, &mut tally)?,
-        None => {
-            let repo = repository::open(context)?;
-            for machine in repo.machines()? {
-                for point in repo.points(&machine)? {
-                    let word = format!("{}@{}", machine.name, point.id);
-                    match lost(&word, &point.state) {
-                        Some(fail) => tally.add(context, fail),
-                        None if point.state == PointState::Incomplete => {}
-                        None => check(context, &select(context, &word, &args.options)?, stop, &mut tally)?,
-                    }
+    let outcome = match &args.source {
+        Some(source) => check.selection(&select(context, source, &args.options)?, &mut tally),
+        None => check.repository(args, &mut tally),
+    };
+    if let Err(fail) = outcome {
+        return Err(if stop.is_asked() { fail.help_again("    # it goes on from here") } else { fail });
+    }
+    check.memory.end();
+    tally.verdict(context)
+}
+
+/// What this command checks, and how: equal for two runs only where one can go on with the other.
+fn target(context: &Context, args: &Args) -> Result<String> {
+    let options = &args.options;
+    let place = match args.source.as_deref().map(Source::parse).transpose()? {
+        // A relative path means another file in another folder.
+        Some(Source::Path(path) | Source::Raw(path)) => std::path::absolute(path).unwrap_or_default(),
+        Some(Source::Nbd(_)) => PathBuf::new(),
+        Some(Source::Point { .. }) | None => context.repo_dir()?,
+    };
+    Ok(format!("{place:?} {:?} {:?} {:?} {:?}", args.source, options.disk, options.snapshot, options.allow_backing))
+}
+
+struct Check<'a> {
+    context: &'a Context,
+    stop: Stop,
+    memory: Memory,
+}
+
+impl Check<'_> {
+    /// Every point that was ever complete.
+    fn repository(&mut self, args: &Args, tally: &mut Tally) -> Result<()> {
+        let repo = repository::open(self.context)?;
+        for machine in repo.machines()? {
+            for point in repo.points(&machine)? {
+                let word = format!("{}@{}", machine.name, point.id);
+                match lost(&word, &point.state) {
+                    Some(fail) => tally.point(self.context, &word, fail),
+                    None if point.state == PointState::Incomplete => {}
+                    None => self.selection(&select(self.context, &word, &args.options)?, tally)?,
                 }
             }
         }
+        Ok(())
     }
-    context.out.closing("disks", tally.disks);
-    context.out.closing("damaged_places", tally.damaged);
-    let Some(first) = tally.first else { return Ok(()) };
-    let places =
-        if tally.damaged == 1 { "1 place is damaged".into() } else { format!("{} places are damaged", tally.damaged) };
-    Err(Fail { code: Code::Corrupt, what: format!("{places}; the first: {}", first.what), ..first }
-        .help("aquifer points"))
-}
 
-fn check(context: &Context, selection: &Selection, stop: Stop, tally: &mut Tally) -> Result<()> {
-    for selected in &selection.disks {
-        let (size, checked, damage) = match &selection.point {
-            Some(point) => {
-                let repo = repository::open(context)?;
-                let stored = point.record.disks.iter().find(|stored| stored.name.as_str() == selected.name);
-                let stored = stored.ok_or_else(|| Fail::new(Code::NotFound, format!("no disk {}", selected.name)))?;
-                let reader = repo.open_disk(&point.point, &stored.name)?;
-                let depth = Depth::Deep(Some(repo.content_key().clone()));
-                let (checked, damage) = check_native(context, &reader, depth, stop)?;
-                (reader.size(), checked, damage)
-            }
-            None => check_other(context, selected, stop)?,
-        };
-        report(context, selection, selected, (size, checked), &damage);
-        tally.disks += 1;
-        tally.damaged += damage.len();
-        if tally.first.is_none() {
-            tally.first = damage.into_iter().next();
+    fn selection(&mut self, selection: &Selection, tally: &mut Tally) -> Result<()> {
+        for selected in &selection.disks {
+            let checked = match &selection.point {
+                Some(point) => self.stored(selection, point, selected)?,
+                None => self.scanned(selection, selected)?,
+            };
+            tally.disk(self.context, &selection.word, &selected.name, checked);
+        }
+        Ok(())
+    }
+
+    /// A disk of a point, by what its files store.
+    fn stored(&mut self, selection: &Selection, point: &SelectedPoint, selected: &SelectedDisk) -> Result<Checked> {
+        let repo = repository::open(self.context)?;
+        let missing = || Fail::new(Code::NotFound, format!("no disk {}", selected.name));
+        let stored = point.record.disks.iter().find(|stored| stored.name.as_str() == selected.name);
+        let stored = stored.ok_or_else(missing)?;
+        let reader = repo.open_disk(&point.point, &stored.name)?;
+        let files = files::of_point(Path::new(reader.label()), stored);
+        let key = repo.content_key().clone();
+        let mut keeper = self.keeper(selection, selected, files);
+        native::check(&reader, key, &mut keeper)
+    }
+
+    /// Any other disk, by reading all that it holds.
+    fn scanned(&mut self, selection: &Selection, selected: &SelectedDisk) -> Result<Checked> {
+        let chain = selected.open_chain(&self.context.cache()?)?;
+        let files = files::of_chain(&chain);
+        let disk = Disk::read_only(&selected.name, chain);
+        let mut keeper = self.keeper(selection, selected, files);
+        scan::check(&disk, &mut keeper)
+    }
+
+    fn keeper<'k>(
+        &'k mut self,
+        selection: &'k Selection,
+        selected: &'k SelectedDisk,
+        files: Option<Vec<FileState>>,
+    ) -> Keeper<'k> {
+        let (source, disk) = (selection.word.as_str(), selected.name.as_str());
+        let before = self.memory.of(source, disk, files.as_deref());
+        if let Some(before) = &before {
+            report::resumed(self.context, source, disk, self.memory.began(), before);
+        }
+        let memory = Mutex::new(&mut self.memory);
+        Keeper {
+            context: self.context,
+            stop: self.stop,
+            memory,
+            source,
+            disk,
+            files,
+            before: before.unwrap_or_default(),
         }
     }
-    Ok(())
 }
 
-fn report(
-    context: &Context,
-    selection: &Selection,
-    selected: &SelectedDisk,
-    (size, checked): (u64, u64),
-    damage: &[Fail],
-) {
-    for fail in damage.iter().take(LISTED_MAX) {
-        context.out.damage(fail);
+/// What the check of one disk is given: where to report, what was done before, and where to note what is done.
+struct Keeper<'k> {
+    context: &'k Context,
+    stop: Stop,
+    memory: Mutex<&'k mut Memory>,
+    source: &'k str,
+    disk: &'k str,
+    files: Option<Vec<FileState>>,
+    before: memory::Done,
+}
+
+impl Keeper<'_> {
+    /// Writes down what is done, and what was found in that part.
+    fn keep(&self, done: &memory::Done, found: &[Lost]) {
+        let found = memory::below(found, done.below);
+        self.memory.lock().keep(self.source, self.disk, self.files.as_deref(), done, &found);
     }
-    let (source, disk) = (selection.word.as_str(), selected.name.as_str());
-    let record = DiskRecord { source, disk, size, bytes_checked: checked, damaged_places: damage.len() };
-    context.out.record("verified", &record);
-    let verdict = match damage.len() {
-        0 => "whole".to_owned(),
-        1 => "1 damaged place".to_owned(),
-        n => format!("{n} damaged places"),
-    };
-    context.out.line(format_args!(
-        "{source} {disk}: {verdict}, {} checked of {}",
-        units::bytes(checked),
-        units::bytes(size)
-    ));
-}
-
-/// Checks all that a native point stores, several leaves at a time.
-fn check_native(context: &Context, reader: &Reader, depth: Depth, stop: Stop) -> Result<(u64, Vec<Fail>)> {
-    let steps = verify(reader, depth);
-    let progress = context.out.progress("verify", Some(reader.size()));
-    let found = Mutex::new(Vec::new());
-    let (next, checked) = (AtomicU64::new(0), AtomicU64::new(0));
-    let note = |finding: Finding| {
-        checked.fetch_add(finding.blocks_read.saturating_mul(reader.grain()), Ordering::Relaxed);
-        progress.add(finding.disk.end - finding.disk.start);
-        let damage = finding.damage.into_iter().map(|d| costing(Fail::from(d.error), &d.disk));
-        found.lock().extend(damage);
-    };
-    note(steps.whole());
-    let threads = thread::available_parallelism().map_or(2, NonZero::get).clamp(1, 16);
-    thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                loop {
-                    let leaf = next.fetch_add(1, Ordering::Relaxed);
-                    if leaf >= steps.leaves() || stop.check().is_err() {
-                        return;
-                    }
-                    note(steps.leaf(leaf));
-                }
-            });
-        }
-    });
-    stop.check()?;
-    let mut found = found.into_inner();
-    found.sort_by_key(|fail| fail.at.as_ref().map(|at| (at.path.clone(), at.offset)));
-    Ok((checked.into_inner(), found))
-}
-
-fn check_other(context: &Context, selected: &SelectedDisk, stop: Stop) -> Result<(u64, u64, Vec<Fail>)> {
-    let disk = selected.open(&context.cache()?)?;
-    let used = copy::used_bytes(&disk)?;
-    let progress = context.out.progress("verify", Some(used));
-    let (found, outcome) = scan::scan(&disk, stop, &progress);
-    outcome?;
-    let list = found.into_values().map(|lost| {
-        let whole = lost.ranges.first().map_or(0, |r| r.start)..lost.ranges.last().map_or(0, |r| r.end);
-        costing(lost.fail, &whole)
-    });
-    Ok((disk.size(), used, list.collect()))
-}
-
-/// Says which bytes of the disk are lost by it.
-fn costing(mut fail: Fail, disk: &Range<u64>) -> Fail {
-    if disk.is_empty() {
-        fail.what += "; a second copy serves";
-    } else {
-        fail.what += &format!("; costs bytes {} to {} of the disk", disk.start, disk.end);
-    }
-    fail.at.get_or_insert_with(At::default);
-    fail
 }

@@ -110,9 +110,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         }
         if limit.is_some_and(|limit| start.elapsed() >= limit) {
             let what = format!("{} has not reached that in time; it is {}", view.status.name, view.status.state);
-            return Err(
-                Fail::new(Code::Timeout, what).help(context.invocation(&format!("status {}", view.status.name)))
-            );
+            return Err(Fail::new(Code::Timeout, what).help(format!("aquifer status {}", view.status.name)));
         }
         stop.check()?;
         stop.wait(EVERY);

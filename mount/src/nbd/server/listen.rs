@@ -82,12 +82,26 @@ pub(super) fn unix(path: &Path, tls: bool) -> Result<Bound> {
     Ok(Bound { fd, address, file: Some(SocketFile { path, inode }) })
 }
 
+/// Whether a socket could be made at `path` now.
+pub(super) fn check_unix(path: &Path) -> Result<()> {
+    let failed = |e: Errno| Error::io(path.display().to_string(), "name a socket", e.into());
+    is_stale(path, &SocketAddrUnix::new(path).map_err(failed)?).map(drop)
+}
+
 /// Removes a socket nobody listens on.
 fn clear_stale(path: &Path, place: &SocketAddrUnix) -> Result<()> {
+    match is_stale(path, place)? {
+        true => fs::remove_file(path).map_err(|e| Error::io(path.display().to_string(), "remove the stale socket", e)),
+        false => Ok(()),
+    }
+}
+
+/// Whether a socket is there that nobody listens on; an error where something else is.
+fn is_stale(path: &Path, place: &SocketAddrUnix) -> Result<bool> {
     let taken = |why| Error::SocketTaken { path: path.display().to_string(), why };
     let meta = match fs::symlink_metadata(path) {
         Ok(meta) => meta,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(e) => return Err(Error::io(path.display().to_string(), "stat", e)),
     };
     if !meta.file_type().is_socket() {
@@ -97,19 +111,24 @@ fn clear_stale(path: &Path, place: &SocketAddrUnix) -> Result<()> {
         socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None);
     let probe = probe.map_err(|e| Error::io(path.display().to_string(), "open", e.into()))?;
     match connect(&probe, place) {
-        Err(Errno::CONNREFUSED) => {
-            fs::remove_file(path).map_err(|e| Error::io(path.display().to_string(), "remove the stale socket", e))
-        }
+        Err(Errno::CONNREFUSED) => Ok(true),
         _ => Err(taken("a server listens there")),
     }
 }
 
-pub(super) fn tcp(place: &str, tls: bool) -> Result<Bound> {
-    let failed = |action| move |e: io::Error| Error::io(format!("tcp:{place}"), action, e);
-    let places: Vec<SocketAddr> = place.to_socket_addrs().map_err(failed("resolve"))?.collect();
+/// The addresses of `HOST:PORT`, where listening on them is allowed.
+pub(super) fn check_tcp(place: &str, tls: bool) -> Result<Vec<SocketAddr>> {
+    let failed = |e: io::Error| Error::io(format!("tcp:{place}"), "resolve", e);
+    let places: Vec<SocketAddr> = place.to_socket_addrs().map_err(failed)?.collect();
     if !tls && places.iter().any(|place| !place.ip().is_loopback()) {
         return Err(Error::TlsNeeded { place: format!("tcp:{place}") });
     }
+    Ok(places)
+}
+
+pub(super) fn tcp(place: &str, tls: bool) -> Result<Bound> {
+    let failed = |action| move |e: io::Error| Error::io(format!("tcp:{place}"), action, e);
+    let places = check_tcp(place, tls)?;
     let listener = TcpListener::bind(places.as_slice()).map_err(failed("bind"))?;
     let address = tcp_address(listener.local_addr().map_err(failed("stat"))?, tls);
     Ok(Bound { fd: listener.into(), address, file: None })

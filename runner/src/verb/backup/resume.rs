@@ -2,13 +2,12 @@
 //!
 //! Invariants
 //! - Blocks are taken over unread only if every file of every source is provably the one of the first
-//!   run: same inode, size and times of change. Otherwise everything is read again; the writer stores
+//!   run (`source::files`). Otherwise everything is read again; the writer stores
 //!   again only what differs.
-//! - A block device and an NBD export prove nothing about themselves.
 
 use std::{
     fs::{self, DirBuilder},
-    os::unix::fs::{DirBuilderExt, MetadataExt},
+    os::unix::fs::DirBuilderExt,
     path::PathBuf,
 };
 
@@ -16,7 +15,6 @@ use aquifer_formats::{
     aql::WriterOptions,
     repo::{Error, LEASE_TTL, Machine, Point, Repository, Transaction, keeper},
 };
-use aquifer_vdisk::Chain;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -26,6 +24,7 @@ use crate::{
     context::Context,
     fail::{Code, Fail, Result},
     repository,
+    source::files::{self, FileState},
 };
 
 /// The sources of a run, kept in the state folder until it is committed.
@@ -40,16 +39,6 @@ struct Source {
     disk: String,
     bitmap: Option<String>,
     files: Vec<FileState>,
-}
-
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct FileState {
-    path: String,
-    device: u64,
-    inode: u64,
-    size: u64,
-    modified: (i64, i64),
-    changed: (i64, i64),
 }
 
 /// How a point is begun.
@@ -137,34 +126,10 @@ fn afresh<'r>(
 fn sources_of(args: &Args, wanted: &[Wanted]) -> Option<Sources> {
     let mut disks = Vec::new();
     for disk in wanted {
-        let files = files_of(&disk.chain)?;
+        let files = files::of_chain(&disk.chain)?;
         disks.push(Source { disk: disk.name.as_str().to_owned(), bitmap: args.bitmap.clone(), files });
     }
     Some(Sources { began: Timestamp::now(), disks })
-}
-
-/// Every file that a chain is read from, as it is now: a layer's own, and the one beside it that holds its data.
-fn files_of(chain: &Chain) -> Option<Vec<FileState>> {
-    let mut files = Vec::new();
-    for layer in chain.layers() {
-        files.push(file_state(layer.label())?);
-        if let Ok(beside) = layer.file(1) {
-            files.push(file_state(beside.label())?);
-        }
-    }
-    Some(files)
-}
-
-fn file_state(path: &str) -> Option<FileState> {
-    let meta = fs::metadata(path).ok().filter(fs::Metadata::is_file)?;
-    Some(FileState {
-        path: path.to_owned(),
-        device: meta.dev(),
-        inode: meta.ino(),
-        size: meta.len(),
-        modified: (meta.mtime(), meta.mtime_nsec()),
-        changed: (meta.ctime(), meta.ctime_nsec()),
-    })
 }
 
 fn place(context: &Context, point: Uuid) -> Result<PathBuf> {

@@ -16,6 +16,7 @@ use imago::{
 use rustix::fs::{AtFlags, CWD, linkat};
 
 use crate::{
+    context::quoted,
     fail::{Code, Fail, Result},
     units,
 };
@@ -30,11 +31,17 @@ pub(super) enum OutFormat {
 impl OutFormat {
     /// By the name's ending, which is a person's word and no guess.
     pub(super) fn of(path: &Path) -> Result<Self> {
+        if path.as_os_str().as_encoded_bytes().ends_with(b"/") || path.is_dir() {
+            let folder = path.display().to_string();
+            return Err(Fail::new(Code::Usage, format!("{folder} is a folder; OUT is the new file"))
+                .at(&folder)
+                .help(format!("aquifer export SOURCE {}/OUT.qcow2", quoted(folder.trim_end_matches('/')))));
+        }
         match path.extension().and_then(|e| e.to_str()) {
             Some("raw" | "img") => Ok(Self::Raw),
             Some("qcow2") => Ok(Self::Qcow2),
             _ => Err(Fail::new(Code::Usage, format!("{} ends neither in .raw nor in .qcow2", path.display()))
-                .help(format!("name it {}.qcow2", path.display()))),
+                .help(format!("aquifer export SOURCE {}", quoted(&format!("{}.qcow2", path.display()))))),
         }
     }
 

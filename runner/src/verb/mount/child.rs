@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use super::doors::{Doors, Served};
+use super::doors::{Doors, address};
 use crate::{
     context::Context,
     fail::{Code, Fail, Result},
@@ -29,7 +29,7 @@ pub(super) fn run(context: &Context, command: &str, doors: &Doors, stop: Stop) -
     let started = |e: &io::Error| Fail::io("/bin/sh", "start", e);
     let mut shell = Command::new("/bin/sh");
     shell.arg("-c").arg(command);
-    let uris: Vec<String> = doors.served().iter().map(Served::address).collect();
+    let uris: Vec<String> = doors.served().iter().map(address).collect();
     shell.env("uri", uris.first().cloned().unwrap_or_default()).env("uris", uris.join(" "));
     if context.out.form() == Form::Json {
         let stderr = io::stderr().as_fd().try_clone_to_owned().map_err(|e| started(&e))?;

@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use crate::{
     context::Context,
-    fail::{At, Code, Fail, Result},
+    fail::{At, Code, Fail, Remedy, Result},
 };
 
 /// Longest line that is taken from the background process.
@@ -81,7 +81,7 @@ fn failure(record: &Value) -> Fail {
         offset: at.get("offset").and_then(Value::as_u64),
         cause: at.get("cause").and_then(Value::as_str).map(str::to_owned),
     });
-    Fail { at, do_: text("do"), ..Fail::new(code, text("what").unwrap_or_default()) }
+    Fail { at, do_: text("do").map(Remedy::Command), ..Fail::new(code, text("what").unwrap_or_default()) }
 }
 
 /// Makes the process its own session, so that the terminal's end is not its end.

@@ -13,12 +13,12 @@ use aquifer_mount::{
     nbd::{Address, Export, Server, ServerTls, address},
 };
 use aquifer_vdisk::Disk;
-use serde::Serialize;
 
 use super::Args;
 use crate::{
-    context::Context,
-    fail::{Fail, Result},
+    context::{Context, quoted},
+    fail::{Code, Fail, Result},
+    mounts::MountedDisk,
     units,
 };
 
@@ -53,35 +53,43 @@ impl Place {
     }
 }
 
+impl Place {
+    /// Looks whether the doors can be opened there; makes nothing.
+    pub(super) fn check(&self) -> Result<()> {
+        if let Some(nbd) = &self.nbd {
+            let mut builder = Server::builder();
+            if let Some(tls) = &self.tls {
+                builder = builder.tls(tls.clone());
+            }
+            builder.build()?.check(nbd)?;
+        }
+        if let Some(dir) = &self.fuse
+            && fs::metadata(dir).is_ok_and(|meta| !meta.is_dir())
+        {
+            return Err(Fail::new(Code::Exists, format!("{} is no folder", dir.display())).at(dir.display()));
+        }
+        if self.loops {
+            let control = "/dev/loop-control";
+            let opened = fs::File::options().read(true).write(true).open(control);
+            opened.map_err(|e| Fail::io(control, "open", &e).help("aquifer doctor    # says who may use it"))?;
+        }
+        Ok(())
+    }
+}
+
 /// Open doors.
 pub(super) struct Doors {
     server: Server,
     loops: Vec<LoopDevice>,
     fuse: Option<FuseDoor>,
-    served: Vec<Served>,
+    served: Vec<MountedDisk>,
     private: Option<PathBuf>,
 }
 
-/// One disk as it is served.
-#[derive(Clone, Debug, Serialize)]
-pub(super) struct Served {
-    pub(super) disk: String,
-    pub(super) size: u64,
-    pub(super) writable: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) uri: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) path: Option<PathBuf>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) device: Option<PathBuf>,
-}
-
-impl Served {
-    /// Where to reach it: the URI, or else the device or file.
-    pub(super) fn address(&self) -> String {
-        let file = || self.device.as_ref().or(self.path.as_ref()).map(|path| path.display().to_string());
-        self.uri.clone().or_else(file).unwrap_or_default()
-    }
+/// Where to reach a disk: the URI, or else the device or file.
+pub(super) fn address(served: &MountedDisk) -> String {
+    let file = || served.device.as_ref().or(served.path.as_ref()).map(|path| path.display().to_string());
+    served.uri.clone().or_else(file).unwrap_or_default()
 }
 
 impl Doors {
@@ -116,7 +124,7 @@ impl Doors {
                 }
                 _ => None,
             };
-            doors.served.push(Served {
+            doors.served.push(MountedDisk {
                 disk: disk.name().to_owned(),
                 size: disk.size(),
                 writable: disk.is_writable(),
@@ -129,7 +137,7 @@ impl Doors {
     }
 
     /// The disks, in order.
-    pub(super) fn served(&self) -> &[Served] {
+    pub(super) fn served(&self) -> &[MountedDisk] {
         &self.served
     }
 
@@ -148,7 +156,7 @@ impl Doors {
         }
         context.out.record("ready", &serde_json::json!({ "disks": self.served.len() }));
         if let (Some(first), false) = (self.served.first(), beside_command) {
-            context.out.next_now(&format!("qemu-img info '{}'", first.address()));
+            context.out.next_now(&format!("qemu-img info {}", quoted(&address(first))));
         }
     }
 

@@ -23,7 +23,7 @@ fn a_data_file_beside_an_image_is_part_of_the_source() {
         let spec = ChainSpec::Image { path, format: None, allow_backing: Vec::new(), snapshot: None };
         let nobody = |uri: &str| panic!("{uri}");
         let chain = open_chain(&spec, Arc::new(BlockCache::new(0)), &nobody).expect("a chain");
-        files_of(&chain).expect("files")
+        files::of_chain(&chain).expect("files")
     };
     let before = look();
     assert_eq!(before, look());
