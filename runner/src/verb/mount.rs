@@ -12,6 +12,7 @@
 mod child;
 mod detach;
 mod doors;
+mod reclaim;
 mod scratch;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
@@ -79,6 +80,9 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let place = doors::Place::of(context, args)?;
     let mut scratch = Scratch::of(args)?;
     place.check()?;
+    // Before the disks are opened: their threads are spared as this one is.
+    let writes_here = args.loops && args.writable;
+    reclaim::spare(if writes_here { reclaim::Use::WritesHere } else { reclaim::Use::Harmless })?;
     if args.dry.dry_run {
         let cache = context.cache()?;
         for selected in &selection.disks {
