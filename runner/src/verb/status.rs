@@ -76,7 +76,7 @@ fn once(context: &Context, args: &Args, screen: &mut String) -> Result<()> {
             }
             Err(_) if gone::is_gone(&pointer.dir) => {
                 let what = format!("{}: its folder {} is gone", pointer.name, pointer.dir.display());
-                let help = context.invocation(&format!("finalize {} --discard", pointer.id));
+                let help = format!("aquifer finalize {} --discard", pointer.id);
                 context.out.warn(Code::WarnSkipped, what, Some(&help));
             }
             // One session that cannot be looked at does not hide the others.
