@@ -53,9 +53,9 @@ impl fmt::Display for At {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Remedy {
     /// A command line; one of ours is printed with the repository and state folder of the failed one.
-    Command(String),
+    Command(Box<str>),
     /// The failed command line once more, with these options added.
-    Again(String),
+    Again(Box<str>),
 }
 
 impl fmt::Display for Remedy {
@@ -112,14 +112,14 @@ impl Fail {
     /// Adds the command that helps. The first one stays: it was said closest to the cause.
     #[must_use]
     pub fn help(mut self, command: impl Into<String>) -> Self {
-        self.do_.get_or_insert_with(|| Remedy::Command(command.into()));
+        self.do_.get_or_insert_with(|| Remedy::Command(command.into().into()));
         self
     }
 
     /// The command that helps is this one, with `options` added; with none, once more as it was.
     #[must_use]
     pub fn help_again(mut self, options: impl Into<String>) -> Self {
-        self.do_.get_or_insert_with(|| Remedy::Again(options.into()));
+        self.do_.get_or_insert_with(|| Remedy::Again(options.into().into()));
         self
     }
 

@@ -254,7 +254,7 @@ impl Output {
             Some(Remedy::Again(options)) => format!("{} {options}", self.typed.line).trim_end().to_owned(),
             None => format!("aquifer explain {}", fail.code.name()),
         };
-        Fail { do_: Some(Remedy::Command(command)), ..fail }
+        Fail { do_: Some(Remedy::Command(command.into())), ..fail }
     }
 
     /// Adds a field to the closing `done` line.

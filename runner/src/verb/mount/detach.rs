@@ -81,7 +81,11 @@ fn failure(record: &Value) -> Fail {
         offset: at.get("offset").and_then(Value::as_u64),
         cause: at.get("cause").and_then(Value::as_str).map(str::to_owned),
     });
-    Fail { at, do_: text("do").map(Remedy::Command), ..Fail::new(code, text("what").unwrap_or_default()) }
+    Fail {
+        at,
+        do_: text("do").map(|command| Remedy::Command(command.into())),
+        ..Fail::new(code, text("what").unwrap_or_default())
+    }
 }
 
 /// Makes the process its own session, so that the terminal's end is not its end.

@@ -222,7 +222,7 @@ mod tests {
     #[test]
     fn damage_above_the_front_is_left_to_be_found_again() {
         let lost = |ranges| Lost { fail: Fail::new(Code::Corrupt, "x"), ranges };
-        let kept = below(&[lost(vec![0..10, 90..110, 200..210]), lost(vec![100..120])], 100);
+        let kept = below(&[lost(vec![0..10, 90..110, 200..210]), lost(vec![100..120, 130..140])], 100);
         assert_eq!(kept.len(), 1);
         assert_eq!(kept[0].ranges, [0..10, 90..100]);
     }
