@@ -582,3 +582,35 @@ fn overlays_survive_hostile_bytes() {
 fn overlay_child() {
     mutate_and_run(fuzz::overlay, cases(1200));
 }
+
+/// Small file systems of several kinds, one that says that its journal is to be replayed.
+fn unused_seeds(folder: &Path) {
+    let kinds: [&[&str]; 4] = [
+        &["-J", "size=1"],
+        &["-J", "size=1", "-O", "^metadata_csum,uninit_bg"],
+        &["-O", "^metadata_csum,^uninit_bg,^has_journal"],
+        &["-J", "size=1", "-O", "meta_bg,^resize_inode"],
+    ];
+    for (number, kind) in kinds.iter().enumerate() {
+        let path = folder.join(format!("seed{number}"));
+        let word = path.to_str().expect("text");
+        let made = Command::new("mkfs.ext4").args(["-q", "-F", "-b", "1024"]).args(*kind).args([word, "3M"]).status();
+        assert!(made.expect("mkfs.ext4").success(), "{kind:?}");
+    }
+    let mut live = fs::read(folder.join("seed1")).expect("seed");
+    live[1024 + 0x60] |= 4;
+    fs::write(folder.join("live"), live).expect("write");
+}
+
+#[test]
+fn unused_space_survives_hostile_bytes() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    unused_seeds(folder.path());
+    run_bounded("fuzz_smoke::unused_child", folder.path());
+}
+
+#[test]
+#[ignore = "run by its parent test, in a bounded process"]
+fn unused_child() {
+    mutate_and_run(fuzz::unused, cases(150));
+}

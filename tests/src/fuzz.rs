@@ -364,3 +364,20 @@ pub fn trace(data: &[u8]) {
         }
     }
 }
+
+/// Any bytes as a disk whose unused space is looked for.
+pub fn unused(data: &[u8]) {
+    let size = data.len() as u64;
+    let read = |at: u64, buf: &mut [u8]| -> aquifer_vdisk::Result<()> {
+        let at = usize::try_from(at).expect("inside");
+        buf.copy_from_slice(&data[at..at + buf.len()]);
+        Ok(())
+    };
+    let found = aquifer_vdisk::unused::find(size, &read).expect("memory reads");
+    let mut last = 0;
+    for range in found.ranges.iter() {
+        assert!(range.start >= last && range.end <= size && range.start % 4096 == 0 && range.end % 4096 == 0);
+        last = range.end;
+    }
+    assert!(found.doubt.is_none() || found.ranges.is_empty());
+}

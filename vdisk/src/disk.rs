@@ -8,9 +8,11 @@
 //! Not here: wire formats, queues, threads.
 
 mod source;
+mod touched;
 
 use std::{
     cell::RefCell,
+    ops::Range,
     path::Path,
     sync::{
         Arc,
@@ -22,7 +24,11 @@ use std::{
 use arc_swap::ArcSwapOption;
 
 pub use self::source::Parked;
-use self::source::Patience;
+pub use self::touched::TOUCHED_NAME;
+use self::{
+    source::Patience,
+    touched::{Touch, Touched, UNIT_BYTES},
+};
 use crate::{
     Chain, Delta, DemandStats, Error, Extent, ExtentKind, LocalProgress, Overlay, Result, Trace,
     chain::Effort,
@@ -30,6 +36,7 @@ use crate::{
     overlay::Run,
     sync::Mutex,
     unflushed::{Boot, Operation, Unflushed},
+    unused::{self, Unused},
 };
 
 /// One virtual disk.
@@ -41,6 +48,8 @@ pub struct Disk {
     chain: ArcSwapOption<Chain>,
     /// There is no chain yet, and one is needed: what wants it waits.
     awaited: AtomicBool,
+    /// Where absent blocks were read, if that is known from the beginning.
+    touched: Option<Touched>,
     overlay: Option<Overlay>,
     /// Acknowledged writes for the next process, where that is wanted.
     unflushed: Option<Unflushed>,
@@ -53,6 +62,9 @@ pub struct Disk {
 
 /// How long a guest's read waits for a source that is away, unless [`Disk::set_patience`] says otherwise.
 const PATIENCE: Duration = Duration::from_secs(300);
+
+/// How much is let go of under one hold of readers.
+const FORGET_BYTES: u64 = 4 << 30;
 
 /// What a zeroing request allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,6 +125,7 @@ impl Disk {
             size,
             chain: ArcSwapOption::new(chain),
             awaited,
+            touched: None,
             overlay,
             unflushed: None,
             demand,
@@ -136,6 +149,19 @@ impl Disk {
         self.flush()?;
         unflushed.replayed()?;
         self.unflushed = Some(unflushed);
+        Ok(self)
+    }
+
+    /// Remembers in `dir`, the overlay's folder, where absent blocks are read, so that hydration may leave out what no
+    /// file system uses. Without effect for an overlay that was read before without being watched.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`] without an overlay; I/O.
+    pub fn watching(mut self, dir: &Path) -> Result<Self> {
+        let local = self.overlay()?.local();
+        if local.absent > 0 {
+            self.touched = Touched::open(dir, self.size, local.local() == 0)?;
+        }
         Ok(self)
     }
 
@@ -174,9 +200,15 @@ impl Disk {
         let (mut at, mut rest) = (offset, buf);
         while !rest.is_empty() {
             let (kind, len) = overlay.part(at, rest);
+            if kind == Run::Absent && self.touched.as_ref().is_some_and(|t| t.touch(at, len as u64) == Touch::New) {
+                // It may have become zeros before that was known.
+                continue;
+            }
             let (front, tail) = rest.split_at_mut(len);
             match kind {
-                Run::Pages | Run::Trimmed => {}
+                Run::Pages => {}
+                // Zeros that are not durable yet may become the chain's bytes again.
+                Run::Trimmed => _ = self.touched.as_ref().map(Touched::wait_settled),
                 Run::Local => {
                     let failed = |e| aquifer_formats::Error::io(overlay.raw().label(), "read", at, e);
                     overlay.raw().read_at(at, front).map_err(failed)?;
@@ -244,6 +276,15 @@ impl Disk {
         let (mut at, mut rest) = (offset, buf);
         while !rest.is_empty() {
             let (kind, len) = overlay.part(at, rest);
+            match (kind, &self.touched) {
+                (Run::Absent, Some(touched)) => match touched.touch_now(at, len as u64) {
+                    Touch::Known => {}
+                    Touch::New => continue,
+                    Touch::Later => return Ok(false),
+                },
+                (Run::Trimmed, Some(touched)) if touched.is_settling() => return Ok(false),
+                _ => {}
+            }
             let (front, tail) = rest.split_at_mut(len);
             let ready = match kind {
                 Run::Pages | Run::Trimmed => true,
@@ -381,7 +422,10 @@ impl Disk {
                     None if self.is_awaited() => Extent::push(out, Extent { offset: at, len, kind: ExtentKind::Data }),
                     None => return Err(self.not_local(len)),
                 },
-                Run::Trimmed => Extent::push(out, Extent { offset: at, len, kind: ExtentKind::Zero }),
+                Run::Trimmed => {
+                    _ = self.touched.as_ref().map(Touched::wait_settled);
+                    Extent::push(out, Extent { offset: at, len, kind: ExtentKind::Zero });
+                }
                 Run::Pages => Extent::push(out, Extent { offset: at, len, kind: ExtentKind::Data }),
                 Run::Local => self.local_extents(at, len, out)?,
             }
@@ -588,6 +632,50 @@ impl Disk {
         self.chain.load_full()
     }
 
+    /// Looks for what no file system on the restore point uses. `None` without a source, or where that is of no use: what
+    /// was read of it is not known.
+    ///
+    /// # Errors
+    /// A read that may succeed later.
+    pub(crate) fn find_unused(&self) -> Result<Option<Unused>> {
+        let Some(chain) = self.source()?.filter(|_| self.is_watched()) else { return Ok(None) };
+        unused::find(self.size, &|at, buf| chain.read(at, buf)).map(Some)
+    }
+
+    /// Whether it is known where absent blocks were read.
+    pub(crate) fn is_watched(&self) -> bool {
+        self.touched.is_some()
+    }
+
+    /// Whether the block at `offset`, which is absent, has to be copied although nothing uses it: somebody read there.
+    pub(crate) fn is_touched(&self, offset: u64) -> bool {
+        self.touched.as_ref().is_none_or(|touched| touched.contains(offset))
+    }
+
+    /// Lets go of what is absent, unused and was never read: it reads as zeros from now on, durably, and counts as
+    /// changed. Whoever reads there meanwhile waits.
+    pub(crate) fn forget(&self, unused: &Delta) -> Result<u64> {
+        let (Some(touched), overlay) = (&self.touched, self.overlay()?) else { return Ok(0) };
+        let (mut at, mut forgotten) = (0, 0);
+        while at < self.size {
+            let end = at.saturating_add(FORGET_BYTES).min(self.size);
+            let part = unused.clip(at..end);
+            if !part.is_empty() {
+                let done = touched.settle(|| -> Result<u64> {
+                    let mut sum = 0;
+                    for range in part.iter() {
+                        sum += forget_untouched(overlay, touched, range)?;
+                    }
+                    overlay.flush()?;
+                    Ok(sum)
+                });
+                forgotten += done.transpose()?.unwrap_or(0);
+            }
+            at = end;
+        }
+        Ok(forgotten)
+    }
+
     /// The chain, as long as it is needed.
     ///
     /// # Errors
@@ -630,4 +718,17 @@ impl Disk {
     fn not_local(&self, absent: u64) -> Error {
         Error::NotLocal { disk: self.name.clone(), absent }
     }
+}
+
+/// Lets go of the parts of a range that nobody has read.
+fn forget_untouched(overlay: &Overlay, touched: &Touched, range: Range<u64>) -> Result<u64> {
+    let (mut at, mut sum) = (range.start, 0);
+    while at < range.end {
+        let end = (at - at % UNIT_BYTES + UNIT_BYTES).min(range.end);
+        if !touched.contains(at) {
+            sum += overlay.forget(at, end - at)?;
+        }
+        at = end;
+    }
+    Ok(sum)
 }

@@ -11,6 +11,7 @@
 //! Not here: how blocks are stored (`Overlay`), where they come from (`Chain`).
 
 pub(crate) mod demand;
+mod leave_out;
 mod pace;
 mod progress;
 mod step;
@@ -25,13 +26,13 @@ use std::{
 use parking_lot::Mutex;
 
 pub use demand::DemandStats;
-pub use pace::Pace;
+pub use pace::{Blocks, Pace};
 pub use progress::{HydrateProgress, HydrateState, Replay};
 pub use step::Hydrated;
 
 use self::worker::Shared;
 pub(crate) use self::worker::is_transient;
-use crate::{Disk, Result, Trace};
+use crate::{Disk, Result, Trace, unused::Unused};
 
 const WORKERS_MAX: usize = 64;
 
@@ -118,6 +119,11 @@ impl Hydrator {
     pub fn set_promise(&self, promised_bytes: u64) {
         self.shared.state.lock().pace.promised_bytes = promised_bytes;
         self.shared.demand.wake();
+    }
+
+    /// What was found to be unused; `None` while that is not known, and where everything is copied.
+    pub fn unused(&self) -> Option<Arc<Unused>> {
+        self.shared.state.lock().leave_out.found()
     }
 
     /// How far it is.

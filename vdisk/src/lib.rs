@@ -28,6 +28,7 @@ pub mod readahead;
 mod sync;
 pub mod trace;
 pub mod unflushed;
+pub mod unused;
 
 pub use cache::{BlockCache, CacheStats};
 pub use chain::Chain;
@@ -35,7 +36,7 @@ pub use delta::{Delta, delta_between};
 pub use disk::{Disk, Parked, Zeroing};
 pub use error::{Error, Result};
 pub use extent::{Extent, ExtentKind};
-pub use hydrate::{DemandStats, HydrateProgress, HydrateState, Hydrated, Hydrator, Pace, Replay};
+pub use hydrate::{Blocks, DemandStats, HydrateProgress, HydrateState, Hydrated, Hydrator, Pace, Replay};
 pub use open::{ChainSpec, Connect, open_chain};
 pub use overlay::{LocalProgress, Overlay, OverlayFiles, OverlayOf, OverlayOptions, Settling};
 pub use readahead::Readahead;

@@ -297,6 +297,11 @@ impl Overlay {
         self.core.fill_zero(offset, len)
     }
 
+    /// Makes blocks that are absent read as zeros, as if the guest had given them back; durable after the next flush.
+    pub(crate) fn forget(&self, offset: u64, len: u64) -> Result<u64> {
+        self.core.forget(offset, len)
+    }
+
     /// Makes what was filled so far durable, with its marks.
     pub(crate) fn seal(&self) -> Result<()> {
         self.core.settle(Scope::Hydrated)

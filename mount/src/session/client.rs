@@ -232,6 +232,7 @@ fn offline_disk(spec: &Spec, disk: &DiskSpec) -> DiskStatus {
         hydration: None,
         source_away: None,
         parked: Vec::new(),
+        unused: None,
         demand: None,
         doubtful: Vec::new(),
     }

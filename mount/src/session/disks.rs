@@ -21,7 +21,7 @@ use aquifer_formats::{
 use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Disk, Overlay, OverlayOf, OverlayOptions, open_chain};
 
 use super::{
-    Access, DiskSpec, Error, Preallocate, Result, Spec,
+    Access, Blocks, DiskSpec, Error, Preallocate, Result, Spec,
     folder::{make_private_dir, sync_dir},
     serve::ConnectNbd,
     source::Opening,
@@ -60,15 +60,15 @@ pub(super) fn open(spec: &Spec, disk: &DiskSpec, cache: &Arc<BlockCache>, connec
     if dir.exists() {
         let overlay = Overlay::open(&dir, of, options)?;
         if overlay.local().absent == 0 {
-            return Ok(surviving(Disk::detached(&disk.name, overlay)?, &dir)?.into());
+            return Ok(surviving(spec, Disk::detached(&disk.name, overlay)?, &dir)?.into());
         }
         let opening = Opening::begin(disk.clone(), cache.clone(), connect)?;
         return match opening.first(SOURCE_WAIT) {
-            Some(Ok(chain)) => Ok(surviving(Disk::writable(&disk.name, chain, overlay)?, &dir)?.into()),
+            Some(Ok(chain)) => Ok(surviving(spec, Disk::writable(&disk.name, chain, overlay)?, &dir)?.into()),
             // It is there, and it is another one: nothing good comes of waiting.
             Some(Err(error @ Error::OtherChain { .. })) => Err(error),
             Some(Err(_)) | None => {
-                let disk = surviving(Disk::awaiting(&disk.name, overlay), &dir)?;
+                let disk = surviving(spec, Disk::awaiting(&disk.name, overlay), &dir)?;
                 Ok(Opened { disk, opening: Some(opening) })
             }
         };
@@ -77,14 +77,16 @@ pub(super) fn open(spec: &Spec, disk: &DiskSpec, cache: &Arc<BlockCache>, connec
     let chain = chain_of(disk, cache, connect)?;
     create_overlay(&dir, of, options, spec.options.preallocate)?;
     let overlay = Overlay::open(&dir, of, options)?;
-    Ok(surviving(Disk::writable(&disk.name, chain, overlay)?, &dir)?.into())
+    Ok(surviving(spec, Disk::writable(&disk.name, chain, overlay)?, &dir)?.into())
 }
 
 /// The machine stays when this process dies: nothing it was told is written may be gone then.
-fn surviving(disk: Disk, dir: &Path) -> Result<Arc<Disk>> {
+fn surviving(spec: &Spec, disk: Disk, dir: &Path) -> Result<Arc<Disk>> {
     let path = "/proc/sys/kernel/random/boot_id";
     let text = fs::read_to_string(path).map_err(|e| Error::io(Path::new(path), "read", e))?;
     let boot = uuid::Uuid::try_parse(text.trim()).map_err(|e| Error::bad_file(Path::new(path), e.to_string()))?;
+    // Watched first: bytes that are brought back were never read from what is absent.
+    let disk = if spec.options.blocks == Blocks::Used { disk.watching(dir)? } else { disk };
     Ok(Arc::new(disk.surviving(dir, boot.into_bytes())?))
 }
 

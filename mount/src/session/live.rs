@@ -9,17 +9,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aquifer_vdisk::{BlockCache, ChainSpec, DemandStats, Disk, HydrateProgress, HydrateState, Hydrator, Pace};
+use aquifer_vdisk::{
+    BlockCache, ChainSpec, DemandStats, Disk, HydrateProgress, HydrateState, Hydrator, Pace,
+    unused::{Unused, Volume},
+};
 use jiff::Timestamp;
 use parking_lot::{Condvar, Mutex};
 
 use super::{
-    DiskSpec, Error, Folder, Hydrate, Options, Result, Spec, State, Status,
+    Blocks, DiskSpec, Error, Folder, Hydrate, Options, Result, Spec, State, Status,
     control::{Answer, Clients, Request, Setting},
     serve::{ConnectNbd, Happening, Hooks},
     source::Opening,
     status::{
         CacheStatus, DemandStatus, DiskStatus, Door, HydrationStatus, OverlayStatus, Parked, Phase, STATUS_SCHEMA,
+        UnusedStatus, VolumeStatus,
     },
     traces::Traced,
 };
@@ -155,6 +159,8 @@ impl Live {
     fn disk_status(&self, live: &LiveDisk, file: Option<String>) -> DiskStatus {
         let disk = &live.disk;
         let progress = live.hydrator.lock().as_ref().map(Hydrator::progress);
+        let unused = live.hydrator.lock().as_ref().and_then(Hydrator::unused);
+        let unused = unused.zip(progress.as_ref().map(|p| p.left_out));
         let parked = disk.parked().into_iter().take(PARKED_MAX);
         DiskStatus {
             name: disk.name().to_owned(),
@@ -166,6 +172,7 @@ impl Live {
             hydration: progress.map(hydration_status),
             source_away: live.opening.lock().as_ref().map(Opening::why),
             parked: parked.map(|p| Parked { offset: p.offset, len: p.len, waited_s: p.waited.as_secs() }).collect(),
+            unused: unused.map(|(unused, left_out)| unused_status(&unused, left_out)),
             demand: disk.is_writable().then(|| demand_status(disk.demand_stats())),
             doubtful: disk.doubtful().iter().map(|r| (r.start, r.end - r.start)).collect(),
         }
@@ -248,7 +255,7 @@ impl Live {
             match hydrator.as_ref() {
                 Some(running) => running.resume(),
                 None if live.disk.local()?.absent > 0 => {
-                    let started = Hydrator::start(live.disk.clone(), pace_of(spec))?;
+                    let started = Hydrator::start(live.disk.clone(), pace_of(spec, &self.spec.options))?;
                     if let Some(trace) = live.traced.lock().replay.take() {
                         started.replay(&trace);
                         let what = format!("{}: {} bytes in {} steps", spec.name, trace.bytes(), trace.steps.len());
@@ -475,9 +482,26 @@ fn demand_status(stats: DemandStats) -> DemandStatus {
 }
 
 /// A source across the network answers late and several requests at once; one beside us keeps processors busy.
-fn pace_of(disk: &DiskSpec) -> Pace {
+fn pace_of(disk: &DiskSpec, options: &Options) -> Pace {
     let workers = if matches!(disk.chain, ChainSpec::Nbd { .. }) { REMOTE_WORKERS } else { Pace::default().workers };
-    Pace { workers, ..Pace::default() }
+    let blocks = match options.blocks {
+        Blocks::Used => aquifer_vdisk::Blocks::Used,
+        Blocks::All => aquifer_vdisk::Blocks::All,
+    };
+    Pace { workers, blocks, ..Pace::default() }
+}
+
+/// What a disk's file systems do not use, for status.
+fn unused_status(unused: &Unused, left_out: u64) -> UnusedStatus {
+    let volume = |v: &Volume| VolumeStatus {
+        offset: v.range.start,
+        len: v.range.end - v.range.start,
+        file_system: v.file_system,
+        unused: v.unused,
+        doubt: v.doubt.map(str::to_owned),
+    };
+    let volumes = unused.volumes.iter().map(volume).collect();
+    UnusedStatus { left_out, volumes, doubt: unused.doubt.map(str::to_owned) }
 }
 
 impl From<aquifer_vdisk::LocalProgress> for OverlayStatus {

@@ -38,7 +38,7 @@ pub use folder::{Event, Folder, OwnerLock, make_private_dir, sync_dir};
 pub use live::Live;
 pub use registry::{Pointer, Registry};
 pub use serve::{Confine, ConnectNbd, Happening, Hooks, NoHooks, Serving, serve};
-pub use spec::{Access, DiskSpec, Hydrate, Options, Preallocate, Spec, check_socket_path, is_name};
+pub use spec::{Access, Blocks, DiskSpec, Hydrate, Options, Preallocate, Spec, check_socket_path, is_name};
 pub use state::State;
 pub use status::Status;
 pub use supervise::{Policy, inherited_listener, leave_terminal, spawn_detached, supervise};

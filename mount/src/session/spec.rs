@@ -93,6 +93,8 @@ pub struct Options {
     pub source_wait_s: u64,
     /// Where the FUSE files appear, if they are wanted.
     pub fuse_dir: Option<PathBuf>,
+    /// Which blocks are copied in the background.
+    pub blocks: Blocks,
     /// Passed to the overlay: size of its journal in bytes.
     pub journal_bytes: Option<u64>,
 }
@@ -108,6 +110,7 @@ impl Default for Options {
             preallocate: Preallocate::No,
             source_wait_s: 300,
             fuse_dir: None,
+            blocks: Blocks::All,
             journal_bytes: None,
         }
     }
@@ -133,6 +136,16 @@ pub enum Hydrate {
     Paused,
     /// Never: only what the guest touches comes over.
     Off,
+}
+
+/// Which blocks are copied in the background.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Blocks {
+    /// Those a file system uses, and those somebody has read; the rest is zeros in the end.
+    Used,
+    /// All that the restore point holds.
+    All,
 }
 
 /// Whether space is reserved before the machine starts.

@@ -1,5 +1,6 @@
 //! What a session says about itself. Bytes are integers, times UTC; what is not known is absent.
 
+use aquifer_vdisk::unused::FileSystem;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -109,6 +110,9 @@ pub struct DiskStatus {
     /// Reads that wait for a source that is away.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parked: Vec<Parked>,
+    /// What no file system on it uses, once that is known; absent where everything is copied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unused: Option<UnusedStatus>,
     /// What its readers wait for; absent on a read-only disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub demand: Option<DemandStatus>,
@@ -159,6 +163,34 @@ pub struct HydrationStatus {
     /// Fetches of an earlier boot's trace: done, and in all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replay: Option<(usize, usize)>,
+}
+
+/// What is not copied because nothing uses it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnusedStatus {
+    /// Absent bytes that will not be copied: unused, and read by nobody. They become zeros when all else is local.
+    pub left_out: u64,
+    /// What was found in each partition, or on a disk without any.
+    pub volumes: Vec<VolumeStatus>,
+    /// Why the disk was not looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub doubt: Option<String>,
+}
+
+/// One partition.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeStatus {
+    /// Where it begins on the disk in bytes.
+    pub offset: u64,
+    /// Its length in bytes.
+    pub len: u64,
+    /// What it holds.
+    pub file_system: FileSystem,
+    /// Bytes its file system does not use, in runs long enough to be left out.
+    pub unused: u64,
+    /// Why all of it is copied although its file system is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub doubt: Option<String>,
 }
 
 /// What the readers of a disk wait for.

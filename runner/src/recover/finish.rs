@@ -17,7 +17,7 @@ use aquifer_mount::session::{
     status::{DiskStatus, Phase},
     traces,
 };
-use aquifer_vdisk::{Overlay, unflushed};
+use aquifer_vdisk::{Overlay, disk::TOUCHED_NAME, unflushed};
 
 use super::{
     door, gone,
@@ -128,7 +128,7 @@ pub fn keep(context: &Context, folder: &Folder) -> Result<Kept> {
         disks.extend(spec.disks.iter().map(|d| (d.name.clone(), disk_file(&spec, &d.name), None)));
     }
     for disk in &spec.disks {
-        for part in ["map", "journal", "owner"].into_iter().chain(unflushed::NAMES) {
+        for part in ["map", "journal", "owner", TOUCHED_NAME].into_iter().chain(unflushed::NAMES) {
             remove(&spec.disk_dir(&disk.name).join(part))?;
         }
     }

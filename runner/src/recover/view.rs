@@ -8,7 +8,7 @@ use std::fmt::Write;
 
 use aquifer_mount::session::{
     Client, Folder, Status,
-    status::{DiskStatus, Door, HydrationStatus, Phase},
+    status::{DiskStatus, Door, HydrationStatus, Phase, UnusedStatus},
 };
 use jiff::Timestamp;
 use serde::Serialize;
@@ -112,6 +112,12 @@ impl View {
             let _ = writeln!(out, "  {}", disk_line(disk));
             for trouble in troubles(disk) {
                 let _ = writeln!(out, "           {trouble}");
+            }
+            for doubt in disk.unused.iter().flat_map(doubts) {
+                let _ = writeln!(out, "           copied whole, free space too: {doubt}");
+            }
+            if let Some(unused) = disk.unused.as_ref().filter(|u| u.left_out > 0) {
+                let _ = writeln!(out, "           {} that nothing uses is not copied", units::bytes(unused.left_out));
             }
             for parked in &disk.parked {
                 let _ = writeln!(
@@ -295,6 +301,11 @@ fn troubles(disk: &DiskStatus) -> Vec<String> {
         out.push(format!("after a failed sync {len} bytes at {offset} are in doubt, and {more} other ranges"));
     }
     out
+}
+
+/// Why free space is copied, for the disk or for parts of it.
+fn doubts(unused: &UnusedStatus) -> impl Iterator<Item = &String> {
+    unused.doubt.iter().chain(unused.volumes.iter().filter_map(|volume| volume.doubt.as_ref()))
 }
 
 /// `█` hydrated, `▓` written by the guest, `░` waiting.

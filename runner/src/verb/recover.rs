@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aquifer_mount::session::{Client, Folder, Hydrate, Options, Preallocate};
+use aquifer_mount::session::{Blocks, Client, Folder, Hydrate, Options, Preallocate};
 use serde_json::json;
 
 use super::NamedSource;
@@ -73,6 +73,9 @@ pub struct Args {
     /// Leave the disks where they are; fetch only what the guest reads
     #[arg(long)]
     pub no_hydrate: bool,
+    /// Do not copy what the file systems on the disks do not use; it reads as zeros once all else is local
+    #[arg(long)]
+    pub skip_unused: bool,
     /// Limit of the background copy, like 200MiB/s
     #[arg(long, value_name = "RATE")]
     pub rate: Option<String>,
@@ -144,6 +147,7 @@ fn requests(context: &Context, args: &Args) -> Result<Vec<Request>> {
     let options = Options {
         cache_bytes: context.cache_bytes()?,
         hydrate: if args.no_hydrate { Hydrate::Paused } else { Hydrate::On },
+        blocks: if args.skip_unused { Blocks::Used } else { Blocks::All },
         rate: args.rate.as_deref().map(units::parse_rate).transpose()?.flatten(),
         ready_by: args.ready_by.as_deref().map(units::parse_when).transpose()?,
         preallocate: if args.preallocate { Preallocate::Full } else { Preallocate::No },

@@ -29,6 +29,18 @@ pub struct Pace {
     pub floor_bytes: u64,
     /// Bytes each second it keeps whatever the guest waits for: what a deadline needs. 0 without one.
     pub promised_bytes: u64,
+    /// What is copied. Looked at when hydration starts.
+    pub blocks: Blocks,
+}
+
+/// What is copied in the background.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blocks {
+    /// Everything the chain has data for.
+    All,
+    /// Of that, what a file system uses or somebody has read; the rest is zeros in the end. Only where it is known
+    /// what was read ([`crate::Disk::watching`]).
+    Used,
 }
 
 impl Default for Pace {
@@ -39,6 +51,7 @@ impl Default for Pace {
             latency_target: Some(Duration::from_millis(2)),
             floor_bytes: 16 << 20,
             promised_bytes: 0,
+            blocks: Blocks::Used,
         }
     }
 }

@@ -57,6 +57,8 @@ pub struct HydrateProgress {
     pub damaged: Vec<(u64, u64)>,
     /// The last error, for people.
     pub error: Option<String>,
+    /// Bytes that are absent and will not be copied: no file system uses them, and nobody has read them.
+    pub left_out: u64,
     /// How far an earlier boot's trace has been fetched; `None` without one.
     pub replay: Option<Replay>,
 }

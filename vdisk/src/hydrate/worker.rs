@@ -21,6 +21,7 @@ use parking_lot::{Condvar, Mutex};
 use super::{
     STOP_MAX,
     demand::Demand,
+    leave_out::LeaveOut,
     pace::{Buckets, Pace, StepSize, Throttle},
     progress::{HydrateProgress, HydrateState, Meter, Replay},
 };
@@ -31,7 +32,7 @@ const SEAL_BYTES: u64 = 128 << 20;
 /// Time after which they are in any case.
 const SEAL_AFTER: Duration = Duration::from_secs(10);
 /// First and longest pause before something that failed is tried again.
-const RETRY: Range<Duration> = Duration::from_millis(200)..Duration::from_secs(5);
+pub(super) const RETRY: Range<Duration> = Duration::from_millis(200)..Duration::from_secs(5);
 /// Metadata is read this far at once to learn what is used.
 const SURVEY_BYTES: u64 = 64 << 20;
 
@@ -62,6 +63,7 @@ pub(super) struct State {
     buckets: Buckets,
     throttle: Throttle,
     step: StepSize,
+    pub(super) leave_out: LeaveOut,
     /// Bulk steps on their way.
     bulk_busy: usize,
     /// Where the bulk copy goes on.
@@ -117,6 +119,7 @@ impl Shared {
             buckets: Buckets::new(),
             throttle: Throttle::new(now),
             step: StepSize::new(),
+            leave_out: LeaveOut::new(pace.blocks, disk.is_watched()),
             bulk_busy: 0,
             cursor: 0,
             busy: Vec::new(),
@@ -199,6 +202,9 @@ impl Shared {
             // One at a time: a guest that waits should not wait behind several.
             return Next::Wait(slow);
         }
+        if state.leave_out.pending {
+            return Next::Wait(RETRY.start);
+        }
         let Some(range) = self.bulk(&mut state) else {
             // The last one to find nothing, once nobody is at anything, ends it.
             return if state.busy.is_empty() && !state.sealing && !state.surveying {
@@ -225,9 +231,8 @@ impl Shared {
                     return Some(range);
                 }
             }
-            let from = self.disk.next_absent(state.cursor)?;
-            let step = state.step.bytes();
-            let to = (from - from % step).saturating_add(step).min(self.disk.size());
+            let unused = state.leave_out.found();
+            let (from, to) = self.next_wanted(unused.as_deref(), state.cursor, state.step.bytes())?;
             state.cursor = to;
             if let Some(range) = state.free_part(from..to) {
                 return Some(range);
@@ -316,7 +321,8 @@ impl Shared {
             }
             state.sealing = true;
         }
-        let result = self.disk.seal().and_then(|()| self.disk.detach_chain());
+        let sealed = self.disk.seal().and_then(|()| self.forget_unused());
+        let result = sealed.and_then(|()| self.disk.detach_chain());
         let mut state = self.state.lock();
         (state.sealing, state.unsealed) = (false, 0);
         match result {
@@ -355,6 +361,7 @@ impl Shared {
 
     /// Marks what the chain has no data for as local, and counts what it has data for.
     pub(super) fn survey(&self) {
+        self.look_for_unused();
         let used = self.count_used();
         let mut state = self.state.lock();
         (state.used, state.surveying) = (used, false);
@@ -373,7 +380,7 @@ impl Shared {
                 return None;
             }
             match self.disk.survey(at, SURVEY_BYTES) {
-                Ok(data) => (used, at) = (used + data?, at.saturating_add(SURVEY_BYTES)),
+                Ok(data) => (used, at) = (used + self.wanted_of(&data?), at.saturating_add(SURVEY_BYTES)),
                 Err(Error::Format(e)) if is_transient(&e) => self.demand.wait(RETRY.end),
                 Err(_) => return None,
             }
@@ -382,7 +389,7 @@ impl Shared {
     }
 
     /// Waits while paused; `true` if it is over.
-    fn wait_while_held(&self) -> bool {
+    pub(super) fn wait_while_held(&self) -> bool {
         loop {
             let state = self.state.lock();
             if state.stopping.is_some() || state.phase.is_final() {
@@ -397,12 +404,14 @@ impl Shared {
     }
 
     pub(super) fn progress(&self) -> HydrateProgress {
+        let left_out = self.left_out();
         let local = self.disk.local().unwrap_or_default();
         let state = self.state.lock();
         let now = Instant::now();
-        // Once surveyed, whatever is still absent is data.
-        let used_local = state.used.map(|used| used.saturating_sub(local.absent));
-        let left = state.used.zip(used_local).map_or(local.absent, |(used, local)| used - local);
+        // Once surveyed, whatever is still absent and not left out is data.
+        let missing = local.absent.saturating_sub(left_out);
+        let used_local = state.used.map(|used| used.saturating_sub(missing));
+        let left = missing;
         HydrateProgress {
             state: if state.paused && !state.phase.is_final() { HydrateState::Paused } else { state.phase },
             total: local.total(),
@@ -414,6 +423,7 @@ impl Shared {
             eta: state.used.and_then(|_| state.meter.eta(left, now)),
             damaged: state.damaged.iter().map(|r| (r.start, r.end - r.start)).collect(),
             error: state.error.clone(),
+            left_out,
             replay: (state.traced > 0).then(|| Replay { done: state.traced - state.trace.len(), total: state.traced }),
         }
     }
@@ -454,9 +464,9 @@ pub(crate) fn is_transient(e: &aquifer_formats::Error) -> bool {
 }
 
 impl Disk {
-    /// Marks what a range has no data for as local; returns how many bytes of it the chain has data for,
-    /// in whole overlay blocks; `None` without a chain.
-    fn survey(&self, offset: u64, len: u64) -> Result<Option<u64>> {
+    /// Marks what a range has no data for as local; returns what the chain has data for, in whole overlay
+    /// blocks; `None` without a chain.
+    fn survey(&self, offset: u64, len: u64) -> Result<Option<Delta>> {
         let Some(chain) = self.source()? else { return Ok(None) };
         let end = offset.saturating_add(len).min(self.size());
         let mut extents = Vec::new();
@@ -472,6 +482,6 @@ impl Disk {
         for range in empty.iter() {
             self.overlay()?.fill_zero(range.start, range.end - range.start)?;
         }
-        Ok(Some(data.bytes()))
+        Ok(Some(data))
     }
 }

@@ -400,6 +400,46 @@ impl Core {
         self.fill_runs(offset, len, &|at, _, len| self.clear_leftovers(at, at + len as u64))
     }
 
+    /// Makes blocks that nobody has filled, written or read read as zeros from now on. They count as the guest's own
+    /// zeros: they are not what the chain has. Durable after the next flush. Returns how many bytes that were.
+    pub(super) fn forget(&self, offset: u64, len: u64) -> Result<u64> {
+        let end = (offset + len).min(self.of.size);
+        let (mut at, mut forgotten) = (offset, 0);
+        while at < end {
+            self.check()?;
+            let next = (at - at % REGION_BYTES + REGION_BYTES).min(end);
+            let region = region_of(at);
+            let mut stripe = self.stripe(region).write();
+            let target = stripe.region(region);
+            let through = self.through.load(Ordering::Acquire);
+            let mut result = Ok(());
+            for block in at / OVERLAY_BLOCK_BYTES..next.div_ceil(OVERLAY_BLOCK_BYTES) {
+                let within = in_region(block);
+                if target.ram.get(within) != BlockState::Absent {
+                    continue;
+                }
+                let start = block * OVERLAY_BLOCK_BYTES;
+                let bytes = self.block_len(block) as u64;
+                if through {
+                    result = self.clear_leftovers(start, start + bytes);
+                    if result.is_err() {
+                        break;
+                    }
+                } else {
+                    target.unpunched.insert(within);
+                }
+                self.set_ram(target, block, BlockState::Trimmed);
+                self.set_pending(region, target, within);
+                forgotten += bytes;
+            }
+            stripe.fold(region);
+            drop(stripe);
+            result?;
+            at = next;
+        }
+        Ok(forgotten)
+    }
+
     /// Zeros what is stored in a range of `disk.raw`.
     pub(super) fn clear_leftovers(&self, from: u64, to: u64) -> Result<()> {
         let mut at = if planted(Bug::LeftoversKept) { to } else { from };
