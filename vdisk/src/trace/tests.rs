@@ -1,3 +1,5 @@
+//! Traces of boots: recorded, written, read back, refused where damaged.
+
 use std::time::{Duration, Instant};
 
 use super::*;
