@@ -391,6 +391,8 @@ fn a_source_that_fails_delays_and_crawls_is_only_slow() {
             assert!(writer.join().expect("writer") > 0);
         });
         assert!(read_at(&site, 0, 4 << 20).expect("read") == model, "{filter}");
+        let counted = status(&site).disks[0].fetched;
+        assert_eq!(counted, kit.fetched()[opened..].iter().map(|(_, len)| len).sum::<u64>(), "{filter}: status tells");
         site.client().stop(Clients::Disconnect).expect("stop");
         assert!(door.0.wait().expect("wait").success());
         // The three reads were asked for beside the copy.

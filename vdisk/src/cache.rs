@@ -17,7 +17,7 @@
 mod page;
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     fmt, io,
     sync::{
         Arc,
@@ -49,6 +49,13 @@ thread_local! {
     /// Where blocks are decoded to. It stays in the processor's cache, which a fresh buffer for each
     /// block would not. Only what a decode has just put there is ever copied out.
     static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    /// Stored bytes this thread has decoded from.
+    static FETCHED: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Stored bytes the calling thread has decoded from so far: the difference over a call is what that call fetched.
+pub(crate) fn fetched_here() -> u64 {
+    FETCHED.get()
 }
 
 /// Where a block is stored: the file's process-wide identity and the byte offset in it. The index is
@@ -325,6 +332,7 @@ impl BlockCache {
         let mut scratch = SCRATCH.take();
         scratch.clear();
         let unpacked = layer.unpack(block, want, &mut scratch);
+        FETCHED.set(FETCHED.get() + u64::from(block.stored_len));
         let done = unpacked.and_then(|()| match scratch.len() {
             len if len < want => Err(bad(format!("decodes to {len} bytes, {want} are wanted"))),
             len => {

@@ -12,12 +12,16 @@
 //!
 //! Not here: writing, retries, how layers were found, threads.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering::Relaxed},
+};
 
 use aquifer_formats::{BlockRef, CHAIN_LAYERS_MAX, Content, Error as FormatError, Layer, aql};
 
 use crate::{
     BlockCache, Error, Extent, ExtentKind, Result,
+    cache::fetched_here,
     map::{Found, WindowMap},
 };
 
@@ -46,6 +50,7 @@ pub struct Chain {
     point: Option<Arc<aql::Reader>>,
     cache: Arc<BlockCache>,
     size: u64,
+    fetched: AtomicU64,
 }
 
 impl Chain {
@@ -62,13 +67,14 @@ impl Chain {
             }
         };
         let map = Some(WindowMap::new(&layers));
-        Ok(Self { layers, map, point: None, cache, size })
+        Ok(Self { layers, map, point: None, cache, size, fetched: AtomicU64::new(0) })
     }
 
     /// A native point: one layer, whose own map takes two hops whatever it draws from.
     pub fn of_point(point: Arc<aql::Reader>, cache: Arc<BlockCache>) -> Self {
         let size = point.size();
-        Self { layers: vec![point.clone()], map: None, point: Some(point), cache, size }
+        let fetched = AtomicU64::new(0);
+        Self { layers: vec![point.clone()], map: None, point: Some(point), cache, size, fetched }
     }
 
     /// The native point this chain is, if it is one.
@@ -94,6 +100,12 @@ impl Chain {
     /// Bytes the merged map takes so far. It grows with what has been touched.
     pub fn map_bytes(&self) -> u64 {
         self.map.as_ref().map_or(0, WindowMap::resident_bytes)
+    }
+
+    /// Bytes of data read from the layers' files so far, as they are stored there: what a source over a network had to
+    /// send, less its maps. Blocks that the cache had are not in it.
+    pub fn fetched(&self) -> u64 {
+        self.fetched.load(Relaxed)
     }
 
     /// Digest over all layers, in order: equal for the same files in the same state. A session refuses
@@ -174,8 +186,10 @@ impl Chain {
             Content::Plain { file, offset } => {
                 let storage = self.layer(index)?.file(file)?;
                 storage.read_at(offset, part).map_err(|e| FormatError::io(storage.label(), "read", offset, e))?;
+                self.fetched.fetch_add(part.len() as u64, Relaxed);
             }
             Content::Packed { block, skip } => {
+                let _counted = Counted::begin(self);
                 let layer = self.layer(index)?;
                 let (start, end) = place(layer, &block, skip, part.len())?;
                 let whole = start == 0 && part.len() as u64 == u64::from(block.raw_len);
@@ -247,7 +261,9 @@ impl Chain {
             }
             Content::Plain { file, offset } => {
                 let Ok(storage) = self.layer(index).and_then(|l| Ok(l.file(file)?)) else { return false };
-                storage.read_now(offset, part).unwrap_or(false)
+                let done = storage.read_now(offset, part).unwrap_or(false);
+                self.fetched.fetch_add(if done { part.len() as u64 } else { 0 }, Relaxed);
+                done
             }
             Content::Packed { block, skip } => {
                 let Ok(layer) = self.layer(index) else { return false };
@@ -266,6 +282,7 @@ impl Chain {
     pub fn prefetch(&self, offset: u64, len: u64) {
         let end = offset.saturating_add(len).min(self.size);
         let (mut at, mut left) = (offset, self.cache.bytes_max() / 2);
+        let _counted = Counted::begin(self);
         while at < end {
             let Ok((index, content, n)) = self.resolve(at, end - at) else { return };
             if let (Content::Packed { block, .. }, Ok(layer)) = (content, self.layer(index)) {
@@ -348,6 +365,24 @@ fn kind_of(content: Content) -> ExtentKind {
         Content::Absent => ExtentKind::Hole,
         Content::Zero => ExtentKind::Zero,
         Content::Plain { .. } | Content::Packed { .. } => ExtentKind::Data,
+    }
+}
+
+/// Counts what is decoded on this thread while it stands.
+struct Counted<'a> {
+    chain: &'a Chain,
+    before: u64,
+}
+
+impl<'a> Counted<'a> {
+    fn begin(chain: &'a Chain) -> Self {
+        Self { chain, before: fetched_here() }
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.chain.fetched.fetch_add(fetched_here() - self.before, Relaxed);
     }
 }
 

@@ -16,7 +16,7 @@ use std::{
     path::Path,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -50,6 +50,8 @@ pub struct Disk {
     awaited: AtomicBool,
     /// Where absent blocks were read, if that is known from the beginning.
     touched: Option<Touched>,
+    /// Fetched through chains that are gone.
+    fetched_before: AtomicU64,
     overlay: Option<Overlay>,
     /// Acknowledged writes for the next process, where that is wanted.
     unflushed: Option<Unflushed>,
@@ -120,12 +122,14 @@ impl Disk {
         let patience = Patience::new(if overlay.is_some() { PATIENCE } else { Duration::ZERO });
         let demand = Arc::new(Demand::new(size));
         let awaited = AtomicBool::new(false);
+        let fetched_before = AtomicU64::new(0);
         Self {
             name,
             size,
             chain: ArcSwapOption::new(chain),
             awaited,
             touched: None,
+            fetched_before,
             overlay,
             unflushed: None,
             demand,
@@ -534,7 +538,7 @@ impl Disk {
         let done = self.local()?.absent == 0;
         if done {
             self.awaited.store(false, Ordering::Release);
-            self.chain.store(None);
+            self.retire(self.chain.swap(None));
         }
         Ok(done)
     }
@@ -553,10 +557,20 @@ impl Disk {
             self.chain.store(Some(Arc::clone(chain)));
             self.awaited.store(false, Ordering::Release);
         } else {
-            self.chain.rcu(|old| old.as_ref().map(|_| Arc::clone(chain)));
+            self.retire(self.chain.rcu(|old| old.as_ref().map(|_| Arc::clone(chain))));
         }
         self.patience.retry();
         Ok(())
+    }
+
+    /// Keeps count of what came through a chain that is let go.
+    fn retire(&self, chain: Option<Arc<Chain>>) {
+        self.fetched_before.fetch_add(chain.map_or(0, |chain| chain.fetched()), Ordering::Relaxed);
+    }
+
+    /// Bytes of data fetched from the source since the disk was opened; see [`Chain::fetched`].
+    pub fn fetched(&self) -> u64 {
+        self.fetched_before.load(Ordering::Relaxed) + self.chain().map_or(0, |chain| chain.fetched())
     }
 
     /// Bytes of guest writes that are only in memory and journal; 0 without an overlay.

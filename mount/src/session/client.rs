@@ -230,6 +230,7 @@ fn offline_disk(spec: &Spec, disk: &DiskSpec) -> DiskStatus {
         used: None,
         overlay: offline_overlay(spec, disk),
         hydration: None,
+        fetched: 0,
         source_away: None,
         parked: Vec::new(),
         unused: None,

@@ -170,6 +170,7 @@ impl Live {
             used: progress.as_ref().and_then(|p| p.used),
             overlay: disk.local().ok().map(OverlayStatus::from),
             hydration: progress.map(hydration_status),
+            fetched: disk.fetched(),
             source_away: live.opening.lock().as_ref().map(Opening::why),
             parked: parked.map(|p| Parked { offset: p.offset, len: p.len, waited_s: p.waited.as_secs() }).collect(),
             unused: unused.map(|(unused, left_out)| unused_status(&unused, left_out)),

@@ -104,6 +104,9 @@ pub struct DiskStatus {
     /// Background copying; absent where there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hydration: Option<HydrationStatus>,
+    /// Bytes of data fetched from the source since the door started, as they are stored there; 0 without a door.
+    #[serde(default)]
+    pub fetched: u64,
     /// Why the source cannot be opened; absent while it is open or no longer needed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_away: Option<String>,

@@ -262,7 +262,7 @@ fn disk_line(disk: &DiskStatus) -> String {
     )
 }
 
-/// `reads    12 waited for the source; p99 2.1 ms; boot trace 80 % fetched`; nothing where nothing was read.
+/// `reads    12 waited for the source; p99 2.1 ms; boot trace 80 % fetched; 90 MiB fetched`; nothing where nothing was read.
 fn reads_line(status: &Status) -> String {
     let demand = status.disks.iter().filter_map(|d| d.demand);
     let misses: u64 = demand.clone().map(|d| d.misses).sum();
@@ -279,6 +279,10 @@ fn reads_line(status: &Status) -> String {
     }
     if let Some(percent) = (done * 100).checked_div(total) {
         parts.push(format!("boot trace {percent} % fetched"));
+    }
+    let fetched: u64 = status.disks.iter().map(|d| d.fetched).sum();
+    if fetched > 0 {
+        parts.push(format!("{} fetched", units::bytes(fetched)));
     }
     if parts.is_empty() { String::new() } else { format!("  reads    {}\n", parts.join("; ")) }
 }

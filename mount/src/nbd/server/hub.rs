@@ -88,7 +88,8 @@ impl Hub {
             limits,
             tls,
             slow: Pool::new("nbd-slow", limits.workers, SLOW_THREADS.max(limits.workers)),
-            sync: Pool::new("nbd-sync", 2, SYNC_THREADS),
+            // All that want a flush wait together: the overlay gives those that came meanwhile one sync.
+            sync: Pool::new("nbd-sync", SYNC_THREADS, SYNC_THREADS),
             stats: Counters::default(),
             stopping: AtomicBool::new(false),
             forced: AtomicBool::new(false),

@@ -5,6 +5,8 @@
 //!   and another thread (up to `threads_max`) takes its place, so that a source that has gone away cannot
 //!   hold up what does not need it.
 //! - Lanes (one per connection) take turns: a client with many requests does not push others back.
+//! - Every other turn belongs to lanes that had nothing queued: who asks for little waits for one job of those who
+//!   always want more, however many they are.
 //! - A panic of a job is caught and counted; the thread goes on.
 //!
 //! Lock order: the pool's one lock is never held while a job runs.
@@ -60,7 +62,12 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
+    /// Lanes that were served since they last had nothing queued.
     lanes: VecDeque<(LaneId, VecDeque<Job>)>,
+    /// Lanes that were not.
+    fresh: VecDeque<(LaneId, VecDeque<Job>)>,
+    /// Whose turn it is.
+    fresh_next: bool,
     /// Jobs in all lanes.
     queued: usize,
     slots: Vec<Slot>,
@@ -115,9 +122,10 @@ impl Pool {
         if state.closed {
             return;
         }
-        match state.lanes.iter_mut().find(|(id, _)| *id == lane) {
+        let State { lanes, fresh, .. } = &mut *state;
+        match lanes.iter_mut().chain(&mut *fresh).find(|(id, _)| *id == lane) {
             Some((_, jobs)) => jobs.push_back(job),
-            None => state.lanes.push_back((lane, VecDeque::from([job]))),
+            None => fresh.push_back((lane, VecDeque::from([job]))),
         }
         state.queued += 1;
         if state.idle >= state.queued {
@@ -137,10 +145,12 @@ impl Pool {
     /// Drops the queued jobs of a lane.
     pub(super) fn cancel(&self, lane: LaneId) {
         let mut state = self.shared.state.lock();
-        let gone = match state.lanes.iter().position(|(id, _)| *id == lane) {
-            Some(index) => state.lanes.remove(index),
-            None => None,
+        let State { lanes, fresh, .. } = &mut *state;
+        let taken = |queue: &mut VecDeque<(LaneId, VecDeque<Job>)>| {
+            let index = queue.iter().position(|(id, _)| *id == lane)?;
+            queue.remove(index)
         };
+        let gone = taken(lanes).or_else(|| taken(fresh));
         state.queued -= gone.as_ref().map_or(0, |(_, jobs)| jobs.len());
         drop(state);
         // Dropped without the lock: a job may own anything.
@@ -156,7 +166,7 @@ impl Pool {
     pub(super) fn close(&self) {
         let mut state = self.shared.state.lock();
         state.closed = true;
-        let gone = std::mem::take(&mut state.lanes);
+        let gone = (std::mem::take(&mut state.lanes), std::mem::take(&mut state.fresh));
         state.queued = 0;
         drop(state);
         drop(gone);
@@ -174,7 +184,12 @@ impl Drop for Pool {
 impl State {
     /// The next job; its lane goes to the back of the queue.
     fn next(&mut self) -> Option<Job> {
-        let (lane, mut jobs) = self.lanes.pop_front()?;
+        let (first, second) = match self.fresh_next {
+            true => (&mut self.fresh, &mut self.lanes),
+            false => (&mut self.lanes, &mut self.fresh),
+        };
+        let (lane, mut jobs) = first.pop_front().or_else(|| second.pop_front())?;
+        self.fresh_next = !self.fresh_next;
         let job = jobs.pop_front();
         self.queued -= 1;
         if !jobs.is_empty() {
@@ -265,3 +280,6 @@ fn set(slots: &mut [Slot], number: usize, to: Slot) {
         *slot = to;
     }
 }
+
+#[cfg(test)]
+mod tests;

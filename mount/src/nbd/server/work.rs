@@ -4,6 +4,7 @@
 //! - Every request that is submitted is answered exactly once, or its connection is ended.
 //! - A READ's data goes out only if all of it (or of its chunk) was read; a failure is sent after the last
 //!   chunk of data, never before.
+//! - Work on a long range is done in slices, between which other connections have their turns.
 //! - FLUSH and FUA wait in a pool of their own, which no read can fill.
 
 use std::{
@@ -14,7 +15,7 @@ use std::{
     },
 };
 
-use aquifer_vdisk::{Error, Zeroing};
+use aquifer_vdisk::{Disk, Error, Zeroing};
 use parking_lot::Mutex;
 
 use super::{
@@ -35,6 +36,11 @@ use crate::{
 
 /// Most that one CACHE request reads ahead, in bytes: it is a hint.
 const CACHE_MAX: u64 = 32 << 20;
+
+/// Bytes that TRIM and WRITE_ZEROES change before others have a turn.
+const ZERO_SLICE: u64 = 16 << 20;
+/// Bytes that are read ahead before others have a turn.
+const AHEAD_SLICE: u64 = 1 << 20;
 
 /// Tells of a disk's error where it can be seen, and turns it into its number.
 pub(super) fn report(shared: &Shared, command: &'static str, request: &Request, error: &Error) -> Errno {
@@ -190,27 +196,55 @@ pub(super) fn submit_other(shared: &Arc<Shared>, request: Request, permit: Permi
     let Request { offset, len, .. } = request;
     match request.command {
         cmd::FLUSH => submit_flush(shared, request, permit),
-        cmd::TRIM => submit(&shared.hub.slow, shared, move |shared, _| {
-            settle(shared, "trim", request, permit, shared.disk().trim(offset, len));
-        }),
-        cmd::WRITE_ZEROES => submit(&shared.hub.slow, shared, move |shared, _| {
-            if request.has(flag::FAST_ZERO) && request.has(flag::NO_HOLE) {
-                // Reserving space is work, and how much is not known beforehand.
-                return finish(shared, &request, permit, Err(Errno::NotSup));
-            }
+        cmd::TRIM => {
+            let step = |disk: &Disk, at, n| disk.trim(at, n);
+            let done = move |shared: &Arc<Shared>, done| settle(shared, "trim", request, permit, done);
+            in_slices(shared, offset..offset + len, ZERO_SLICE, step, done);
+        }
+        // Reserving space is work, and how much is not known beforehand.
+        cmd::WRITE_ZEROES if request.has(flag::FAST_ZERO) && request.has(flag::NO_HOLE) => {
+            finish(shared, &request, permit, Err(Errno::NotSup));
+        }
+        cmd::WRITE_ZEROES => {
             let zeroing = if request.has(flag::NO_HOLE) { Zeroing::KeepSpace } else { Zeroing::MayTrim };
-            settle(shared, "write zeroes", request, permit, shared.disk().write_zeroes(offset, len, zeroing));
-        }),
-        _ => submit(&shared.hub.slow, shared, move |shared, _| {
-            shared.disk().prefetch(offset, len.min(CACHE_MAX));
-            finish(shared, &request, permit, Ok(()));
-        }),
+            let step = move |disk: &Disk, at, n| disk.write_zeroes(at, n, zeroing);
+            let done = move |shared: &Arc<Shared>, done| settle(shared, "write zeroes", request, permit, done);
+            in_slices(shared, offset..offset + len, ZERO_SLICE, step, done);
+        }
+        _ => {
+            let done = move |shared: &Arc<Shared>, _| finish(shared, &request, permit, Ok(()));
+            in_slices(shared, offset..offset + len.min(CACHE_MAX), AHEAD_SLICE, ahead, done);
+        }
     }
+}
+
+fn ahead(disk: &Disk, offset: u64, len: u64) -> Result<(), Error> {
+    disk.prefetch(offset, len);
+    Ok(())
+}
+
+/// Does `step` for a slice of `range` at a time, with other lanes' turns in between, and `done` at the end or after the
+/// first failure.
+fn in_slices(
+    shared: &Arc<Shared>,
+    range: Range<u64>,
+    slice: u64,
+    step: impl Fn(&Disk, u64, u64) -> Result<(), Error> + Send + 'static,
+    done: impl FnOnce(&Arc<Shared>, Result<(), Error>) + Send + 'static,
+) {
+    submit(&shared.hub.slow, shared, move |shared, _| {
+        // Cut at multiples, where the overlay's regions end.
+        let end = (range.start - range.start % slice).saturating_add(slice).min(range.end);
+        match step(shared.disk(), range.start, end - range.start) {
+            Ok(()) if end < range.end => in_slices(shared, end..range.end, slice, step, done),
+            outcome => done(shared, outcome),
+        }
+    });
 }
 
 /// Decodes what a client that reads in order will want next. Nobody waits for it.
 pub(super) fn submit_ahead(shared: &Arc<Shared>, range: Range<u64>) {
-    submit(&shared.hub.slow, shared, move |shared, _| shared.disk().prefetch(range.start, range.end - range.start));
+    in_slices(shared, range, AHEAD_SLICE, ahead, |_, _| {});
 }
 
 /// The range and the contexts a BLOCK_STATUS payload picks; `None` where it is malformed.

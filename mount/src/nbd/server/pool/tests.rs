@@ -1,0 +1,82 @@
+//! Who is served when, by one thread.
+
+use std::sync::mpsc;
+
+use super::*;
+
+/// A pool of one thread that does nothing until it is let go, and where it tells what it did.
+fn held() -> (Pool, mpsc::Sender<()>, mpsc::Sender<u64>, mpsc::Receiver<u64>) {
+    let pool = Pool::new("test", 1, 1);
+    let (go, wait) = mpsc::channel::<()>();
+    let (tell, told) = mpsc::channel();
+    pool.submit(LaneId(1000), Box::new(move |_| wait.recv().unwrap_or_default()));
+    // Taken before anything else is queued.
+    while pool.shared.state.lock().queued > 0 {
+        thread::yield_now();
+    }
+    (pool, go, tell, told)
+}
+
+fn note(pool: &Pool, lane: u64, tell: &mpsc::Sender<u64>) {
+    let tell = tell.clone();
+    pool.submit(LaneId(lane), Box::new(move |_| tell.send(lane).unwrap_or_default()));
+}
+
+#[test]
+fn lanes_take_turns() {
+    let (pool, go, tell, told) = held();
+    for lane in 0..4 {
+        (0..50).for_each(|_| note(&pool, lane, &tell));
+    }
+    go.send(()).expect("go");
+    let order: Vec<u64> = told.iter().take(200).collect();
+    for (at, round) in order.chunks(4).enumerate() {
+        let mut lanes = round.to_vec();
+        lanes.sort_unstable();
+        // The first rounds bring everybody's first job and second jobs of some.
+        assert!(at < 3 || at > 45 || lanes == [0, 1, 2, 3], "round {at}: {round:?}");
+    }
+}
+
+#[test]
+fn who_asks_for_little_waits_for_one_job() {
+    let (pool, go, tell, told) = held();
+    const CROWD: u64 = 60;
+    for lane in 0..CROWD {
+        (0..100).for_each(|_| note(&pool, lane, &tell));
+    }
+    // A client that asks again only when it has its answer, always from within another's job: nothing runs meanwhile.
+    let (again, asks) = (Arc::new(pool), 40);
+    let asked = Arc::new(AtomicU64::new(0));
+    fn ask(pool: &Arc<Pool>, tell: &mpsc::Sender<u64>, asked: &Arc<AtomicU64>, left: u64) {
+        let (me, told, count) = (Arc::clone(pool), tell.clone(), Arc::clone(asked));
+        let answer = move |_: &mut Scratch| {
+            count.fetch_add(1, Ordering::SeqCst);
+            told.send(999).unwrap_or_default();
+            if left > 1 {
+                ask(&me, &told, &count, left - 1);
+            }
+        };
+        pool.submit(LaneId(999), Box::new(answer));
+    }
+    ask(&again, &tell, &asked, asks);
+    go.send(()).expect("go");
+    let order: Vec<u64> = told.iter().take(200 + 2 * CROWD as usize).collect();
+    let turns: Vec<usize> = order.iter().enumerate().filter(|(_, lane)| **lane == 999).map(|(at, _)| at).collect();
+    assert_eq!(turns.len(), asks as usize, "all of them, while the crowd has thousands of jobs left");
+    for pair in turns.windows(2) {
+        assert!(pair[1] - pair[0] <= 2, "{} jobs of others in between", pair[1] - pair[0] - 1);
+    }
+}
+
+#[test]
+fn a_crowd_of_newcomers_does_not_stop_those_that_work() {
+    let (pool, go, tell, told) = held();
+    (0..100).for_each(|_| note(&pool, 1, &tell));
+    // Churn: each lane with a single job.
+    (0..100).for_each(|n| note(&pool, 2000 + n, &tell));
+    go.send(()).expect("go");
+    let order: Vec<u64> = told.iter().take(100).collect();
+    let worked = order.iter().filter(|lane| **lane == 1).count();
+    assert!((45..=55).contains(&worked), "{worked} of the first hundred");
+}
