@@ -391,8 +391,11 @@ fn a_source_that_fails_delays_and_crawls_is_only_slow() {
             assert!(writer.join().expect("writer") > 0);
         });
         assert!(read_at(&site, 0, 4 << 20).expect("read") == model, "{filter}");
+        // Between what came after the start and all of it: a step may have begun before the pause, and what tells one
+        // chain from another is no data of the disk.
         let counted = status(&site).disks[0].fetched;
-        assert_eq!(counted, kit.fetched()[opened..].iter().map(|(_, len)| len).sum::<u64>(), "{filter}: status tells");
+        let bytes = |from: usize| kit.fetched()[from..].iter().map(|(_, len)| len).sum::<u64>();
+        assert!((bytes(opened).max(1)..=bytes(0)).contains(&counted), "{filter}: status tells {counted}");
         site.client().stop(Clients::Disconnect).expect("stop");
         assert!(door.0.wait().expect("wait").success());
         // The three reads were asked for beside the copy.
