@@ -38,32 +38,31 @@ fn lanes_take_turns() {
     }
 }
 
+/// A client that asks again only when it has its answer, always from within another's job: nothing runs meanwhile.
+fn ask(pool: &Arc<Pool>, tell: &mpsc::Sender<u64>, left: usize) {
+    let (me, told) = (Arc::clone(pool), tell.clone());
+    let answer = move |_: &mut Scratch| {
+        told.send(999).unwrap_or_default();
+        if left > 1 {
+            ask(&me, &told, left - 1);
+        }
+    };
+    pool.submit(LaneId(999), Box::new(answer));
+}
+
 #[test]
 fn who_asks_for_little_waits_for_one_job() {
+    const CROWD: u32 = 60;
     let (pool, go, tell, told) = held();
-    const CROWD: u64 = 60;
-    for lane in 0..CROWD {
+    for lane in 0..u64::from(CROWD) {
         (0..100).for_each(|_| note(&pool, lane, &tell));
     }
-    // A client that asks again only when it has its answer, always from within another's job: nothing runs meanwhile.
-    let (again, asks) = (Arc::new(pool), 40);
-    let asked = Arc::new(AtomicU64::new(0));
-    fn ask(pool: &Arc<Pool>, tell: &mpsc::Sender<u64>, asked: &Arc<AtomicU64>, left: u64) {
-        let (me, told, count) = (Arc::clone(pool), tell.clone(), Arc::clone(asked));
-        let answer = move |_: &mut Scratch| {
-            count.fetch_add(1, Ordering::SeqCst);
-            told.send(999).unwrap_or_default();
-            if left > 1 {
-                ask(&me, &told, &count, left - 1);
-            }
-        };
-        pool.submit(LaneId(999), Box::new(answer));
-    }
-    ask(&again, &tell, &asked, asks);
+    let again = Arc::new(pool);
+    ask(&again, &tell, 40);
     go.send(()).expect("go");
-    let order: Vec<u64> = told.iter().take(200 + 2 * CROWD as usize).collect();
+    let order: Vec<u64> = told.iter().take(320).collect();
     let turns: Vec<usize> = order.iter().enumerate().filter(|(_, lane)| **lane == 999).map(|(at, _)| at).collect();
-    assert_eq!(turns.len(), asks as usize, "all of them, while the crowd has thousands of jobs left");
+    assert_eq!(turns.len(), 40, "all of them, while the crowd has thousands of jobs left");
     for pair in turns.windows(2) {
         assert!(pair[1] - pair[0] <= 2, "{} jobs of others in between", pair[1] - pair[0] - 1);
     }
