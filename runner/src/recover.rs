@@ -28,9 +28,13 @@ pub mod view;
 pub use plan::Plan;
 pub use record::Machine;
 
+use std::path::Path;
+
+use aquifer_mount::session::Folder;
+
 use crate::{
     fail::{Code, Fail, Result},
-    host::{Host, qemu::Qemu},
+    host::{Host, Running, qemu::Qemu},
 };
 
 /// The hosts there are.
@@ -45,4 +49,14 @@ pub fn host(name: &str) -> Result<&'static dyn Host> {
         "qemu" => Ok(&Qemu),
         _ => Err(Fail::new(Code::Usage, format!("no host is called `{name}`; there is {}", HOSTS.join(", ")))),
     }
+}
+
+/// The running machine of the recovery in that folder.
+///
+/// # Errors
+/// [`Code::Guest`] where it does not run; others where the folder cannot be read.
+pub fn running_in(dir: &Path) -> Result<(&'static dyn Host, Running)> {
+    let spec = Folder::open(dir)?.load()?;
+    let machine = Machine::of(&spec)?.and_then(|m| Some((host(&m.host).ok()?, m.running?)));
+    machine.ok_or_else(|| Fail::new(Code::Guest, "the machine has no process").at(dir.display()))
 }

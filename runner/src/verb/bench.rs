@@ -2,15 +2,16 @@
 //!
 //! Reads and writes go through our own NBD client, against our own door for a path and against whatever
 //! serves a URI; `hydrate` fills a throw-away overlay from a source and `backup` a throw-away repository, and they
-//! say how long that took until it was durable.
+//! say how long that took until it was durable; `boot` recovers a throw-away machine and says when it ran.
 //!
 //! Invariants
 //! - A source is never written: `write` takes only NBD URIs, and says that it destroys what is there.
 //! - Both sides of a comparison run in this process, in turn, and the ratio comes from those two runs.
 //!
-//! Not here: boots of whole machines (`recover --wait running` says how long one took).
+//! Not here: a loaded machine's noise. Compare only what one run measured.
 
 mod backup;
+mod boot;
 mod chart;
 mod copies;
 mod generator;
@@ -36,7 +37,7 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(allow_missing_positional = true)]
 pub struct Args {
-    /// What to measure: read, write, hydrate or backup [default: read]
+    /// What to measure: read, write, hydrate, backup or boot [default: read]
     #[arg(value_name = "WORK")]
     pub work: Option<String>,
     /// A SOURCE; for write an NBD URI
@@ -67,6 +68,15 @@ pub struct Args {
     /// With hydrate: do not hydrate, only run the reader, for comparison
     #[arg(long)]
     pub paused: bool,
+    /// With boot: measure also until the machine's console shows this
+    #[arg(long, value_name = "TEXT")]
+    pub until: Option<String>,
+    /// With boot: how long that may take
+    #[arg(long, value_name = "TIME", default_value = "10min")]
+    pub limit: String,
+    /// With boot: the machine's memory [default: as recover does]
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<String>,
     /// Draw what was measured into this file, as SVG
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
@@ -95,12 +105,9 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         "write" => measure(context, args, Work::Write { flush_every: args.flush }),
         "hydrate" => hydrate::run(context, args),
         "backup" => backup::run(context, args),
-        "boot" => {
-            let what = "a boot cannot be measured by itself; recover says how long it took until the machine ran";
-            Err(Fail::new(Code::Unsupported, what).help("aquifer recover SOURCE --into DIR --wait running"))
-        }
+        "boot" => boot::run(context, args),
         other => {
-            let what = format!("`{other}` cannot be measured; read, write, hydrate and backup can");
+            let what = format!("`{other}` cannot be measured; read, write, hydrate, backup and boot can");
             Err(Fail::new(Code::Usage, what).help("aquifer bench --help"))
         }
     }

@@ -20,7 +20,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aquifer_mount::session::Folder;
 use serde_json::json;
 
 use crate::{
@@ -30,10 +29,7 @@ use crate::{
     host::{Host, Running, qemu::Qemu},
     machine::Described,
     output::Form,
-    recover::{
-        Machine,
-        shape::{Wishes, shape},
-    },
+    recover::shape::{Wishes, shape},
     stop::Stop,
 };
 
@@ -185,9 +181,7 @@ impl Demo<'_> {
     }
 
     fn machine(&self) -> Result<(&'static dyn Host, Running)> {
-        let spec = Folder::open(&self.dir.join("vm"))?.load()?;
-        let machine = Machine::of(&spec)?.and_then(|m| Some((crate::recover::host(&m.host).ok()?, m.running?)));
-        machine.ok_or_else(|| Fail::new(Code::Guest, "the machine has no process").at(self.dir.join("vm").display()))
+        crate::recover::running_in(&self.dir.join("vm"))
     }
 
     /// Waits until the guest has gone through `more` further sectors, and shows what it says.

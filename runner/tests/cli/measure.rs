@@ -60,3 +60,24 @@ fn a_peer_that_cannot_do_the_work_is_refused_before_anything_runs() {
     assert_eq!(room.run(["bench", "backup", "vm-2.qcow2", "-n"]).code, 0);
     assert_eq!(left(&room), Vec::<String>::new());
 }
+
+/// The guest of `demo` on a disk of its own: it says what it was given.
+#[test]
+fn a_boot_is_measured_and_discarded() {
+    let room = Room::new();
+    let mut disk = vec![0; 64 << 20];
+    aquifer_runner::verb::demo::guest::put_on(&mut disk, "\r\nThis machine was measured.\r\n");
+    fs::write(room.path("vm.raw"), &disk).expect("write");
+    let args = ["bench", "boot", "raw:vm.raw", "--memory", "64MiB", "--until", "was measured", "--limit", "60s"];
+    let done = room.json(args);
+    assert_eq!(done.code, 0, "{}", done.stderr);
+    let measured = done.kind("measured");
+    let [boot] = measured.as_slice() else { panic!("{measured:?}") };
+    let (running, said) = (boot["running_seconds"].as_f64(), boot["said_seconds"].as_f64());
+    assert!(running > Some(0.0) && said >= running, "{boot}");
+    assert!(boot["bytes_fetched"].as_u64() > Some(511), "{boot}");
+    assert_eq!(fs::read(room.path("vm.raw")).expect("read"), disk, "the source is as it was");
+    assert_eq!(left(&room), Vec::<String>::new());
+    let refused = room.run(["bench", "boot", "raw:vm.raw", "--peer", "qemu-img"]);
+    assert_eq!(refused.code, 4, "{}", refused.stderr);
+}
