@@ -15,6 +15,8 @@ pub mod codec;
 pub mod error;
 pub mod gate;
 pub mod layer;
+#[cfg(test)]
+mod made;
 #[doc(hidden)]
 pub mod planted;
 pub mod probe;

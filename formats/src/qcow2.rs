@@ -19,7 +19,6 @@ mod header;
 mod layer;
 mod snapshot;
 mod table;
-mod tail;
 
 pub use bitmap::{Bitmap, BitmapTrust};
 pub use header::{Backing, Compression, DataFile, Info};

@@ -11,9 +11,11 @@
 
 mod file;
 mod memory;
+mod view;
 
 pub use file::{Access, FileStorage};
 pub use memory::MemoryStorage;
+pub(crate) use view::{Patch, View};
 
 use std::{fmt::Debug, io};
 

@@ -18,7 +18,7 @@ use std::{
 use parking_lot::RwLock;
 
 use crate::{
-    Error, Result, Storage, codec,
+    Error, FileSlot, Result, Storage, codec,
     raw::{file_id, next_file_id},
 };
 
@@ -47,6 +47,27 @@ impl TableFile {
 
     pub(crate) fn label(&self) -> &str {
         self.storage.label()
+    }
+
+    /// The storage in slot 0; a layer of one file has no other.
+    pub(crate) fn only(&self, slot: FileSlot) -> Result<&Arc<dyn Storage>> {
+        match slot {
+            0 => Ok(&self.storage),
+            _ => Err(Error::corrupt(self.label(), 0, format!("the disk has one file, and no file {slot}"))),
+        }
+    }
+
+    /// What the fingerprint of a layer of one file begins with: its kind, the disk's size, the file's length.
+    pub(crate) fn fingerprint(&self, kind: &str, size: u64) -> blake3::Hasher {
+        let mut hash = blake3::Hasher::new();
+        hash.update(kind.as_bytes()).update(&size.to_le_bytes()).update(&self.len.to_le_bytes());
+        hash
+    }
+
+    /// Adds the first megabyte of a table to a fingerprint.
+    pub(crate) fn add_table(&self, hash: &mut blake3::Hasher, offset: u64, len: u64) -> Result<()> {
+        hash.update(&self.read(offset, len.min(1 << 20), "the block table")?);
+        Ok(())
     }
 
     /// Reads `len` bytes of a structure called `what`, which must lie inside the file.

@@ -152,10 +152,7 @@ impl Layer for VdiLayer {
     }
 
     fn file(&self, slot: FileSlot) -> Result<&Arc<dyn Storage>> {
-        match slot {
-            0 => Ok(&self.file.storage),
-            _ => Err(Error::corrupt(self.label(), 0, format!("a VDI has no file {slot}"))),
-        }
+        self.file.only(slot)
     }
 
     fn file_id(&self, _slot: FileSlot) -> u64 {
@@ -163,12 +160,9 @@ impl Layer for VdiLayer {
     }
 
     fn fingerprint(&self) -> Result<[u8; 32]> {
-        let mut hash = blake3::Hasher::new();
-        hash.update(b"vdi")
-            .update(&self.size.to_le_bytes())
-            .update(&self.file.len.to_le_bytes())
-            .update(&self.modified);
-        hash.update(&self.file.read(self.table_at, (self.blocks * 4).min(1 << 20), "the block table")?);
+        let mut hash = self.file.fingerprint("vdi", self.size);
+        hash.update(&self.modified);
+        self.file.add_table(&mut hash, self.table_at, self.blocks * 4)?;
         Ok(*hash.finalize().as_bytes())
     }
 

@@ -11,12 +11,12 @@ use std::{ops::ControlFlow, sync::Arc};
 use super::{
     header::Header,
     table::{Cluster, Geometry, Table},
-    tail::ZeroTail,
 };
 use crate::{
     BlockRef, Codec, Content, Error, FileSlot, Layer, Result, Storage,
     codec::{self, DecodeError, Tail},
     raw::file_id,
+    storage::View,
     tables::{PieceCache, TableFile},
 };
 
@@ -67,7 +67,11 @@ impl Qcow2Layer {
                 (storage, len, id, DATA)
             }
         };
-        let storage = ZeroTail::fill_up(storage, len, geometry.cluster_bytes());
+        // QEMU does not write the unused end of the last cluster; by the format it reads as zeros.
+        let storage: Arc<dyn Storage> = match len.checked_next_multiple_of(geometry.cluster_bytes()) {
+            Some(whole) if whole > len => Arc::new(View::extended(storage, len, whole)),
+            _ => storage,
+        };
         let data = Data { storage, len, id, slot };
         Ok(Self { file, data, table, geometry, codec: header.compression.codec(), label })
     }

@@ -4,19 +4,21 @@
 use std::ops::Range;
 
 use super::*;
-use crate::{BlockRef, Codec, Content, Layer, storage::MemoryStorage};
+use crate::{
+    BlockRef, Codec, Content, Layer,
+    made::{Image, Order, is_corrupt, is_truncated, is_unsupported},
+    storage::MemoryStorage,
+};
 
 const CLUSTER: usize = 64 << 10;
 
 /// A version 3 image of 1 MiB: header, L1 in cluster 1, L2 in cluster 2, data from cluster 3 on.
 /// Guest cluster 0 is stored in cluster 3, 1 reads as zero, the rest is absent.
-struct Made {
-    bytes: Vec<u8>,
-}
+type Made = Image<Qcow2>;
 
 impl Made {
     fn new() -> Self {
-        let mut made = Self { bytes: vec![0; 4 * CLUSTER] };
+        let mut made = Self::blank(4 * CLUSTER, Order::Big);
         made.put(0, &0x5146_49fbu32.to_be_bytes());
         made.u32(4, 3);
         made.u32(20, 16);
@@ -30,18 +32,6 @@ impl Made {
         made.u64(2 * CLUSTER + 8, 1);
         made.bytes[3 * CLUSTER..].fill(0xab);
         made
-    }
-
-    fn put(&mut self, at: usize, bytes: &[u8]) {
-        self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
-    }
-
-    fn u32(&mut self, at: usize, value: u32) {
-        self.put(at, &value.to_be_bytes());
-    }
-
-    fn u64(&mut self, at: usize, value: u64) {
-        self.put(at, &value.to_be_bytes());
     }
 
     /// Sets the L2 entry of a guest cluster.
@@ -60,18 +50,6 @@ impl Made {
     fn lookup(&self, cluster: u64) -> Result<(Content, u64)> {
         self.layer()?.lookup(cluster * CLUSTER as u64, u64::MAX)
     }
-}
-
-fn is_corrupt<T>(done: Result<T>) -> bool {
-    matches!(done, Err(Error::Corrupt { .. }))
-}
-
-fn is_truncated<T>(done: Result<T>) -> bool {
-    matches!(done, Err(Error::Truncated { .. }))
-}
-
-fn is_unsupported<T>(done: Result<T>) -> bool {
-    matches!(done, Err(Error::Unsupported { .. }))
 }
 
 #[test]

@@ -1,7 +1,10 @@
 //! Files made by hand. Disks that QEMU writes are compared in `tests/it/foreign/hyperv.rs`.
 
 use super::*;
-use crate::storage::MemoryStorage;
+use crate::{
+    made::{is_corrupt, is_truncated, is_unsupported},
+    storage::MemoryStorage,
+};
 
 /// A disk of 4 blocks of 4096 bytes: block 0 is stored, 1 is zero, the rest is free.
 fn made(change: impl FnOnce(&mut Vec<u8>)) -> Result<VdiLayer> {
@@ -25,18 +28,6 @@ fn made(change: impl FnOnce(&mut Vec<u8>)) -> Result<VdiLayer> {
 
 fn put(bytes: &mut [u8], at: usize, value: u32) {
     bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
-}
-
-fn is_corrupt<T>(done: Result<T>) -> bool {
-    matches!(done, Err(Error::Corrupt { .. }))
-}
-
-fn is_truncated<T>(done: Result<T>) -> bool {
-    matches!(done, Err(Error::Truncated { .. }))
-}
-
-fn is_unsupported<T>(done: Result<T>) -> bool {
-    matches!(done, Err(Error::Unsupported { .. }))
 }
 
 #[test]

@@ -116,10 +116,7 @@ impl Layer for VhdLayer {
     }
 
     fn file(&self, slot: FileSlot) -> Result<&Arc<dyn Storage>> {
-        match slot {
-            0 => Ok(&self.file.storage),
-            _ => Err(Error::corrupt(self.label(), 0, format!("a VHD has no file {slot}"))),
-        }
+        self.file.only(slot)
     }
 
     fn file_id(&self, _slot: FileSlot) -> u64 {
@@ -127,14 +124,12 @@ impl Layer for VhdLayer {
     }
 
     fn fingerprint(&self) -> Result<[u8; 32]> {
-        let mut hash = blake3::Hasher::new();
-        hash.update(b"vhd").update(&self.size.to_le_bytes()).update(&self.file.len.to_le_bytes()).update(&self.id);
+        let mut hash = self.file.fingerprint("vhd", self.size);
+        hash.update(&self.id);
         match &self.body {
-            Body::Fixed(raw) => hash.update(&raw.fingerprint()?),
-            Body::Blocks { table_at, entries, .. } => {
-                hash.update(&self.file.read(*table_at, (entries * 4).min(1 << 20), "the block table")?)
-            }
-        };
+            Body::Fixed(raw) => _ = hash.update(&raw.fingerprint()?),
+            Body::Blocks { table_at, entries, .. } => self.file.add_table(&mut hash, *table_at, entries * 4)?,
+        }
         Ok(*hash.finalize().as_bytes())
     }
 

@@ -4,14 +4,16 @@
 #![expect(clippy::cast_possible_truncation, reason = "test disks are small")]
 
 use super::*;
-use crate::{Content, Layer, storage::MemoryStorage};
+use crate::{
+    Content, Layer,
+    made::{Image, Order, is_corrupt, is_truncated, is_unsupported},
+    storage::MemoryStorage,
+};
 
 const BLOCK: u64 = 4096;
 
 /// A dynamic disk of 64 KiB in blocks of 4096 bytes: block 0 is stored, its sector 1 marked as not written.
-struct Made {
-    bytes: Vec<u8>,
-}
+type Made = Image<Vhd>;
 
 fn sum(bytes: &[u8], at: usize) -> u32 {
     let all: u32 =
@@ -21,7 +23,7 @@ fn sum(bytes: &[u8], at: usize) -> u32 {
 
 impl Made {
     fn new(kind: u32) -> Self {
-        let mut made = Self { bytes: vec![0; 512 + 1024 + 512 + 512 + 4096 + 512] };
+        let mut made = Self::blank(512 + 1024 + 512 + 512 + 4096 + 512, Order::Big);
         made.put(0, b"conectix");
         made.u32(12, 0x1_0000);
         made.u64(16, 512);
@@ -43,18 +45,6 @@ impl Made {
         made
     }
 
-    fn put(&mut self, at: usize, bytes: &[u8]) {
-        self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
-    }
-
-    fn u32(&mut self, at: usize, value: u32) {
-        self.put(at, &value.to_be_bytes());
-    }
-
-    fn u64(&mut self, at: usize, value: u64) {
-        self.put(at, &value.to_be_bytes());
-    }
-
     /// Makes checksums right, and the footer the same as its copy.
     fn seal(&mut self) {
         let footer = sum(&self.bytes[..512], 64);
@@ -73,18 +63,6 @@ impl Made {
     fn layer(&self) -> Result<VhdLayer> {
         self.open()?.layer()
     }
-}
-
-fn is_corrupt<T>(done: Result<T>) -> bool {
-    matches!(done, Err(Error::Corrupt { .. }))
-}
-
-fn is_truncated<T>(done: Result<T>) -> bool {
-    matches!(done, Err(Error::Truncated { .. }))
-}
-
-fn is_unsupported<T>(done: Result<T>) -> bool {
-    matches!(done, Err(Error::Unsupported { .. }))
 }
 
 #[test]

@@ -156,10 +156,7 @@ impl Layer for VhdxLayer {
     }
 
     fn file(&self, slot: FileSlot) -> Result<&Arc<dyn Storage>> {
-        match slot {
-            0 => Ok(&self.file.storage),
-            _ => Err(Error::corrupt(self.label(), 0, format!("a VHDX disk has no file {slot}"))),
-        }
+        self.file.only(slot)
     }
 
     fn file_id(&self, _slot: FileSlot) -> u64 {
@@ -167,11 +164,9 @@ impl Layer for VhdxLayer {
     }
 
     fn fingerprint(&self) -> Result<[u8; 32]> {
-        let mut hash = blake3::Hasher::new();
-        hash.update(b"vhdx").update(&self.size.to_le_bytes()).update(&self.file.len.to_le_bytes());
+        let mut hash = self.file.fingerprint("vhdx", self.size);
         hash.update(&self.data_write);
-        let len = (self.entries * 8).min(1 << 20);
-        hash.update(&self.file.read(self.bat.offset, len, "the block table")?);
+        self.file.add_table(&mut hash, self.bat.offset, self.entries * 8)?;
         Ok(*hash.finalize().as_bytes())
     }
 

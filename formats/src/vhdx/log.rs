@@ -1,7 +1,7 @@
 //! The log: what was under way when the disk was last used, replayed in memory.
 //!
 //! A VHDX file that was copied from under a running machine, or whose computer crashed, has changes of its
-//! tables in the log only. The file is never written: [`Replayed`] is the file with those changes over it.
+//! tables in the log only. The file is never written: a [`View`] is the file with those changes over it.
 //!
 //! Invariants
 //! - Only the newest intact sequence of entries is replayed; an entry whose checksum fails ends it, as
@@ -9,14 +9,14 @@
 //! - Memory is bounded by the log's own length, time by a few times that.
 //! - A file shorter than it was when the newest entry was written is refused.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    io,
-    sync::Arc,
-};
+use std::{collections::HashMap, sync::Arc};
 
 use super::header::{Guid, Header, REGION_UNIT, checksum};
-use crate::{Error, Result, Storage, tables::TableFile};
+use crate::{
+    Error, Result,
+    storage::{Patch, View},
+    tables::TableFile,
+};
 
 /// Longest log that is replayed, in bytes; Windows and QEMU make 1 MiB.
 const LOG_BYTES_MAX: u64 = 64 << 20;
@@ -110,23 +110,6 @@ fn active<'a>(entries: &'a [Entry], log_len: usize) -> Option<Vec<&'a Entry>> {
     })
 }
 
-/// What a range of the file is replaced by.
-#[derive(Debug)]
-enum Patch {
-    Zeros,
-    Bytes(Box<[u8]>),
-}
-
-/// The file with its log replayed over it.
-#[derive(Debug)]
-pub(super) struct Replayed {
-    inner: Arc<dyn Storage>,
-    inner_len: u64,
-    len: u64,
-    /// By first byte, with the byte behind; they do not overlap.
-    patches: BTreeMap<u64, (u64, Patch)>,
-}
-
 /// `file`, or the file as it is once its log is replayed.
 pub(super) fn replay(file: TableFile, header: &Header) -> Result<TableFile> {
     if header.log == [0; 16] {
@@ -156,167 +139,52 @@ pub(super) fn replay(file: TableFile, header: &Header) -> Result<TableFile> {
             what: "the file as its log knows it".into(),
         });
     }
-    let mut replayed = Replayed {
-        inner: file.storage.clone(),
-        inner_len: file.len,
-        len: file.len.max(newest.last_len),
-        patches: BTreeMap::new(),
-    };
+    let mut replayed = View::extended(file.storage.clone(), file.len, file.len.max(newest.last_len));
     for entry in run {
-        replayed.apply(entry).map_err(|what| bad(format!("entry {}: {what}", entry.sequence)))?;
+        apply(entry, &mut replayed).map_err(|what| bad(format!("entry {}: {what}", entry.sequence)))?;
     }
-    let len = replayed.len;
+    let len = replayed.size();
     Ok(TableFile { storage: Arc::new(replayed), len, ..file })
 }
 
-impl Replayed {
-    fn apply(&mut self, entry: &Entry) -> Result<(), String> {
-        let bytes = &entry.bytes;
-        let count = usize::try_from(u32_at(bytes, 24)).unwrap_or(usize::MAX);
-        let area = count.checked_mul(DESCRIPTOR).and_then(|n| n.checked_add(ENTRY_HEAD));
-        let area = area.map(|n| n.next_multiple_of(SECTOR)).filter(|n| *n <= bytes.len());
-        let mut data_at = area.ok_or_else(|| format!("{count} descriptors"))?;
-        for number in 0..count {
-            let at = ENTRY_HEAD + number * DESCRIPTOR;
-            let descriptor = bytes.get(at..at + DESCRIPTOR).unwrap_or_default();
-            let place = u64_at(descriptor, 16);
-            if u64_at(descriptor, 24) != entry.sequence || !place.is_multiple_of(SECTOR as u64) {
-                return Err(format!("descriptor {number} is of another entry, or for offset {place}"));
+/// Lays what one entry changed over the file. All it names are multiples of a sector.
+fn apply(entry: &Entry, file: &mut View) -> Result<(), String> {
+    let bytes = &entry.bytes;
+    let count = usize::try_from(u32_at(bytes, 24)).unwrap_or(usize::MAX);
+    let area = count.checked_mul(DESCRIPTOR).and_then(|n| n.checked_add(ENTRY_HEAD));
+    let area = area.map(|n| n.next_multiple_of(SECTOR)).filter(|n| *n <= bytes.len());
+    let mut data_at = area.ok_or_else(|| format!("{count} descriptors"))?;
+    for number in 0..count {
+        let at = ENTRY_HEAD + number * DESCRIPTOR;
+        let descriptor = bytes.get(at..at + DESCRIPTOR).unwrap_or_default();
+        let place = u64_at(descriptor, 16);
+        if u64_at(descriptor, 24) != entry.sequence || !place.is_multiple_of(SECTOR as u64) {
+            return Err(format!("descriptor {number} is of another entry, or for offset {place}"));
+        }
+        match descriptor.first_chunk() {
+            Some(b"zero") => {
+                let end = place.checked_add(u64_at(descriptor, 8)).filter(|end| end.is_multiple_of(SECTOR as u64));
+                let end = end.ok_or_else(|| format!("descriptor {number} zeroes an impossible range"))?;
+                file.put(place..end.max(place), Patch::Zeros);
             }
-            match descriptor.first_chunk() {
-                Some(b"zero") => {
-                    let end = place.checked_add(u64_at(descriptor, 8)).filter(|end| end.is_multiple_of(SECTOR as u64));
-                    let end = end.ok_or_else(|| format!("descriptor {number} zeroes an impossible range"))?;
-                    self.put(place, end.max(place), Patch::Zeros);
+            Some(b"desc") => {
+                let data = bytes.get(data_at..data_at + SECTOR).ok_or_else(|| "its data is missing".to_owned())?;
+                data_at += SECTOR;
+                let (high, low) = (u32_at(data, 4), u32_at(data, SECTOR - 4));
+                if !data.starts_with(b"data") || u64::from(high) << 32 | u64::from(low) != entry.sequence {
+                    return Err(format!("the data of descriptor {number} is of another entry"));
                 }
-                Some(b"desc") => {
-                    let data = bytes.get(data_at..data_at + SECTOR).ok_or_else(|| "its data is missing".to_owned())?;
-                    data_at += SECTOR;
-                    let (high, low) = (u32_at(data, 4), u32_at(data, SECTOR - 4));
-                    if !data.starts_with(b"data") || u64::from(high) << 32 | u64::from(low) != entry.sequence {
-                        return Err(format!("the data of descriptor {number} is of another entry"));
-                    }
-                    let (leading, trailing) = (descriptor.get(8..16), descriptor.get(4..8));
-                    let page = [
-                        leading.unwrap_or_default(),
-                        data.get(8..SECTOR - 4).unwrap_or_default(),
-                        trailing.unwrap_or_default(),
-                    ];
-                    let end = place.checked_add(SECTOR as u64).ok_or_else(|| format!("a page at {place}"))?;
-                    self.put(place, end, Patch::Bytes(page.concat().into()));
-                }
-                _ => return Err(format!("descriptor {number} is of no known kind")),
+                let (leading, trailing) = (descriptor.get(8..16), descriptor.get(4..8));
+                let page = [
+                    leading.unwrap_or_default(),
+                    data.get(8..SECTOR - 4).unwrap_or_default(),
+                    trailing.unwrap_or_default(),
+                ];
+                let end = place.checked_add(SECTOR as u64).ok_or_else(|| format!("a page at {place}"))?;
+                file.put(place..end, Patch::Bytes(page.concat().into()));
             }
-        }
-        Ok(())
-    }
-
-    /// Puts a patch over older ones. Bounds are multiples of a sector, and bytes are always one sector, so
-    /// an older patch of bytes is either kept or covered.
-    fn put(&mut self, start: u64, end: u64, patch: Patch) {
-        let first = self.patches.range(..start).next_back().map(|(at, _)| *at).unwrap_or(start);
-        let covered: Vec<u64> =
-            self.patches.range(first..end).filter(|(_, (old_end, _))| *old_end > start).map(|(at, _)| *at).collect();
-        for at in covered {
-            let Some((old_end, old)) = self.patches.remove(&at) else { continue };
-            if let Patch::Zeros = old {
-                if at < start {
-                    self.patches.insert(at, (start, Patch::Zeros));
-                }
-                if old_end > end {
-                    self.patches.insert(end, (old_end, Patch::Zeros));
-                }
-            }
-        }
-        if end > start {
-            self.patches.insert(start, (end, patch));
+            _ => return Err(format!("descriptor {number} is of no known kind")),
         }
     }
-
-    /// Reads what is stored by `read`, and lays zeros and patches over it.
-    fn read_over(
-        &self,
-        offset: u64,
-        buf: &mut [u8],
-        read: impl FnOnce(&mut [u8]) -> io::Result<bool>,
-    ) -> io::Result<bool> {
-        let end = offset.checked_add(buf.len() as u64).ok_or(io::ErrorKind::InvalidInput)?;
-        if end > self.len {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        let stored = usize::try_from(self.inner_len.saturating_sub(offset)).unwrap_or(usize::MAX).min(buf.len());
-        let (inside, behind) = buf.split_at_mut(stored);
-        behind.fill(0);
-        if !inside.is_empty() && !read(inside)? {
-            return Ok(false);
-        }
-        let first = self.patches.range(..=offset).next_back().map_or(offset, |(at, _)| *at);
-        for (at, (patch_end, patch)) in self.patches.range(first..end) {
-            let (from, to) = ((*at).max(offset), (*patch_end).min(end));
-            if from >= to {
-                continue;
-            }
-            let place = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
-            let Some(part) = buf.get_mut(place(from - offset)..place(to - offset)) else { continue };
-            match patch {
-                Patch::Zeros => part.fill(0),
-                Patch::Bytes(bytes) => {
-                    part.copy_from_slice(
-                        bytes.get(place(from - at)..place(to - at)).ok_or(io::ErrorKind::InvalidData)?,
-                    );
-                }
-            }
-        }
-        Ok(true)
-    }
-}
-
-impl Storage for Replayed {
-    fn label(&self) -> &str {
-        self.inner.label()
-    }
-
-    fn identity(&self) -> Option<u64> {
-        self.inner.identity()
-    }
-
-    fn len(&self) -> io::Result<u64> {
-        Ok(self.len)
-    }
-
-    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.read_over(offset, buf, |part| self.inner.read_at(offset, part).map(|()| true)).map(drop)
-    }
-
-    fn read_now(&self, offset: u64, buf: &mut [u8]) -> io::Result<bool> {
-        self.read_over(offset, buf, |part| self.inner.read_now(offset, part))
-    }
-
-    fn write_at(&self, _offset: u64, _buf: &[u8]) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn allocated(&self, _offset: u64, len_max: u64) -> io::Result<(bool, u64)> {
-        Ok((true, len_max))
-    }
-
-    fn punch(&self, _offset: u64, _len: u64) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn set_len(&self, _len: u64) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn reserve(&self, _offset: u64, _len: u64) -> io::Result<()> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn start_writeback(&self, _offset: u64, _len: u64) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        Ok(())
-    }
+    Ok(())
 }

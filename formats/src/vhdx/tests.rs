@@ -4,7 +4,11 @@
 #![expect(clippy::cast_possible_truncation, reason = "test disks are small")]
 
 use super::{header::checksum, *};
-use crate::{Content, Layer, storage::MemoryStorage};
+use crate::{
+    Content, Layer,
+    made::{Image, Order, is_corrupt, is_truncated, is_unsupported},
+    storage::MemoryStorage,
+};
 
 const MIB: usize = 1 << 20;
 const LOG: usize = MIB;
@@ -13,9 +17,7 @@ const BAT: usize = 3 * MIB;
 const BLOCK: u64 = 1 << 20;
 
 /// A disk of 4 MiB in blocks of 1 MiB: block 0 is stored at 4 MiB, 1 is zero, the rest is not present.
-struct Made {
-    bytes: Vec<u8>,
-}
+type Made = Image<Vhdx>;
 
 fn stored(guid: &str) -> [u8; 16] {
     uuid::Uuid::parse_str(guid).expect("a guid").to_bytes_le()
@@ -23,7 +25,7 @@ fn stored(guid: &str) -> [u8; 16] {
 
 impl Made {
     fn new() -> Self {
-        let mut made = Self { bytes: vec![0; 5 * MIB] };
+        let mut made = Self::blank(5 * MIB, Order::Little);
         made.put(0, b"vhdxfile");
         made.header(0x1_0000, 1);
         made.header(0x2_0000, 2);
@@ -44,18 +46,6 @@ impl Made {
         made.bytes[4 * MIB..].fill(0xab);
         made.seal();
         made
-    }
-
-    fn put(&mut self, at: usize, bytes: &[u8]) {
-        self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
-    }
-
-    fn u32(&mut self, at: usize, value: u32) {
-        self.put(at, &value.to_le_bytes());
-    }
-
-    fn u64(&mut self, at: usize, value: u64) {
-        self.put(at, &value.to_le_bytes());
     }
 
     fn header(&mut self, at: usize, sequence: u64) {
@@ -156,18 +146,6 @@ impl Made {
         }
         Ok(page)
     }
-}
-
-fn is_corrupt<T>(done: Result<T>) -> bool {
-    matches!(done, Err(Error::Corrupt { .. }))
-}
-
-fn is_truncated<T>(done: Result<T>) -> bool {
-    matches!(done, Err(Error::Truncated { .. }))
-}
-
-fn is_unsupported<T>(done: Result<T>) -> bool {
-    matches!(done, Err(Error::Unsupported { .. }))
 }
 
 #[test]

@@ -2,22 +2,24 @@
 //! `tests/it/vmdk.rs`.
 
 use super::*;
-use crate::{Content, Layer, storage::MemoryStorage};
+use crate::{
+    Content, Layer,
+    made::{Image, Order, is_corrupt, is_truncated, is_unsupported},
+    storage::MemoryStorage,
+};
 
 const GRAIN: u64 = 64 << 10;
 const SECTOR: usize = 512;
 
 /// A monolithic sparse disk of 1 MiB: descriptor in sector 1, directory in 3, table in 4, grains from
 /// byte 8192. Grain 0 is stored, 1 is zero, the rest is absent.
-struct Made {
-    bytes: Vec<u8>,
-}
+type Made = Image<Vmdk>;
 
 const TEXT: &str = "# Disk DescriptorFile\nversion=1\nCID=0000000a\nparentCID=ffffffff\ncreateType=\"monolithicSparse\"\nRW 2048 SPARSE \"made.vmdk\"\n";
 
 impl Made {
     fn new() -> Self {
-        let mut made = Self { bytes: vec![0; 8192 + 2 * usize::try_from(GRAIN).expect("small")] };
+        let mut made = Self::blank(8192 + 2 * usize::try_from(GRAIN).expect("small"), Order::Little);
         made.put(0, b"KDMV");
         made.u32(4, 1);
         made.u32(8, 0b101);
@@ -37,18 +39,6 @@ impl Made {
         made
     }
 
-    fn put(&mut self, at: usize, bytes: &[u8]) {
-        self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
-    }
-
-    fn u32(&mut self, at: usize, value: u32) {
-        self.put(at, &value.to_le_bytes());
-    }
-
-    fn u64(&mut self, at: usize, value: u64) {
-        self.put(at, &value.to_le_bytes());
-    }
-
     fn text(&mut self, text: &str) {
         self.bytes[SECTOR..3 * SECTOR].fill(0);
         self.put(SECTOR, text.as_bytes());
@@ -65,18 +55,6 @@ impl Made {
 
 fn memory(bytes: Vec<u8>) -> Arc<dyn Storage> {
     Arc::new(MemoryStorage::new("made.vmdk", bytes))
-}
-
-fn is_corrupt<T>(done: Result<T>) -> bool {
-    matches!(done, Err(Error::Corrupt { .. }))
-}
-
-fn is_truncated<T>(done: Result<T>) -> bool {
-    matches!(done, Err(Error::Truncated { .. }))
-}
-
-fn is_unsupported<T>(done: Result<T>) -> bool {
-    matches!(done, Err(Error::Unsupported { .. }))
 }
 
 #[test]
