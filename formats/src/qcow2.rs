@@ -1,7 +1,8 @@
-//! qcow2, versions 2 and 3, read-only: QEMU's copy-on-write image as layers.
+//! qcow2, versions 2 and 3: QEMU's copy-on-write image as layers; new images are written, none is ever changed.
 //!
 //! [`Qcow2`] is one image file: what its header says, its internal snapshots, its dirty bitmaps.
 //! [`Qcow2Layer`] is one disk in it, the active one or a snapshot's, as a [`crate::Layer`].
+//! [`NewQcow2`] is an image on its way to be one.
 //!
 //! Invariants
 //! - Opening an image opens no other file: backing files and data files are names
@@ -12,18 +13,20 @@
 //!   for that. An uncompressed last cluster may be short and reads on as zeros; a compressed one not.
 //! - Memory and time are bounded by the file's length, never by what the header claims.
 //!
-//! Not here: following backing files (`aquifer_vdisk::open`), writing, reference counts.
+//! Not here: following backing files (`aquifer_vdisk::open`), changing an image, reading reference counts.
 
 mod bitmap;
 mod header;
 mod layer;
 mod snapshot;
 mod table;
+mod writer;
 
 pub use bitmap::{Bitmap, BitmapTrust};
 pub use header::{Backing, Compression, DataFile, Info};
 pub use layer::Qcow2Layer;
 pub use snapshot::Snapshot;
+pub use writer::{BackingName, CLUSTER_BYTES, Checkpoint, MAP_ENTRY_BYTES, NewQcow2};
 
 use std::sync::Arc;
 
