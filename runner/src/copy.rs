@@ -1,7 +1,8 @@
 //! The one bulk mover: reads what a disk holds, several ranges at a time, and hands it to a sink.
 //!
 //! Invariants
-//! - Each range of data is handed over exactly once; ranges that read as zeros are never handed over.
+//! - Each range of data is handed over exactly once; [`copy`] never hands over what reads as zeros, [`sweep`] hands it
+//!   over as such.
 //! - The first error ends the copy, whichever thread met it; so does a wish to stop.
 //! - Memory: [`PIECE_BYTES`] per reader and a queue of twice as many ranges, whatever the disk's size.
 //!
@@ -13,7 +14,7 @@ use std::{
     thread,
 };
 
-use aquifer_vdisk::{Disk, Extent, ExtentKind};
+use aquifer_vdisk::{Delta, Disk, Extent, ExtentKind};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use parking_lot::Mutex;
 
@@ -104,6 +105,104 @@ pub fn copy(disk: &Disk, sink: Sink<'_>, stop: Stop, progress: &Progress<'_>) ->
     }
 }
 
+/// A piece of a disk.
+#[derive(Clone, Copy, Debug)]
+pub enum Piece<'a> {
+    /// Bytes that were read.
+    Bytes(&'a [u8]),
+    /// So many zeros, known from the map.
+    Zeros(u64),
+}
+
+/// Takes pieces of a sweep; called from several threads.
+pub type Taker<'a> = &'a (dyn Fn(u64, Piece<'_>) -> Result<()> + Sync);
+
+/// Hands `ranges` of a disk to `taker`, all of them: what is data in pieces of at most [`PIECE_BYTES`] that no multiple
+/// of it cuts in two, what is zeros unread. Data is rounded out to blocks of `block` bytes, a power of two that is not
+/// larger than a piece, as far as the ranges have them. Answers how many bytes were read.
+///
+/// # Errors
+/// The first one of the disk or the taker.
+pub fn sweep(disk: &Disk, ranges: &Delta, block: u64, taker: Taker<'_>) -> Result<u64> {
+    let readers = thread::available_parallelism().map_or(2, NonZero::get).clamp(2, 16);
+    let (send, receive) = bounded::<(u64, u64, ExtentKind)>(readers * 2);
+    let (failure, failed, read) = (Mutex::new(None::<Fail>), AtomicBool::new(false), AtomicU64::new(0));
+    let fail = |fail: Fail| {
+        failure.lock().get_or_insert(fail);
+        failed.store(true, Ordering::Relaxed);
+    };
+    thread::scope(|scope| {
+        for _ in 0..readers {
+            let receive = receive.clone();
+            let (fail, failed, read) = (&fail, &failed, &read);
+            scope.spawn(move || {
+                let mut buffer = Vec::new();
+                for (offset, len, kind) in receive {
+                    if failed.load(Ordering::Relaxed) {
+                        continue;
+                    }
+                    let taken = match kind {
+                        ExtentKind::Data => {
+                            buffer.resize(usize::try_from(len).unwrap_or_default(), 0);
+                            read.fetch_add(len, Ordering::Relaxed);
+                            disk.read(offset, &mut buffer)
+                                .map_err(Fail::from)
+                                .and_then(|()| taker(offset, Piece::Bytes(&buffer)))
+                        }
+                        ExtentKind::Zero | ExtentKind::Hole => taker(offset, Piece::Zeros(len)),
+                    };
+                    taken.unwrap_or_else(fail);
+                }
+            });
+        }
+        drop(receive);
+        if let Err(error) = deal_sweep(disk, ranges, block, &send, &failed) {
+            fail(error);
+        }
+        drop(send);
+    });
+    match failure.into_inner() {
+        Some(fail) => Err(fail),
+        None => Ok(read.into_inner()),
+    }
+}
+
+fn deal_sweep(
+    disk: &Disk,
+    ranges: &Delta,
+    block: u64,
+    send: &Sender<(u64, u64, ExtentKind)>,
+    failed: &AtomicBool,
+) -> Result<()> {
+    let mut extents = Vec::new();
+    let windows = ranges.iter().flat_map(|range| {
+        let starts = (range.start..range.end).step_by(usize::try_from(WINDOW_BYTES).unwrap_or(usize::MAX));
+        starts.map(move |at| at..range.end.min(at.saturating_add(WINDOW_BYTES)))
+    });
+    for window in windows {
+        extents.clear();
+        disk.extents(window.start, window.end - window.start, &mut extents)?;
+        let data = extents.iter().filter(|e| e.kind == ExtentKind::Data).map(|e| e.offset..e.offset + e.len);
+        let data = data.collect::<Delta>().round_out(block).clip(window.clone());
+        let zeros = std::iter::once(window).collect::<Delta>().subtract(&data);
+        let all = data.iter().map(|r| (r, ExtentKind::Data)).chain(zeros.iter().map(|r| (r, ExtentKind::Zero)));
+        for (range, kind) in all {
+            let mut at = range.start;
+            while at < range.end {
+                let end = match kind {
+                    ExtentKind::Data => ((at / PIECE_BYTES + 1) * PIECE_BYTES).min(range.end),
+                    ExtentKind::Zero | ExtentKind::Hole => range.end,
+                };
+                if failed.load(Ordering::Relaxed) || send.send((at, end - at, kind)).is_err() {
+                    return Err(Fail::new(Code::Failed, "the copy was ended by another reader's failure"));
+                }
+                at = end;
+            }
+        }
+    }
+    Ok(())
+}
+
 struct Shared<'a, 'o> {
     disk: &'a Disk,
     sink: Sink<'a>,
@@ -189,7 +288,7 @@ fn next_run(bytes: &[u8], at: usize) -> Option<std::ops::Range<usize>> {
 }
 
 /// Whether all bytes are zero; a chunked fold that compiles to wide loads.
-fn is_zero_bytes(bytes: &[u8]) -> bool {
+pub(crate) fn is_zero_bytes(bytes: &[u8]) -> bool {
     let mut chunks = bytes.chunks_exact(64);
     chunks.by_ref().all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
         && chunks.remainder().iter().all(|byte| *byte == 0)
@@ -231,6 +330,39 @@ mod tests {
         assert_eq!(*target.lock(), bytes);
         assert_eq!(copied.read, bytes.len() as u64);
         assert!(copied.moved < copied.read);
+    }
+
+    #[test]
+    fn a_sweep_hands_over_every_byte_of_its_ranges_once() {
+        let mut bytes = vec![0u8; 9_000_003];
+        for (at, byte) in bytes.iter_mut().enumerate().filter(|(at, _)| at / 300_000 % 4 == 0) {
+            *byte = u8::try_from(at % 255).expect("small") + 1;
+        }
+        let ranges: Delta = [0..65536, 131_072..5_000_000, 8_999_936..9_000_003].into_iter().collect();
+        let seen = Mutex::new(Delta::new());
+        let taker = |offset: u64, piece: Piece<'_>| {
+            let at = usize::try_from(offset).expect("small");
+            let len = match piece {
+                Piece::Bytes(got) => {
+                    assert_eq!(got, &bytes[at..at + got.len()]);
+                    assert!(got.len() as u64 <= PIECE_BYTES);
+                    got.len() as u64
+                }
+                Piece::Zeros(len) => {
+                    assert!(is_zero_bytes(&bytes[at..at + usize::try_from(len).expect("small")]));
+                    len
+                }
+            };
+            let mut seen = seen.lock();
+            assert!(!seen.overlaps(&(offset..offset + len)), "handed over twice");
+            seen.insert(offset..offset + len);
+            Ok(())
+        };
+        let read = sweep(&disk(bytes.clone()), &ranges, 65536, &taker).expect("sweep");
+        assert_eq!(*seen.lock(), ranges);
+        assert!(read <= ranges.bytes());
+        let fail = sweep(&disk(bytes.clone()), &ranges, 65536, &|_, _| Err(Fail::new(Code::Capacity, "full")));
+        assert_eq!(fail.expect_err("it fails").code, Code::Capacity);
     }
 
     #[test]

@@ -40,6 +40,46 @@ pub struct Door {
     pub reconnect_s: u32,
 }
 
+/// What a disk of a machine stands on at its start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Attachment {
+    /// An export of a server.
+    Door(Door),
+    /// A local image; what it stands on in turn it names itself, with its format.
+    File {
+        /// The image.
+        path: PathBuf,
+        /// What it is.
+        format: ImageFormat,
+    },
+}
+
+impl From<Door> for Attachment {
+    fn from(door: Door) -> Self {
+        Self::Door(door)
+    }
+}
+
+/// Formats of local images that a machine writes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageFormat {
+    /// Bytes of the disk and nothing else.
+    Raw,
+    /// QEMU's own.
+    Qcow2,
+}
+
+impl ImageFormat {
+    /// As images and hypervisors name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
 /// Where a machine's files go.
 #[derive(Clone, Debug)]
 pub struct Places {
@@ -141,12 +181,30 @@ pub trait Host: Debug + Send + Sync {
     /// The file that holds the UEFI variables of a machine whose folder is `dir`.
     fn variables(&self, dir: &Path) -> PathBuf;
 
-    /// Starts a machine with one door for each of its disks, in order, and lets it go once its disks were seen to be
-    /// those doors. On an error nothing is left running and no socket is left behind.
+    /// Starts a machine with one attachment for each of its disks, in order, and lets it go once its disks were seen to
+    /// be those. One that runs in that folder already is answered as it is. On an error nothing is left running and no
+    /// socket is left behind.
     ///
     /// # Errors
     /// [`Error`]; the hypervisor's own words are in it.
-    fn start(&self, shape: &Shape, doors: &[Door], places: &Places) -> Result<Running>;
+    fn start(&self, shape: &Shape, disks: &[Attachment], places: &Places) -> Result<Running>;
+
+    /// The machine that runs in a folder, if one does, whoever started it there.
+    fn find(&self, places: &Places) -> Option<Running>;
+
+    /// Lets a living machine write disk number `index` to `layer` from now on: an empty image on what the disk stands
+    /// on now, which nobody writes to any more. A disk that is there already is left alone.
+    ///
+    /// # Errors
+    /// The machine goes on where it was.
+    fn layer(&self, running: &Running, index: usize, layer: &Path) -> Result<()>;
+
+    /// Writes all layers of disk number `index` of a living machine down into the lowest one and moves the disk onto
+    /// it. It may take as long as it takes; a call that was cut short is made again.
+    ///
+    /// # Errors
+    /// The machine goes on where it was.
+    fn merge(&self, running: &Running, index: usize, base: &Path) -> Result<()>;
 
     /// How it fares now.
     ///

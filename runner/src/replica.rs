@@ -1,5 +1,22 @@
 //! Replicas: machines kept ready on another host, as chains of the hypervisor's own images.
 //!
+//! ```text
+//! <images>/<replica>/
+//!   machine.toml              what the host starts
+//!   replica.json              whose chain this is, and since which change of sides
+//!   <disk>/<number>.qcow2     a layer; the file it stands on is named by file name, with its format
+//!   <disk>/<number>.qcow2.*   a layer that a run is still writing
+//! ```
+//!
+//! Invariants
+//! - A layer that another one, a restore point or a running machine stands on is never written to.
+//! - A layer has its name only when it is whole and durable, and is known to the catalogue only after that.
+//! - What is equal is not moved: by the tables of one chain, by digests between chains.
+//!
 //! Not here: taking over and coming home (`failover`, `failback`).
 
+pub mod build;
+pub mod digests;
+pub mod layers;
+pub mod model;
 pub mod state;

@@ -63,7 +63,7 @@ impl Stage {
     }
 
     fn start(&mut self) -> Running {
-        let running = Qemu.start(&shape(), &[self.door()], &self.places()).expect("start");
+        let running = Qemu.start(&shape(), &[self.door().into()], &self.places()).expect("start");
         self.running = Some(running.clone());
         running
     }
@@ -163,7 +163,7 @@ fn a_machine_outlives_its_door_and_moves_to_its_own_file() {
 fn a_failed_start_names_the_cause_and_leaves_nothing() {
     let mut stage = Stage::new();
     stage.kill_server();
-    let error = Qemu.start(&shape(), &[stage.door()], &stage.places()).expect_err("no door");
+    let error = Qemu.start(&shape(), &[stage.door().into()], &stage.places()).expect_err("no door");
     match &error {
         Error::Start { said, .. } => assert!(said.contains("nbd.sock"), "{said}"),
         other => panic!("{other}"),
@@ -197,7 +197,7 @@ fn what_happens_is_told_until_it_is_gone() {
 fn a_failing_disk_stops_the_machine_and_it_can_go_on() {
     let mut stage = Stage::new();
     let door = Door { reconnect_s: 1, ..stage.door() };
-    let running = Qemu.start(&shape(), &[door], &stage.places()).expect("start");
+    let running = Qemu.start(&shape(), &[door.into()], &stage.places()).expect("start");
     stage.running = Some(running.clone());
     eventually("the guest works", || seen(&running).contains('.').then_some(()));
     stage.kill_server();
@@ -213,7 +213,7 @@ fn a_machine_is_never_started_beside_itself() {
     // Several at once, as two commands that bring a session back; and once more, as after one that was killed before
     // it could write down what it had started.
     let started: Vec<Running> = std::thread::scope(|scope| {
-        let start = || Qemu.start(&shape(), &[stage.door()], &stage.places()).expect("start");
+        let start = || Qemu.start(&shape(), &[stage.door().into()], &stage.places()).expect("start");
         let threads: Vec<_> = (0..3).map(|_| scope.spawn(start)).collect();
         threads.into_iter().map(|thread| thread.join().expect("thread")).collect()
     });

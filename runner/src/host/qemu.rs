@@ -17,6 +17,7 @@ mod alone;
 mod board;
 mod command;
 mod firmware_files;
+mod layers;
 mod nodes;
 
 use std::{
@@ -31,7 +32,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::{
-    Bus, Door, Error, Happening, Host, Pivot, Places, Power, Process, Result, Running, Shape,
+    Attachment, Bus, Error, Happening, Host, Pivot, Places, Power, Process, Result, Running, Shape,
     firmware::Firmware,
     qmp::{self, Qmp},
 };
@@ -104,25 +105,38 @@ impl Host for Qemu {
         dir.join("nvram.fd")
     }
 
-    fn start(&self, shape: &Shape, doors: &[Door], places: &Places) -> Result<Running> {
+    fn start(&self, shape: &Shape, disks: &[Attachment], places: &Places) -> Result<Running> {
         self.check(shape)?;
         let accel = accel::probe();
-        let command = command::Line::new(shape, doors, places, accel)?;
+        let command = command::Line::new(shape, disks, places, accel)?;
         // Whoever starts it at the same moment waits, and then finds it.
         let _alone = alone::lock(&places.dir)?;
         if let Some(process) = alone::running_in(&places.dir) {
-            return adopt(command.running(process, places.dir.join(LOG)), doors);
+            return adopt(command.running(process, places.dir.join(LOG)), disks);
         }
         command.prepare()?;
         let mut attempt = Attempt::launch(&command)?;
         let mut orders = attempt.await_monitor()?;
-        Nodes::query(&mut orders)?.check_doors(doors)?;
+        Nodes::query(&mut orders)?.check(disks)?;
         orders.execute("cont", json!({}), ORDER_TIMEOUT)?;
         let power = status(&mut orders)?;
         if power != Power::Running {
             return Err(Error::Power { have: power });
         }
         attempt.succeed()
+    }
+
+    fn find(&self, places: &Places) -> Option<Running> {
+        let process = alone::running_in(&places.dir)?;
+        Some(command::running(process, places, accel::probe(), places.dir.join(LOG)))
+    }
+
+    fn layer(&self, running: &Running, index: usize, layer: &Path) -> Result<()> {
+        layers::add(&mut Self::orders(running)?, index, layer)
+    }
+
+    fn merge(&self, running: &Running, index: usize, base: &Path) -> Result<()> {
+        layers::merge(&mut Self::orders(running)?, index, base)
     }
 
     fn power(&self, running: &Running) -> Result<Power> {
@@ -218,11 +232,11 @@ impl Host for Qemu {
 }
 
 /// Takes over a machine that somebody started and could not record any more.
-fn adopt(running: Running, doors: &[Door]) -> Result<Running> {
+fn adopt(running: Running, disks: &[Attachment]) -> Result<Running> {
     let mut orders = Qemu::orders(&running)?;
     // Never let go: it stands where it was put, and nowhere else yet.
     if orders.execute("query-status", json!({}), ORDER_TIMEOUT)?.get("status") == Some(&json!("prelaunch")) {
-        Nodes::query(&mut orders)?.check_doors(doors)?;
+        Nodes::query(&mut orders)?.check(disks)?;
         orders.execute("cont", json!({}), ORDER_TIMEOUT)?;
     }
     Ok(running)

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use crate::{
     fail::{Code, Fail, Result},
-    host::{Door, Places, Power, Running, Shape, firmware::Decision},
+    host::{Attachment, Door, Places, Power, Running, Shape, firmware::Decision},
 };
 
 /// How long requests of a guest wait for a door that went away before the guest is stopped, seconds.
@@ -113,9 +113,9 @@ impl Machine {
 }
 
 /// The doors of a session's disks, as its machine uses them.
-pub fn doors(spec: &Spec) -> Vec<Door> {
+pub fn doors(spec: &Spec) -> Vec<Attachment> {
     let door = |name: &str| Door { socket: spec.nbd_socket(), export: name.to_owned(), reconnect_s: RECONNECT_S };
-    spec.disks.iter().map(|disk| door(&disk.name)).collect()
+    spec.disks.iter().map(|disk| door(&disk.name).into()).collect()
 }
 
 /// Where a session's machine keeps its files.

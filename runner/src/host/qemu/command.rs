@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use super::{Accel, FirmwareFiles, alone, board, nodes, socket};
 use crate::host::{
-    Bus, Door, Error, Host, Network, Nic, Places, Process, Result, Running, Shape,
+    Attachment, Bus, Error, Host, Network, Nic, Places, Process, Result, Running, Shape,
     firmware::Firmware,
     shape::{Board, NicModel},
 };
@@ -33,9 +33,9 @@ pub(super) struct Line {
 }
 
 impl Line {
-    pub(super) fn new(shape: &Shape, doors: &[Door], places: &Places, accel: Accel) -> Result<Self> {
-        if doors.len() != shape.disks.len() {
-            let what = format!("{} doors for {} disks", doors.len(), shape.disks.len());
+    pub(super) fn new(shape: &Shape, disks: &[Attachment], places: &Places, accel: Accel) -> Result<Self> {
+        if disks.len() != shape.disks.len() {
+            let what = format!("{} attachments for {} disks", disks.len(), shape.disks.len());
             return Err(Error::Shape { what });
         }
         let firmware = match shape.firmware {
@@ -45,8 +45,8 @@ impl Line {
         let mut line = Self { args: Vec::new(), places: places.clone(), accel, firmware };
         line.board(shape);
         line.monitors();
-        for (index, door) in doors.iter().enumerate() {
-            line.disk(shape, index, door);
+        for (index, disk) in disks.iter().enumerate() {
+            line.disk(shape, index, disk);
         }
         for (index, nic) in shape.nics.iter().enumerate() {
             line.nic(index, nic, shape.network);
@@ -89,16 +89,7 @@ impl Line {
 
     /// The record of the machine once its process exists.
     pub(super) fn running(&self, process: Process, log: PathBuf) -> Running {
-        Running {
-            process,
-            accel: self.accel.name().to_owned(),
-            orders: socket(&self.places, "qmp.sock"),
-            events: socket(&self.places, "events.sock"),
-            console: socket(&self.places, "console.sock"),
-            console_log: self.places.dir.join("console.log"),
-            screen: Some(socket(&self.places, "vnc.sock")),
-            log,
-        }
+        running(process, &self.places, self.accel, log)
     }
 
     fn variables(&self) -> PathBuf {
@@ -162,13 +153,18 @@ impl Line {
         self.add("-vnc", joined(&[&"unix:", &escaped(&socket(&self.places, "vnc.sock"))]));
     }
 
-    fn disk(&mut self, shape: &Shape, index: usize, door: &Door) {
+    fn disk(&mut self, shape: &Shape, index: usize, attachment: &Attachment) {
         let Some(disk) = shape.disks.get(index) else { return };
         // Its place among those on the same controller.
         let place = shape.disks.iter().take(index).filter(|other| other.bus == disk.bus).count();
         let [raw, nbd, _] = nodes::names(index);
-        self.json("-blockdev", &nodes::door(&nbd, door));
-        self.json("-blockdev", &nodes::raw(&raw, &nbd));
+        match attachment {
+            Attachment::Door(door) => {
+                self.json("-blockdev", &nodes::door(&nbd, door));
+                self.json("-blockdev", &nodes::raw(&raw, &nbd));
+            }
+            Attachment::File { path, format } => self.json("-blockdev", &nodes::image(&raw, path, *format)),
+        }
         let mut device = json!({ "drive": raw, "id": format!("dev{index}") });
         let more = match disk.bus {
             Bus::Virtio => json!({ "driver": "virtio-blk-pci", "rerror": "stop", "werror": "stop" }),
@@ -209,6 +205,20 @@ impl Line {
             device["netdev"] = json!(format!("net{index}"));
         }
         self.json("-device", &device);
+    }
+}
+
+/// The record of a machine whose files and sockets are in `places`.
+pub(super) fn running(process: Process, places: &Places, accel: Accel, log: PathBuf) -> Running {
+    Running {
+        process,
+        accel: accel.name().to_owned(),
+        orders: socket(places, "qmp.sock"),
+        events: socket(places, "events.sock"),
+        console: socket(places, "console.sock"),
+        console_log: places.dir.join("console.log"),
+        screen: Some(socket(places, "vnc.sock")),
+        log,
     }
 }
 

@@ -13,7 +13,7 @@ use std::{
 use serde_json::{Value, json};
 
 use super::{ORDER_TIMEOUT, Qmp, qmp};
-use crate::host::{Door, Error, Pivot, Result};
+use crate::host::{Attachment, Door, Error, ImageFormat, Pivot, Result};
 
 /// Names of the nodes of disk number `index`: raw, door, local.
 pub(super) fn names(index: usize) -> [String; 3] {
@@ -42,6 +42,14 @@ fn local(node: &str, file: &Path) -> Value {
     })
 }
 
+/// Options of the node a device sits on where its disk is a local image.
+pub(super) fn image(node: &str, file: &Path, format: ImageFormat) -> Value {
+    json!({
+        "driver": format.name(), "node-name": node, "discard": "unmap",
+        "file": { "driver": "file", "filename": file, "discard": "unmap" },
+    })
+}
+
 /// What a monitor says its nodes are.
 #[derive(Debug)]
 pub(super) struct Nodes(Vec<Value>);
@@ -62,10 +70,23 @@ impl Nodes {
         self.node(name).and_then(|node| node.get(field)).and_then(Value::as_str).unwrap_or("nothing")
     }
 
-    /// Whether every disk stands on its door.
-    pub(super) fn check_doors(&self, doors: &[Door]) -> Result<()> {
-        for (index, door) in doors.iter().enumerate() {
+    /// Whether every disk stands on what it was given.
+    pub(super) fn check(&self, disks: &[Attachment]) -> Result<()> {
+        for (index, disk) in disks.iter().enumerate() {
             let [raw, nbd, _] = names(index);
+            let door = match disk {
+                Attachment::Door(door) => door,
+                Attachment::File { path, format } => {
+                    if self.text(&raw, "drv") != format.name() {
+                        return Err(observed(&raw, format.name(), self.text(&raw, "drv")));
+                    }
+                    let path = path.to_string_lossy();
+                    if self.text(&raw, "file") != path {
+                        return Err(observed(&raw, &path, self.text(&raw, "file")));
+                    }
+                    continue;
+                }
+            };
             for (node, driver) in [(&raw, "raw"), (&nbd, "nbd")] {
                 if self.text(node, "drv") != driver {
                     return Err(observed(node, driver, self.text(node, "drv")));
@@ -120,6 +141,6 @@ fn forget(orders: &mut Qmp, nodes: &Nodes, name: &str) -> Result<()> {
     Ok(())
 }
 
-fn observed(what: &str, expected: &str, found: &str) -> Error {
+pub(super) fn observed(what: &str, expected: &str, found: &str) -> Error {
     Error::Observed { what: what.to_owned(), expected: expected.to_owned(), found: found.to_owned() }
 }

@@ -4,7 +4,13 @@ use super::*;
 use crate::host::{Disk, shape::MEMORY_DEFAULT};
 
 fn line(shape: &Shape) -> Vec<String> {
-    let door = |n| Door { socket: format!("/run/a,b/{n}").into(), export: "vda".into(), reconnect_s: 300 };
+    let door = |n| {
+        Attachment::Door(crate::host::Door {
+            socket: format!("/run/a,b/{n}").into(),
+            export: "vda".into(),
+            reconnect_s: 300,
+        })
+    };
     let doors: Vec<_> = (0..shape.disks.len()).map(door).collect();
     let places = Places { dir: "/vm/a,b".into(), runtime_dir: "/run/a,b".into() };
     let line = Line::new(shape, &doors, &places, Accel::Tcg).expect("line");

@@ -1,0 +1,105 @@
+//! The layers of a living machine's disk: one more on top, or all written down into the lowest.
+//!
+//! Invariants
+//! - What a disk stands on is asked of the device, not remembered: its node has another name after each change.
+//! - Calls are made again after a death in their middle and find what was done.
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+
+use super::{ORDER_TIMEOUT, Qmp, nodes::observed};
+use crate::host::{Error, Result};
+
+/// How often a job is looked at.
+const TICK: Duration = Duration::from_millis(50);
+
+/// How long the last step of a merge may take: requests in flight are finished first.
+const LAST_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// What a device's disk stands on.
+struct Stand {
+    node: String,
+    file: String,
+}
+
+fn stand(orders: &mut Qmp, index: usize) -> Result<Stand> {
+    let device = format!("dev{index}");
+    let answer = orders.execute("query-block", json!({}), ORDER_TIMEOUT)?;
+    let all = answer.as_array().map(Vec::as_slice).unwrap_or_default();
+    let ours = |entry: &&Value| {
+        let qdev = entry.get("qdev").and_then(Value::as_str).unwrap_or_default();
+        qdev == device || qdev.split('/').any(|part| part == device)
+    };
+    let inserted = all.iter().find(ours).and_then(|entry| entry.get("inserted"));
+    let text = |key: &str| inserted.and_then(|i| i.get(key)).and_then(Value::as_str).map(str::to_owned);
+    match (text("node-name"), text("file")) {
+        (Some(node), Some(file)) => Ok(Stand { node, file }),
+        _ => Err(observed(&device, "a device with a disk", "none")),
+    }
+}
+
+/// Puts an empty layer on top.
+pub(super) fn add(orders: &mut Qmp, index: usize, layer: &Path) -> Result<()> {
+    let path = layer.to_string_lossy();
+    let before = stand(orders, index)?;
+    if before.file == path {
+        return Ok(());
+    }
+    let stem = layer.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+    let node =
+        format!("layer{index}-{}", stem.chars().filter(char::is_ascii_alphanumeric).take(16).collect::<String>());
+    // Left by a call that died before it was used.
+    let _ = orders.execute("blockdev-del", json!({ "node-name": node }), ORDER_TIMEOUT);
+    let options = json!({
+        "driver": "qcow2", "node-name": node, "discard": "unmap", "backing": null,
+        "file": { "driver": "file", "filename": layer, "discard": "unmap" },
+    });
+    orders.execute("blockdev-add", options, ORDER_TIMEOUT)?;
+    let moved = orders.execute("blockdev-snapshot", json!({ "node": before.node, "overlay": node }), ORDER_TIMEOUT);
+    if let Err(error) = moved {
+        let _ = orders.execute("blockdev-del", json!({ "node-name": node }), ORDER_TIMEOUT);
+        return Err(error.into());
+    }
+    let after = stand(orders, index)?;
+    if after.file == path { Ok(()) } else { Err(observed(&after.node, &path, &after.file)) }
+}
+
+/// Writes all layers down into the lowest one.
+pub(super) fn merge(orders: &mut Qmp, index: usize, base: &Path) -> Result<()> {
+    let id = format!("merge{index}");
+    let path = base.to_string_lossy();
+    let before = stand(orders, index)?;
+    if before.file == path {
+        return Ok(());
+    }
+    if job(orders, &id)?.is_none() {
+        orders.execute("block-commit", json!({ "job-id": id, "device": before.node }), ORDER_TIMEOUT)?;
+    }
+    let mut completed: Option<Instant> = None;
+    while let Some(status) = job(orders, &id)? {
+        match (status.as_str(), completed) {
+            ("ready", None) => {
+                orders.execute("job-complete", json!({ "id": id }), ORDER_TIMEOUT)?;
+                completed = Some(Instant::now());
+            }
+            (_, Some(since)) if since.elapsed() > LAST_TIMEOUT => {
+                return Err(observed(&id, "an end", &status));
+            }
+            _ => std::thread::sleep(TICK),
+        }
+    }
+    let after = stand(orders, index)?;
+    if after.file == path { Ok(()) } else { Err(observed(&after.node, &path, &after.file)) }
+}
+
+/// The status of a job, while there is one.
+fn job(orders: &mut Qmp, id: &str) -> Result<Option<String>, Error> {
+    let answer = orders.execute("query-jobs", json!({}), ORDER_TIMEOUT)?;
+    let all = answer.as_array().map(Vec::as_slice).unwrap_or_default();
+    let ours = all.iter().find(|job| job.get("id").and_then(Value::as_str) == Some(id));
+    Ok(ours.and_then(|job| job.get("status")).and_then(Value::as_str).map(str::to_owned))
+}

@@ -1,0 +1,358 @@
+//! One disk of one restore point: what differs from the replica's newest state becomes a layer on it.
+//!
+//! Invariants
+//! - Where nothing proves that a block is equal it is read and its digest compared; where digests are coarser than a
+//!   cluster, the cluster itself. Only what differs is written.
+//! - An interrupted disk goes on from its last mark, into the same file. Content of the source read twice is the only
+//!   cost; what was marked was durable.
+//! - The finished layer, read through what it stands on, is the source's disk, byte for byte.
+//!
+//! Not here: which restore point, which candidates, the catalogue.
+
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use aquifer_formats::{
+    Storage,
+    qcow2::{BackingName, CLUSTER_BYTES, Checkpoint, NewQcow2},
+    storage::{Access, FileStorage},
+};
+use aquifer_vdisk::{Chain, Delta, Disk};
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    digests::{Digests, Sum, each_block, put_file, sum_of},
+    layers::{beside, name_it, part_of, remove},
+    model::Carried,
+};
+use crate::{
+    copy::{Piece, is_zero_bytes, sweep},
+    fail::{Code, Fail, Result},
+};
+
+/// Bytes looked at between two marks.
+pub const MARK_BYTES: u64 = 256 << 20;
+
+/// Told how many bytes were looked at; may hold the work back, or end it.
+pub type Pace<'a> = &'a (dyn Fn(u64) -> Result<()> + Sync);
+
+/// What a disk's layer is made of.
+#[derive(Clone, Debug)]
+pub struct DiskBuild {
+    /// What the disk is to hold.
+    pub source: Arc<Chain>,
+    /// The replica's newest state of it, with the name a layer on it uses.
+    pub base: Option<(Arc<Chain>, BackingName)>,
+    /// Digests of that state.
+    pub digests: Option<Digests>,
+    /// Where source and base can differ; everywhere, where that is not known.
+    pub candidates: Option<Delta>,
+    /// The new layer.
+    pub path: PathBuf,
+    /// What is being copied: a mark of anything else is not gone on from.
+    pub key: String,
+    /// Bytes of a block of new digests.
+    pub block: u64,
+    /// Bytes between marks.
+    pub mark_bytes: u64,
+}
+
+/// A finished layer.
+#[derive(Clone, Debug)]
+pub struct Built {
+    /// Digests of the disk.
+    pub digests: Digests,
+    /// What was moved.
+    pub carried: Carried,
+}
+
+/// Where an interrupted disk stands.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct Mark {
+    key: String,
+    done_until: u64,
+    clusters: u64,
+    map_bytes: u64,
+    sums_bytes: u64,
+    carried: Carried,
+}
+
+/// The bytes of one changed digest in the file beside a layer.
+const SUM_ENTRY: usize = 40;
+
+struct Files {
+    part: PathBuf,
+    mark: PathBuf,
+    map: PathBuf,
+    sums: PathBuf,
+}
+
+impl Files {
+    fn of(path: &Path) -> Self {
+        Self { part: part_of(path), mark: beside(path, "mark"), map: beside(path, "map"), sums: beside(path, "sums") }
+    }
+
+    fn clear(&self) -> Result<()> {
+        // The mark first: without it the others mean nothing.
+        [&self.mark, &self.map, &self.sums, &self.part].into_iter().try_for_each(|path| remove(path))
+    }
+}
+
+/// Takes back whatever of a layer was written.
+///
+/// # Errors
+/// I/O.
+pub fn discard(path: &Path) -> Result<()> {
+    Files::of(path).clear()?;
+    remove(path)
+}
+
+impl DiskBuild {
+    /// Where anything has to be looked at, in whole blocks of the digests.
+    fn ranges(&self) -> Delta {
+        let size = self.source.size();
+        let mut ranges = match (&self.candidates, &self.base) {
+            (Some(candidates), Some(_)) => candidates.clone(),
+            _ => Delta::full(size),
+        };
+        if let Some((base, _)) = self.base.as_ref().filter(|(base, _)| base.size() != size) {
+            ranges.insert(base.size().min(size).saturating_sub(1)..size);
+        }
+        ranges.round_out(self.block()).clip(0..size)
+    }
+
+    fn block(&self) -> u64 {
+        self.digests.as_ref().map_or_else(|| Digests::zero(0, self.block).block(), Digests::block)
+    }
+
+    /// Bytes that will be looked at, at most.
+    pub fn estimate(&self) -> u64 {
+        self.ranges().bytes()
+    }
+
+    /// Makes the layer, or goes on making it. The finished file still has its temporary name: see [`DiskBuild::settle`].
+    ///
+    /// # Errors
+    /// The source's, the file system's, and what `pace` says: what was marked stays and is gone on from.
+    pub fn run(&self, pace: Pace<'_>) -> Result<Built> {
+        let size = self.source.size();
+        let mut digests = match (&self.digests, &self.base) {
+            (Some(digests), _) => digests.clone(),
+            (None, None) => Digests::zero(size, self.block),
+            (None, Some((base, _))) => Digests::of(&Disk::read_only("base", base.clone()), self.block)?,
+        };
+        digests.resize(size);
+        let files = Files::of(&self.path);
+        let (image, mark) = self.begin(&files, &mut digests)?;
+        let work = Work {
+            build: self,
+            image,
+            digests: Mutex::new(digests),
+            changed: Mutex::new(Vec::new()),
+            written: AtomicU64::new(0),
+            equal: AtomicU64::new(0),
+            pace,
+        };
+        let mut mark = mark;
+        let source = Disk::read_only("source", self.source.clone());
+        for part in cut(&self.ranges(), mark.done_until, self.mark_bytes.max(1 << 20)) {
+            let read = sweep(&source, &part, work.digests.lock().block(), &|offset, piece| work.take(offset, piece))?;
+            mark.carried.bytes_read += read;
+            mark.carried.bytes_written += work.written.swap(0, Ordering::Relaxed);
+            mark.carried.blocks_equal += work.equal.swap(0, Ordering::Relaxed);
+            mark.done_until = part.end();
+            work.mark(&files, &mut mark)?;
+        }
+        work.image.finish()?;
+        Ok(Built { digests: work.digests.into_inner(), carried: mark.carried })
+    }
+
+    /// Whether the layer is finished and named already.
+    pub fn is_settled(&self) -> bool {
+        self.path.exists()
+    }
+
+    /// Gives the finished layer its name and drops the marks.
+    ///
+    /// # Errors
+    /// I/O.
+    pub fn settle(&self) -> Result<()> {
+        let files = Files::of(&self.path);
+        if !self.path.exists() {
+            name_it(&files.part, &self.path)?;
+        }
+        files.clear()
+    }
+
+    fn begin(&self, files: &Files, digests: &mut Digests) -> Result<(NewQcow2, Mark)> {
+        let backing = self.base.as_ref().map(|(_, name)| name.clone());
+        let size = self.source.size();
+        match self.found(files, digests, backing.clone())? {
+            Some(found) => Ok(found),
+            None => {
+                files.clear()?;
+                let folder = self.path.parent().unwrap_or(Path::new("/"));
+                fs::create_dir_all(folder).map_err(|e| Fail::io(folder.display(), "create", &e))?;
+                let storage: Arc<dyn Storage> = Arc::new(FileStorage::open(&files.part, Access::CreateNew)?);
+                Ok((NewQcow2::create(storage, size, backing)?, Mark { key: self.key.clone(), ..Mark::default() }))
+            }
+        }
+    }
+
+    /// What an earlier run has left, if it can be gone on from.
+    fn found(
+        &self,
+        files: &Files,
+        digests: &mut Digests,
+        backing: Option<BackingName>,
+    ) -> Result<Option<(NewQcow2, Mark)>> {
+        let read = |path: &Path, len: u64| {
+            let bytes = fs::read(path).ok()?;
+            bytes.get(..usize::try_from(len).ok()?).map(<[u8]>::to_vec)
+        };
+        let mark = fs::read(&files.mark).ok().and_then(|bytes| serde_json::from_slice::<Mark>(&bytes).ok());
+        let Some(mark) = mark.filter(|mark| mark.key == self.key) else { return Ok(None) };
+        let (Some(map), Some(sums)) = (read(&files.map, mark.map_bytes), read(&files.sums, mark.sums_bytes)) else {
+            return Ok(None);
+        };
+        let (entries, []) = sums.as_chunks::<SUM_ENTRY>() else { return Ok(None) };
+        let Ok(storage) = FileStorage::open(&files.part, Access::ReadWrite) else { return Ok(None) };
+        let at = Checkpoint { clusters: mark.clusters };
+        let Ok(image) = NewQcow2::resume(Arc::new(storage), self.source.size(), backing, at, &map) else {
+            return Ok(None);
+        };
+        for entry in entries {
+            let (index, sum) = entry.split_at(8);
+            if let (Ok(index), Ok(sum)) = (index.try_into(), sum.try_into()) {
+                digests.set(u64::from_le_bytes(index), sum);
+            }
+        }
+        // What lies behind the mark was written for it and is written again.
+        for (path, len) in [(&files.map, mark.map_bytes), (&files.sums, mark.sums_bytes)] {
+            let cut = fs::OpenOptions::new().write(true).open(path).and_then(|file| file.set_len(len));
+            cut.map_err(|e| Fail::io(path.display(), "cut", &e))?;
+        }
+        Ok(Some((image, mark)))
+    }
+}
+
+struct Work<'a> {
+    build: &'a DiskBuild,
+    image: NewQcow2,
+    digests: Mutex<Digests>,
+    changed: Mutex<Vec<(u64, Sum)>>,
+    written: AtomicU64,
+    equal: AtomicU64,
+    pace: Pace<'a>,
+}
+
+impl Work<'_> {
+    fn take(&self, offset: u64, piece: Piece<'_>) -> Result<()> {
+        let (block, size) = (self.digests.lock().block(), self.build.source.size());
+        let len = match piece {
+            Piece::Bytes(bytes) => bytes.len() as u64,
+            Piece::Zeros(len) => len,
+        };
+        (self.pace)(len)?;
+        each_block(offset, piece, block, &mut |index, bytes| {
+            let new = bytes.map(sum_of);
+            let (old, new) = {
+                let digests = self.digests.lock();
+                (digests.sum(index).copied(), new.unwrap_or_else(|| digests.zero_at(index)))
+            };
+            if old == Some(new) {
+                self.equal.fetch_add(1, Ordering::Relaxed);
+                return Ok(());
+            }
+            let at = index * block;
+            self.store(at, bytes, block.min(size - at))?;
+            self.digests.lock().set(index, new);
+            self.changed.lock().push((index, new));
+            Ok(())
+        })
+    }
+
+    /// Stores the clusters of a block that differ from the base.
+    fn store(&self, at: u64, bytes: Option<&[u8]>, len: u64) -> Result<()> {
+        let mut base = Vec::new();
+        let step = usize::try_from(CLUSTER_BYTES).unwrap_or(usize::MAX);
+        for start in (at..at + len).step_by(step) {
+            let len = CLUSTER_BYTES.min(at + len - start);
+            let count = usize::try_from(len).unwrap_or_default();
+            let from = usize::try_from(start - at).unwrap_or_default();
+            let new = bytes.and_then(|bytes| bytes.get(from..from + count)).filter(|new| !is_zero_bytes(new));
+            base.clear();
+            base.resize(count, 0);
+            if let Some((chain, _)) = &self.build.base {
+                let there = usize::try_from(chain.size().saturating_sub(start)).unwrap_or(usize::MAX).min(count);
+                if let Some(part) = base.get_mut(..there).filter(|part| !part.is_empty()) {
+                    chain.read(start, part)?;
+                }
+            }
+            let base_is_zero = is_zero_bytes(&base);
+            match new {
+                Some(new) if new != base => {
+                    self.image.write(start, new)?;
+                    self.written.fetch_add(len, Ordering::Relaxed);
+                }
+                None if !base_is_zero => self.image.write_zeros(start, len)?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn mark(&self, files: &Files, mark: &mut Mark) -> Result<()> {
+        let (at, map) = self.image.checkpoint()?;
+        let changed = std::mem::take(&mut *self.changed.lock());
+        let sums: Vec<u8> =
+            changed.iter().flat_map(|(index, sum)| index.to_le_bytes().into_iter().chain(*sum)).collect();
+        append(&files.map, &map)?;
+        append(&files.sums, &sums)?;
+        mark.clusters = at.clusters;
+        mark.map_bytes += map.len() as u64;
+        mark.sums_bytes += sums.len() as u64;
+        let text = serde_json::to_vec(mark).map_err(|e| Fail::new(Code::Bug, e.to_string()))?;
+        put_file(&files.mark, &text)
+    }
+}
+
+fn append(path: &Path, bytes: &[u8]) -> Result<()> {
+    let file = fs::OpenOptions::new().create(true).append(true).open(path);
+    let written = file.and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_data()));
+    written.map_err(|e| Fail::io(path.display(), "write", &e))
+}
+
+/// The ranges from `from` on in parts of about `bytes` each; ranges are not cut within a block of the digests because
+/// parts are whole multiples of the largest.
+fn cut(ranges: &Delta, from: u64, bytes: u64) -> Vec<Delta> {
+    let bytes = bytes.next_multiple_of(super::digests::BLOCK_MAX);
+    let rest = ranges.clip(from..u64::MAX);
+    let (mut parts, mut part, mut room) = (Vec::new(), Delta::new(), bytes);
+    for range in rest.iter() {
+        let mut at = range.start;
+        while at < range.end {
+            let aligned = (at + room).next_multiple_of(super::digests::BLOCK_MAX);
+            let end = aligned.min(range.end);
+            part.insert(at..end);
+            room = room.saturating_sub(end - at);
+            at = end;
+            if room == 0 {
+                parts.push(std::mem::take(&mut part));
+                room = bytes;
+            }
+        }
+    }
+    if !part.is_empty() {
+        parts.push(part);
+    }
+    parts
+}

@@ -1,0 +1,264 @@
+//! What the catalogue keeps of a replica and of its restore points.
+//!
+//! Invariants
+//! - Records are versioned; one of a newer version is refused, never guessed at.
+//! - Files are named relative to the replica's folder.
+
+use std::path::PathBuf;
+
+use aquifer_formats::repo::record::MachineDescription;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::state::State;
+use crate::{
+    fail::{Code, Fail, Result},
+    host::Running,
+};
+
+/// Version of the records this build writes.
+pub const VERSION: u32 = 1;
+
+/// A replica.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ReplicaRecord {
+    /// Version of the record.
+    pub version: u32,
+    /// Its name, and that of its folder.
+    pub name: String,
+    /// Identity of its chain; the stamp in its folder has the same.
+    pub lineage: Uuid,
+    /// How often the sides were changed; the stamp in its folder has the same.
+    pub epoch: u64,
+    /// The machine it stands in for.
+    pub machine: String,
+    /// The job that makes it.
+    #[serde(default)]
+    pub job: Option<String>,
+    /// The host it is on.
+    pub host: String,
+    /// Its folder there.
+    pub folder: PathBuf,
+    /// Where its digests are kept.
+    pub metadata: PathBuf,
+    /// Bytes of a block of the digests.
+    pub digest_block: u64,
+    /// Its state.
+    pub state: State,
+    /// Number of the next layer.
+    pub next_layer: u64,
+    /// Something outside was seen to have changed it: its digests are made anew at the next run.
+    #[serde(default)]
+    pub needs_resync: bool,
+    /// The job leaves the machine out from now on.
+    #[serde(default)]
+    pub excluded: bool,
+    /// While it serves.
+    #[serde(default)]
+    pub failover: Option<FailoverRecord>,
+    /// While the way home is under way.
+    #[serde(default)]
+    pub failback: Option<FailbackRecord>,
+}
+
+impl ReplicaRecord {
+    /// Refuses what this build does not know.
+    ///
+    /// # Errors
+    /// [`Code::Unsupported`].
+    pub fn check(self) -> Result<Self> {
+        if self.version == VERSION {
+            return Ok(self);
+        }
+        let what = format!("the record of replica {} is of version {}", self.name, self.version);
+        Err(Fail::new(Code::Unsupported, what))
+    }
+
+    /// The file of a layer, relative to the folder.
+    pub fn layer_name(disk: &str, number: u64) -> String {
+        format!("{disk}/{number}.qcow2")
+    }
+}
+
+/// A disk and the newest of its layers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Top {
+    /// Name of the disk.
+    pub disk: String,
+    /// The layer's file, relative to the replica's folder.
+    pub file: String,
+    /// Size of the disk, bytes.
+    pub size: u64,
+}
+
+/// A takeover.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FailoverRecord {
+    /// The restore point it stands on.
+    pub point: Uuid,
+    /// When.
+    pub since: Timestamp,
+    /// Why.
+    #[serde(default)]
+    pub reason: Option<String>,
+    /// What its machine writes to.
+    pub tops: Vec<Top>,
+    /// Its machine, where that was started.
+    #[serde(default)]
+    pub running: Option<Running>,
+}
+
+/// A disk of the machine that production is to be again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HomeDisk {
+    /// Name of the disk.
+    pub disk: String,
+    /// Its file.
+    pub path: PathBuf,
+    /// `raw` or `qcow2`.
+    pub format: aquifer_formats::probe::Format,
+}
+
+/// Where a failback goes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Home {
+    /// Which of the three targets.
+    pub kind: HomeKind,
+    /// Name of the machine there.
+    pub machine: String,
+    /// Its host.
+    pub host: String,
+    /// Its folder.
+    pub folder: PathBuf,
+    /// Its disks.
+    pub disks: Vec<HomeDisk>,
+}
+
+/// The three targets of a failback.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HomeKind {
+    /// The original machine, in its place.
+    Original,
+    /// A machine that was restored elsewhere beforehand.
+    Restored,
+    /// A machine that does not exist yet.
+    New,
+}
+
+/// When the second pass begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Switch {
+    /// At once.
+    Auto,
+    /// When somebody says so.
+    #[default]
+    Manual,
+    /// Not before this time.
+    At(Timestamp),
+}
+
+/// A way home.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FailbackRecord {
+    /// Where to.
+    pub home: Home,
+    /// When it was begun.
+    pub since: Timestamp,
+    /// When the second pass begins.
+    pub switch: Switch,
+    /// The layers whose content production has since the last pass.
+    pub sent: Vec<Top>,
+    /// What the first pass moved.
+    pub first: Carried,
+    /// What the second pass moved.
+    #[serde(default)]
+    pub second: Option<Carried>,
+    /// The point that was made before the sides were changed.
+    #[serde(default)]
+    pub protective: Option<Uuid>,
+    /// Production's machine, where it was started.
+    #[serde(default)]
+    pub running: Option<Running>,
+    /// When the replica's machine was off.
+    #[serde(default)]
+    pub off_since: Option<Timestamp>,
+    /// When production's machine was on.
+    #[serde(default)]
+    pub on_since: Option<Timestamp>,
+}
+
+/// What a pass or a run moved, bytes unless said otherwise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Carried {
+    /// Read from the side the data comes from.
+    pub bytes_read: u64,
+    /// Of these, read from production's disks.
+    pub bytes_read_production: u64,
+    /// Sent to the other side.
+    pub bytes_written: u64,
+    /// Blocks that were looked at and found equal.
+    pub blocks_equal: u64,
+}
+
+impl Carried {
+    /// Adds another disk's or pass's.
+    pub fn add(&mut self, other: Self) {
+        self.bytes_read += other.bytes_read;
+        self.bytes_read_production += other.bytes_read_production;
+        self.bytes_written += other.bytes_written;
+        self.blocks_equal += other.blocks_equal;
+    }
+}
+
+/// What a restore point came of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Origin {
+    /// A run of the job.
+    Job,
+    /// Production, while it was on its way to a planned failover.
+    Planned,
+    /// The replica's own writes, before the sides were changed back.
+    PreFailback,
+}
+
+/// The backup that a restore point was made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct SourcePoint {
+    /// The repository.
+    pub repository: Uuid,
+    /// Its machine.
+    pub machine: Uuid,
+    /// The point.
+    pub point: Uuid,
+}
+
+/// A restore point of a replica.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PointRecord {
+    /// Version of the record.
+    pub version: u32,
+    /// Its id.
+    pub id: Uuid,
+    /// Number of its layers, and its place in the order.
+    pub number: u64,
+    /// When its disks looked like this: for a replica of a backup, the backup's own time.
+    pub taken: Timestamp,
+    /// When it was made.
+    pub made: Timestamp,
+    /// What it came of.
+    pub origin: Origin,
+    /// The backup it was made of.
+    #[serde(default)]
+    pub source: Option<SourcePoint>,
+    /// Its disks.
+    pub disks: Vec<Top>,
+    /// The machine, as it was then.
+    pub description: MachineDescription,
+    /// What was moved for it.
+    #[serde(default)]
+    pub carried: Carried,
+}
