@@ -6,6 +6,7 @@
 //! - `what` and `at` are facts; `do_` is a command a person can type.
 //! - As text, each of them is one line, whatever names it quotes.
 
+mod catalogue;
 mod codes;
 mod errno;
 mod machine;

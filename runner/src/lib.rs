@@ -8,12 +8,14 @@
 //!
 //! Not here: bytes of formats, the reading of chains, sockets and mounts (the crates to the left).
 
+pub mod catalogue;
 pub mod cli;
 pub mod confirm;
 pub mod context;
 pub mod copy;
 pub mod fail;
 pub mod host;
+pub mod job;
 pub mod machine;
 pub mod mounts;
 pub mod output;
@@ -28,6 +30,7 @@ pub mod stop;
 pub mod strict;
 pub mod units;
 pub mod verb;
+pub mod work;
 
 use std::{ffi::OsString, panic, process::ExitCode};
 

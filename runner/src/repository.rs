@@ -166,7 +166,7 @@ fn since_boot() -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or_default()
 }
 
-fn host_name() -> String {
+pub(crate) fn host_name() -> String {
     let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = name.trim();
     if name.is_empty() { "localhost".to_owned() } else { name.to_owned() }

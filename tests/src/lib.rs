@@ -22,6 +22,7 @@ pub mod kept;
 pub mod ledger;
 pub mod mend;
 pub mod oracle;
+pub mod postgres;
 pub mod program;
 pub mod qemu;
 pub mod rig;

@@ -26,7 +26,7 @@ use std::{
 use parking_lot::Mutex;
 
 pub use demand::DemandStats;
-pub use pace::{Blocks, Pace};
+pub use pace::{Blocks, Bucket, Pace};
 pub use progress::{HydrateProgress, HydrateState, Replay};
 pub use step::Hydrated;
 

@@ -36,7 +36,7 @@ pub use delta::{Delta, delta_between};
 pub use disk::{Disk, Parked, Zeroing};
 pub use error::{Error, Result};
 pub use extent::{Extent, ExtentKind};
-pub use hydrate::{Blocks, DemandStats, HydrateProgress, HydrateState, Hydrated, Hydrator, Pace, Replay};
+pub use hydrate::{Blocks, Bucket, DemandStats, HydrateProgress, HydrateState, Hydrated, Hydrator, Pace, Replay};
 pub use open::{ChainSpec, Connect, open_chain};
 pub use overlay::{LocalProgress, Overlay, OverlayFiles, OverlayOf, OverlayOptions, Settling};
 pub use readahead::Readahead;

@@ -94,6 +94,8 @@ codes! {
         "The repository's storage does not answer."
     Busy "E_BUSY" 11 later
         "Another operation holds what is needed; the holder is named. Try again when it is done. A dead holder's lease runs out by itself: nothing has to be unlocked by hand."
+    Fenced "E_FENCED" 11 never
+        "A worker tried to go on with work that is no longer its own: it was paused or cut off past its lease, and another worker has taken the work over, or it was stopped. Nothing was changed; the other worker's result counts. `aquifer sessions` shows who has it."
     PointInUse "E_POINT_IN_USE" 11 later
         "The restore point is being read: mounted, recovered from, copied or verified. `aquifer leases` names the reader. Retention never deletes a point that is read."
     FileLocked "E_FILE_LOCKED" 11 later

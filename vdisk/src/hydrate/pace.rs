@@ -153,8 +153,10 @@ pub(crate) struct Buckets {
     floor: Bucket,
 }
 
-#[derive(Debug)]
-struct Bucket {
+/// A bucket that refills with time. Whoever takes from it may take at once as long as what was taken before has been
+/// earned by now; so each piece may be as large as it likes, and the rate holds over any longer time.
+#[derive(Debug, Default)]
+pub struct Bucket {
     /// When the bytes taken so far will have been earned.
     earned: Option<Instant>,
 }
@@ -163,11 +165,13 @@ struct Bucket {
 const SAVED: Duration = Duration::from_millis(100);
 
 impl Bucket {
-    fn wait(&self, now: Instant) -> Option<Duration> {
+    /// How long to wait before anything may be taken.
+    pub fn wait(&self, now: Instant) -> Option<Duration> {
         self.earned.filter(|earned| *earned > now).map(|earned| earned - now)
     }
 
-    fn take(&mut self, bytes: u64, rate: u64, now: Instant) {
+    /// Takes bytes at a rate of so many each second.
+    pub fn take(&mut self, bytes: u64, rate: u64, now: Instant) {
         let from = self.earned.map_or(now, |e| e.max(now.checked_sub(SAVED).unwrap_or(now)));
         let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(rate.max(1));
         self.earned = from.checked_add(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)));
