@@ -13,3 +13,4 @@ pub mod fuse;
 pub mod loopdev;
 pub mod nbd;
 pub mod session;
+pub mod vhost;

@@ -34,6 +34,7 @@ mod same_bytes;
 mod session;
 mod stored;
 mod tidy;
+mod vhost_user;
 
 mod skeleton {
     use std::sync::Arc;

@@ -20,6 +20,7 @@ pub mod fuzz;
 pub mod guest;
 pub mod kept;
 pub mod ledger;
+pub mod machine;
 pub mod mend;
 pub mod oracle;
 pub mod postgres;

@@ -12,9 +12,9 @@
 mod connection;
 mod flight;
 mod hub;
-mod listen;
+pub(crate) mod listen;
 mod outlet;
-mod pool;
+pub(crate) mod pool;
 mod status;
 mod work;
 
@@ -196,7 +196,8 @@ impl Server {
 
     fn keep(&self, bound: listen::Bound) -> Result<Address> {
         let address = bound.address.clone();
-        self.listeners.lock().push(Listener::start(bound, Arc::clone(&self.hub))?);
+        let hub = Arc::clone(&self.hub);
+        self.listeners.lock().push(Listener::start(bound, "nbd-accept", move |fd| hub.admit(fd))?);
         Ok(address)
     }
 

@@ -28,7 +28,6 @@ use rustix::{
     },
 };
 
-use super::hub::Hub;
 use crate::nbd::{Address, Error, Result, address::Place};
 
 /// Connections the kernel keeps before they are accepted.
@@ -38,9 +37,9 @@ const REST: Duration = Duration::from_millis(50);
 
 /// A socket that listens.
 #[derive(Debug)]
-pub(super) struct Bound {
+pub(crate) struct Bound {
     fd: OwnedFd,
-    pub(super) address: Address,
+    pub(crate) address: Address,
     file: Option<SocketFile>,
 }
 
@@ -53,13 +52,13 @@ struct SocketFile {
 
 /// The thread that accepts.
 #[derive(Debug)]
-pub(super) struct Listener {
+pub(crate) struct Listener {
     wake: Arc<OwnedFd>,
     thread: JoinHandle<()>,
     file: Option<SocketFile>,
 }
 
-pub(super) fn unix(path: &Path, tls: bool) -> Result<Bound> {
+pub(crate) fn unix(path: &Path, tls: bool) -> Result<Bound> {
     let shown = path.display().to_string();
     let failed = |action| move |e: Errno| Error::io(path.display().to_string(), action, e.into());
     let place = SocketAddrUnix::new(path).map_err(failed("name a socket"))?;
@@ -83,7 +82,7 @@ pub(super) fn unix(path: &Path, tls: bool) -> Result<Bound> {
 }
 
 /// Whether a socket could be made at `path` now.
-pub(super) fn check_unix(path: &Path) -> Result<()> {
+pub(crate) fn check_unix(path: &Path) -> Result<()> {
     let failed = |e: Errno| Error::io(path.display().to_string(), "name a socket", e.into());
     is_stale(path, &SocketAddrUnix::new(path).map_err(failed)?).map(drop)
 }
@@ -117,7 +116,7 @@ fn is_stale(path: &Path, place: &SocketAddrUnix) -> Result<bool> {
 }
 
 /// The addresses of `HOST:PORT`, where listening on them is allowed.
-pub(super) fn check_tcp(place: &str, tls: bool) -> Result<Vec<SocketAddr>> {
+pub(crate) fn check_tcp(place: &str, tls: bool) -> Result<Vec<SocketAddr>> {
     let failed = |e: io::Error| Error::io(format!("tcp:{place}"), "resolve", e);
     let places: Vec<SocketAddr> = place.to_socket_addrs().map_err(failed)?.collect();
     if !tls && places.iter().any(|place| !place.ip().is_loopback()) {
@@ -126,7 +125,7 @@ pub(super) fn check_tcp(place: &str, tls: bool) -> Result<Vec<SocketAddr>> {
     Ok(places)
 }
 
-pub(super) fn tcp(place: &str, tls: bool) -> Result<Bound> {
+pub(crate) fn tcp(place: &str, tls: bool) -> Result<Bound> {
     let failed = |action| move |e: io::Error| Error::io(format!("tcp:{place}"), action, e);
     let places = check_tcp(place, tls)?;
     let listener = TcpListener::bind(places.as_slice()).map_err(failed("bind"))?;
@@ -139,7 +138,7 @@ fn tcp_address(place: SocketAddr, tls: bool) -> Address {
     Address { place, export: String::new(), tls }
 }
 
-pub(super) fn inherited(fd: OwnedFd, tls: bool) -> Result<Bound> {
+pub(crate) fn inherited(fd: OwnedFd, tls: bool) -> Result<Bound> {
     let failed = |e: io::Error| Error::io("inherited socket", "use", e);
     let name = rustix::net::getsockname(&fd).map_err(|e| failed(e.into()))?;
     let is_stream = rustix::net::sockopt::socket_type(&fd).map_err(|e| failed(e.into()))? == SocketType::STREAM;
@@ -169,19 +168,20 @@ fn inherited_address(name: SocketAddrAny, tls: bool) -> io::Result<Address> {
 }
 
 impl Listener {
-    pub(super) fn start(bound: Bound, hub: Arc<Hub>) -> Result<Self> {
+    /// Calls `admit` with each connection, in a thread of this name.
+    pub(crate) fn start(bound: Bound, name: &str, admit: impl Fn(OwnedFd) + Send + 'static) -> Result<Self> {
         let place = bound.address.to_string();
         let failed = |e: io::Error| Error::io(&place, "start listening", e);
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| failed(e.into()))?);
         rustix::io::ioctl_fionbio(&bound.fd, true).map_err(|e| failed(e.into()))?;
         let (fd, woken) = (bound.fd, Arc::clone(&wake));
-        let run = move || accept_all(&fd, &woken, &hub);
-        let thread = thread::Builder::new().name("nbd-accept".into()).spawn(run).map_err(failed)?;
+        let run = move || accept_all(&fd, &woken, &admit);
+        let thread = thread::Builder::new().name(name.into()).spawn(run).map_err(failed)?;
         Ok(Self { wake, thread, file: bound.file })
     }
 
     /// Stops accepting, and removes the socket file if it is still ours.
-    pub(super) fn stop(self) {
+    pub(crate) fn stop(self) {
         let _ = rustix::io::write(&*self.wake, &[1; 8]);
         drop(self.thread.join());
         if let Some(file) = self.file
@@ -192,7 +192,7 @@ impl Listener {
     }
 }
 
-fn accept_all(fd: &OwnedFd, wake: &OwnedFd, hub: &Arc<Hub>) {
+fn accept_all(fd: &OwnedFd, wake: &OwnedFd, admit: &impl Fn(OwnedFd)) {
     loop {
         let mut fds = [
             PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN),
@@ -206,7 +206,7 @@ fn accept_all(fd: &OwnedFd, wake: &OwnedFd, hub: &Arc<Hub>) {
             return;
         }
         match accept_with(fd, SocketFlags::CLOEXEC) {
-            Ok(connection) => hub.admit(connection),
+            Ok(connection) => admit(connection),
             Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
             // Out of descriptors or memory: those that leave will free some.
             Err(_) => thread::sleep(REST),

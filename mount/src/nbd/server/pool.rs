@@ -25,27 +25,38 @@ use std::{
 use parking_lot::{Condvar, Mutex};
 
 /// After this long a running job is taken to be waiting for something other than the processor.
-pub(super) const STUCK_AFTER: Duration = Duration::from_millis(20);
+pub(crate) const STUCK_AFTER: Duration = Duration::from_millis(20);
 /// How long a thread beyond the base stays without work.
 const IDLE_MAX: Duration = Duration::from_secs(5);
 
 /// What a thread keeps between jobs.
 #[derive(Debug, Default)]
-pub(super) struct Scratch {
+pub(crate) struct Scratch {
     /// A buffer whose length only grows, so that it is zeroed once.
-    pub(super) buffer: Vec<u8>,
+    pub(crate) buffer: Vec<u8>,
+}
+
+impl Scratch {
+    /// `len` bytes of the buffer, which hold anything.
+    pub(crate) fn room(&mut self, len: u64) -> &mut [u8] {
+        let len = usize::try_from(len).unwrap_or(0);
+        if self.buffer.len() < len {
+            self.buffer.resize(len, 0);
+        }
+        self.buffer.get_mut(..len).unwrap_or_default()
+    }
 }
 
 /// One piece of work.
-pub(super) type Job = Box<dyn FnOnce(&mut Scratch) + Send>;
+pub(crate) type Job = Box<dyn FnOnce(&mut Scratch) + Send>;
 
 /// Where the jobs of one connection queue up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct LaneId(pub(super) u64);
+pub(crate) struct LaneId(pub(crate) u64);
 
 /// A bounded set of threads.
 #[derive(Debug)]
-pub(super) struct Pool {
+pub(crate) struct Pool {
     shared: Arc<Shared>,
 }
 
@@ -103,7 +114,7 @@ impl std::fmt::Debug for State {
 
 impl Pool {
     /// No thread is started before there is work.
-    pub(super) fn new(name: &'static str, base: usize, threads_max: usize) -> Self {
+    pub(crate) fn new(name: &'static str, base: usize, threads_max: usize) -> Self {
         let shared = Shared {
             name,
             base,
@@ -117,7 +128,7 @@ impl Pool {
     }
 
     /// Queues a job; never waits. After [`Pool::close`] it is dropped.
-    pub(super) fn submit(&self, lane: LaneId, job: Job) {
+    pub(crate) fn submit(&self, lane: LaneId, job: Job) {
         let mut state = self.shared.state.lock();
         if state.closed {
             return;
@@ -143,7 +154,7 @@ impl Pool {
     }
 
     /// Drops the queued jobs of a lane.
-    pub(super) fn cancel(&self, lane: LaneId) {
+    pub(crate) fn cancel(&self, lane: LaneId) {
         let mut state = self.shared.state.lock();
         let State { lanes, fresh, .. } = &mut *state;
         let taken = |queue: &mut VecDeque<(LaneId, VecDeque<Job>)>| {
@@ -158,12 +169,12 @@ impl Pool {
     }
 
     /// Jobs that panicked so far.
-    pub(super) fn panics(&self) -> u64 {
+    pub(crate) fn panics(&self) -> u64 {
         self.shared.panics.load(Ordering::Relaxed)
     }
 
     /// Drops what is queued and lets the threads end once their jobs do.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         let mut state = self.shared.state.lock();
         state.closed = true;
         let gone = (std::mem::take(&mut state.lanes), std::mem::take(&mut state.fresh));
