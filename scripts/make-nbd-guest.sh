@@ -26,22 +26,13 @@ mkdir -p "$out" "$cache"
 # shellcheck source=scripts/guest/kernel.sh
 . "$here/guest/kernel.sh"
 
-# A dynamic program with the libraries it names, where its loader looks for them.
-install_program() {
-    local path
-    for path in "$1" $(ldd "$1" | grep -o '/[^ ]*'); do
-        mkdir -p "$dir$(dirname "$path")"
-        cp -L "$path" "$dir$path"
-    done
-}
-
 dir=$scratch/initramfs
 mkdir -p "$dir/bin" "$dir/modules"
 fetch_kernel
 depmod -b "$scratch/kernel" "$release"
 copy_modules "$scratch/kernel" "$dir/modules" virtio_pci virtio_net nbd
 cp /bin/busybox "$dir/bin/busybox"
-install_program "$(command -v nbd-client || echo /usr/sbin/nbd-client)"
+install_program "$(command -v nbd-client || echo /usr/sbin/nbd-client)" "$dir"
 install -m 755 "$here/guest/nbd-init" "$dir/init"
 (cd "$dir" && find . | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0) | gzip -1 > "$out/initrd"
 cp "$scratch/kernel/boot/vmlinuz-$release" "$out/vmlinuz"

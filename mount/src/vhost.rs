@@ -30,6 +30,7 @@ use std::{
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     sync::{Arc, Mutex as HandlerMutex, atomic::Ordering},
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -127,6 +128,7 @@ struct LineState {
     connection: Option<UnixStream>,
     busy: bool,
     stopping: bool,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl VhostDoor {
@@ -195,8 +197,11 @@ impl VhostDoor {
         }
         let deadline = Instant::now() + STOP_MAX;
         let ended = self.devices.iter().map(|(line, _)| line.stop(deadline)).fold(true, |all, one| all && one);
-        self.pools.slow.close();
-        self.pools.sync.close();
+        if ended {
+            // Only then: a queue at work must not find them closed.
+            self.pools.slow.close();
+            self.pools.sync.close();
+        }
         ended
     }
 }
@@ -218,8 +223,13 @@ impl Line {
     fn admit(self: &Arc<Self>, fd: OwnedFd) {
         let line = Arc::clone(self);
         let started = std::thread::Builder::new().name("vhost".into()).spawn(move || line.serve(UnixStream::from(fd)));
-        if let Err(error) = started {
-            tracing::warn!(disk = self.device.disk.name(), %error, "no thread for a hypervisor");
+        match started {
+            Ok(thread) => {
+                let mut state = self.state.lock();
+                state.threads.retain(|thread| !thread.is_finished());
+                state.threads.push(thread);
+            }
+            Err(error) => tracing::warn!(disk = self.device.disk.name(), %error, "no thread for a hypervisor"),
         }
     }
 
@@ -280,7 +290,13 @@ impl Line {
         while state.busy && Instant::now() < deadline {
             self.free.wait_for(&mut state, Duration::from_millis(50));
         }
-        !state.busy
+        let (ended, threads) = (!state.busy, std::mem::take(&mut state.threads));
+        drop(state);
+        if ended {
+            // Nobody holds the disk any more then.
+            threads.into_iter().for_each(|thread| drop(thread.join()));
+        }
+        ended
     }
 }
 

@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import corpus
+import in_guest
 import table
 from servers import (AQUIFER, environment, fio, first_byte, forget_pages, our_fuse, ours, qemu_fuse, qemu_nbd, resident_kib, run, running,
                      scratch, site, synced, timed)
@@ -259,5 +260,17 @@ def memory(work):
         limit("resident memory", f"peak after a full copy and random reads, cache of {budget_mib} MiB, {name}", lambda: peak(image), most, "MiB")
 
 
+def doors(work):
+    """In one guest (its processor is emulated where there is no KVM, which hides part of every difference)."""
+    raw = work / "mix.raw"
+    with in_guest.guest(raw) as guest:
+        for name, depth in (("QD1", 1), ("QD16", 16)):
+            compare("doors inside a guest", f"4 KiB random read, vhost-user-blk, {name}", lambda: guest.reads(in_guest.OURS, depth),
+                    ("our NBD door behind QEMU's virtio-blk", None, lambda: guest.reads(in_guest.NBD, depth)),
+                    ("qemu-storage-daemon's vhost-user-blk", 1.0, lambda: guest.reads(in_guest.QSD, depth)),
+                    unit="IOPS", better="more", warm=[raw])
+
+
 GROUPS = {"depth": depth, "cold": cold, "hot": hot, "sequential": sequential, "fuse": fuse, "write": write, "hydration": hydration,
-          "latency": latency, "backup": backup, "wide": wide, "memory": memory}
+          "latency": latency, "backup": backup, "wide": wide, "memory": memory,
+          "doors": doors}

@@ -22,3 +22,12 @@ copy_modules() {
         cp "$path" "$to/"; basename "$path" >> "$to/order"
     done
 }
+
+# usage: install_program PROGRAM ROOT: a dynamic program with the libraries it names, where its loader looks for them.
+install_program() {
+    local path
+    for path in "$1" $(ldd "$1" | grep -o '/[^ ]*'); do
+        mkdir -p "$2$(dirname "$path")"
+        cp -L "$path" "$2$path"
+    done
+}

@@ -614,3 +614,19 @@ fn unused_space_survives_hostile_bytes() {
 fn unused_child() {
     mutate_and_run(fuzz::unused, cases(150));
 }
+
+#[test]
+fn guests_memories_survive_hostile_bytes() {
+    let folder = tempfile::tempdir().expect("tempdir");
+    for (number, seed) in fuzz::vhost_user_seeds().iter().enumerate() {
+        fuzz::vhost_user(seed);
+        fs::write(folder.path().join(format!("memory-{number}")), seed).expect("a seed");
+    }
+    run_bounded("fuzz_smoke::vhost_user_child", folder.path());
+}
+
+#[test]
+#[ignore = "the bounded child of guests_memories_survive_hostile_bytes"]
+fn vhost_user_child() {
+    mutate_and_run(fuzz::vhost_user, cases(10_000));
+}

@@ -1,12 +1,11 @@
-//! The doors as guests use them: the kernel's own NBD client inside a machine, and a machine started from a file that
-//! the FUSE door serves.
+//! The doors as guests use them: the kernel's own NBD client inside a machine, a machine on a vhost-user disk whose door is
+//! killed under it, and a machine started from a file that the FUSE door serves.
 
 use std::{
     fs,
     io::{BufRead, BufReader},
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Command, Stdio},
-    sync::OnceLock,
 };
 
 use aquifer_tests::{
@@ -15,7 +14,9 @@ use aquifer_tests::{
     qemu,
     site::{Site, eventually},
 };
+use parking_lot::Mutex;
 use serde_json::Value;
+use tempfile::TempDir;
 
 /// A process that is ended with the test.
 struct Ended(Child);
@@ -47,16 +48,45 @@ fn sha256(path: &Path) -> String {
     tool("sha256sum", &[qemu::text(path)])[..64].to_owned()
 }
 
-/// Kernel and memory of the guest with an NBD client; made once, of Debian's own packages.
-fn guest_in_memory() -> &'static Path {
-    static MADE: OnceLock<PathBuf> = OnceLock::new();
-    MADE.get_or_init(|| {
-        let dir = tempfile::tempdir().expect("folder").keep();
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/make-nbd-guest.sh");
-        let made = Command::new(script).arg("--out").arg(&dir).output().expect("bash");
-        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-        dir
-    })
+/// Kernel and memory of a guest that one of `scripts/` makes of Debian's own packages.
+fn guest_in_memory(script: &str) -> TempDir {
+    // Two at once would download the same package twice.
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock();
+    let dir = tempfile::tempdir().expect("folder");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts").join(script);
+    let made = Command::new(script).arg("--out").arg(dir.path()).output().expect("bash");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    dir
+}
+
+/// A machine of 256 MiB that runs such a guest with nothing else; its console is its stdout.
+fn machine_of(guest: &TempDir, machine: &str, cmdline: &str) -> Command {
+    let mut command = Command::new("timeout");
+    command.args(["240", "qemu-system-x86_64", "-nodefaults", "-machine", machine, "-accel", "tcg", "-cpu", "max"]);
+    command.args(["-m", "256", "-display", "none", "-no-reboot", "-serial", "stdio"]);
+    command.arg("-kernel").arg(guest.path().join("vmlinuz")).arg("-initrd").arg(guest.path().join("initrd"));
+    command.args(["-append", &format!("console=ttyS0 quiet panic=-1 {cmdline}")]).stdin(Stdio::null());
+    command
+}
+
+/// What the guest said behind `guest: WORD`.
+fn told(said: &str, word: &str) -> Vec<String> {
+    said.lines().filter_map(|l| l.strip_prefix(&format!("guest: {word}"))).map(str::to_owned).collect()
+}
+
+/// Mounts what a guest left, once more, and finds its files as it says they are.
+fn finds_what_it_wrote(site: &Site, kept: &[&str], sums: &[String]) {
+    let out = site.path("found.raw");
+    let copied = site.run(&[&["mount"], kept, &["--run", &format!("nbdcopy \"$uri\" {}", qemu::text(&out))]].concat());
+    assert_eq!(copied.code, 0, "{copied:#?}");
+    tool("e2fsck", &["-fn", qemu::text(&out)]);
+    fs::create_dir(site.path("files")).expect("folder");
+    tool("debugfs", &["-R", &format!("rdump / {}", site.word("files")), qemu::text(&out)]);
+    for line in sums {
+        let (sum, name) = line.split_once("  ").expect("a line of sha256sum");
+        assert_eq!(sha256(&site.path("files").join(name)), sum, "{name}");
+    }
 }
 
 #[test]
@@ -70,36 +100,64 @@ fn the_kernels_client_in_a_guest_gets_back_what_it_wrote() {
     let (mut door, served) = mount(&site, &[&kept[..], &["--nbd", "tcp:127.0.0.1:0"]].concat());
     let uri = served["uri"].as_str().expect("a URI");
     let port = uri.strip_prefix("nbd://127.0.0.1:").and_then(|rest| rest.split('/').next()).expect(uri);
-    let guest = guest_in_memory();
-    let mut machine = Command::new("timeout");
-    machine.args(["240", "qemu-system-x86_64", "-nodefaults", "-machine", "q35", "-accel", "tcg", "-cpu", "max"]);
-    machine.args(["-m", "256", "-display", "none", "-no-reboot", "-serial", "stdio"]);
-    machine.arg("-kernel").arg(guest.join("vmlinuz")).arg("-initrd").arg(guest.join("initrd"));
-    machine.args(["-append", &format!("console=ttyS0 quiet panic=-1 door=10.0.2.2:{port}:source")]);
+    let guest = guest_in_memory("make-nbd-guest.sh");
+    let mut machine = machine_of(&guest, "q35", &format!("door=10.0.2.2:{port}:source"));
     machine.args(["-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n,romfile="]);
-    let said = machine.stdin(Stdio::null()).output().expect("QEMU").stdout;
-    fs::remove_dir_all(guest).expect("the guest's files");
+    let said = machine.output().expect("QEMU").stdout;
     let said = String::from_utf8_lossy(&said).replace('\r', "");
-    let after = |word: &str| said.lines().filter_map(|l| l.strip_prefix(&format!("guest: {word}"))).collect::<Vec<_>>();
-    assert_eq!(after("DONE"), [""], "{said}");
-    assert_eq!(after("FOUND "), [&*before], "it read the source's own bytes");
+    assert_eq!(told(&said, "DONE"), [""], "{said}");
+    assert_eq!(told(&said, "FOUND "), [&*before], "it read the source's own bytes");
 
     // It detached in order, so all of it was flushed: the door may die now.
     door.0.kill().expect("kill");
     door.0.wait().expect("reap");
-    let out = site.path("found.raw");
-    let copied =
-        site.run(&[&["mount"], &kept[..], &["--run", &format!("nbdcopy \"$uri\" {}", qemu::text(&out))]].concat());
-    assert_eq!(copied.code, 0, "{copied:#?}");
-    tool("e2fsck", &["-fn", qemu::text(&out)]);
-    fs::create_dir(site.path("files")).expect("folder");
-    tool("debugfs", &["-R", &format!("rdump / {}", site.word("files")), qemu::text(&out)]);
-    let sums = after("SUM ");
+    let sums = told(&said, "SUM ");
     assert_eq!(sums.len(), 39, "{said}");
-    for line in sums {
-        let (sum, name) = line.split_once("  ").expect("a line of sha256sum");
-        assert_eq!(sha256(&site.path("files").join(name)), sum, "{name}");
+    finds_what_it_wrote(&site, &kept, &sums);
+    assert_eq!(sha256(&source), before, "nobody wrote to the source");
+}
+
+#[test]
+fn a_guest_on_a_vhost_user_disk_survives_its_doors() {
+    let site = Site::new();
+    let source = site.path("source.raw");
+    fs::write(&source, pattern(64 << 20, 8)).expect("source");
+    let before = sha256(&source);
+    let (word, overlay, sockets) =
+        (format!("raw:{}", site.word("source.raw")), site.word("overlay"), site.word("doors"));
+    let kept = [&*word, "--writable", "--overlay", &*overlay];
+    let open = || mount(&site, &[&kept[..], &["--vhost-user", &sockets]].concat());
+    let (mut door, served) = open();
+    let socket = served["vhost_user"].as_str().expect("a socket").to_owned();
+    let guest = guest_in_memory("make-vhost-guest.sh");
+    let mut machine = machine_of(&guest, "q35,memory-backend=m", "");
+    machine.args(["-smp", "2", "-object", "memory-backend-memfd,id=m,size=256M,share=on", "-chardev"]);
+    machine.arg(format!("socket,id=d,path={socket},reconnect-ms=100"));
+    machine.args(["-device", "vhost-user-blk-pci,chardev=d,num-queues=2"]);
+    let mut machine = Ended(machine.stdout(Stdio::piped()).spawn().expect("QEMU"));
+    let mut said = String::new();
+    let mut kills = 0;
+    for line in BufReader::new(machine.0.stdout.take().expect("a pipe")).lines().map_while(Result::ok) {
+        said += line.trim_end_matches('\r');
+        said += "\n";
+        if line.contains("guest: WRITING") {
+            door.0.kill().expect("kill");
+            door.0.wait().expect("reap");
+            (door, _) = open();
+            kills += 1;
+        }
     }
+    assert_eq!((told(&said, "DONE"), kills), (vec![String::new()], 3), "{said}");
+    assert_eq!(told(&said, "FOUND "), [&*before], "it read the source's own bytes");
+    assert_eq!(told(&said, "QUEUES "), ["2"]);
+    assert_eq!(told(&said, "LIMITS "), ["4096 write back 2147483648 2147483648"]);
+    assert_eq!(told(&said, "SERIAL "), ["source"]);
+    // The guest unmounted, so all of it was flushed.
+    door.0.kill().expect("kill");
+    door.0.wait().expect("reap");
+    let sums = told(&said, "SUM ");
+    assert_eq!(sums.len(), 59, "{said}");
+    finds_what_it_wrote(&site, &kept, &sums);
     assert_eq!(sha256(&source), before, "nobody wrote to the source");
 }
 

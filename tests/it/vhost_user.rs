@@ -4,7 +4,7 @@
 
 use std::{collections::HashMap, path::Path, sync::Arc};
 
-use aquifer_formats::storage::MemoryStorage;
+use aquifer_formats::{Storage, storage::MemoryStorage};
 use aquifer_mount::{
     confine::{Jail, enter},
     vhost::{VhostDisk, VhostDoor},
@@ -42,8 +42,15 @@ fn ask(machine: &mut Machine, kind: u32, sector: u64, output: &[u8], input: usiz
     machine.answer(0)
 }
 
+/// A disk over `source` whose overlay is in `dir`.
+fn over(dir: &Path, source: Arc<dyn Storage>) -> Arc<Disk> {
+    let overlay = dir.join("overlay");
+    std::fs::create_dir(&overlay).expect("folder");
+    door::writable("vda", source, &overlay)
+}
+
 fn writable(dir: &Path, bytes: Vec<u8>) -> Arc<Disk> {
-    door::writable("vda", Arc::new(MemoryStorage::new("source", bytes)), &dir.join("overlay"))
+    over(dir, Arc::new(MemoryStorage::new("source", bytes)))
 }
 
 /// What a request does, with the place it takes.
@@ -301,6 +308,9 @@ fn a_write_without_flushes_is_durable_when_it_is_answered() {
         if features == ALL && kept {
             machine.set_config(32, &[0]).expect("write through");
             assert_eq!(machine.config(32, 1), [0]);
+            // No hypervisor says it again.
+            machine.reconnect(door.path("vda").expect("a socket")).expect("connected again");
+            assert_eq!(machine.config(32, 1), [0]);
         }
         assert_eq!(ask(&mut machine, OUT, 8, &[7; 4096], 0).status, Some(0));
         drop(machine);
@@ -334,7 +344,7 @@ fn a_door_that_dies_is_taken_over() {
     let dir = tempfile::tempdir().expect("folder");
     let bytes = pattern(SIZE, 6);
     let source = HeldStorage::new(bytes.clone());
-    let disk = door::writable("vda", source.clone(), &dir.path().join("overlay"));
+    let disk = over(dir.path(), source.clone());
     let first = serve(dir.path(), &disk, 1);
     let path = first.path("vda").expect("a socket").to_owned();
     source.hold();
@@ -369,7 +379,7 @@ fn a_stopped_ring_goes_on_where_it_was() {
     let dir = tempfile::tempdir().expect("folder");
     let bytes = pattern(SIZE, 7);
     let source = HeldStorage::new(bytes.clone());
-    let disk = door::writable("vda", source.clone(), &dir.path().join("overlay"));
+    let disk = over(dir.path(), source.clone());
     let door = serve(dir.path(), &disk, 1);
     source.hold();
     let (mut machine, mut wanted) = with_reads_in_the_air(&door, &bytes);

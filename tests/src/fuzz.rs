@@ -4,6 +4,7 @@
 //! `tests/it/fuzz_smoke.rs`. They may only panic where the parser broke a promise.
 
 mod overlay;
+mod vhost_user;
 
 use std::sync::Arc;
 
@@ -19,7 +20,10 @@ use aquifer_formats::{
     vmdk::Vmdk,
 };
 
-pub use self::overlay::{overlay, overlay_seeds};
+pub use self::{
+    overlay::{overlay, overlay_seeds},
+    vhost_user::{vhost_user, vhost_user_seeds},
+};
 use crate::{door, mend, rng::Rng};
 
 /// Most blocks that are decoded of one input; one hostile table can name the same one a thousand times.

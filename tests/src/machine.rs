@@ -162,6 +162,8 @@ impl Machine {
     /// # Errors
     /// What the door refused.
     pub fn reconnect(&mut self, path: &Path) -> Result<(), String> {
+        // It is gone already, where it was the door that ended.
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
         self.socket = UnixStream::connect(path).map_err(|e| e.to_string())?;
         self.start()
     }
@@ -191,7 +193,8 @@ impl Machine {
     fn start(&mut self) -> Result<(), String> {
         self.socket.set_read_timeout(Some(Duration::from_secs(20))).expect("timeout");
         self.send(message::SET_OWNER, 0, &[], &[])?;
-        let features = self.features & self.offered() | 1 << 30 | 1 << 32;
+        let offered = u64_of(&self.ask(message::GET_FEATURES, &[])?.0);
+        let features = self.features & offered | 1 << 30 | 1 << 32;
         // Queues, acknowledgements, configuration, requests in the air.
         let (ours, theirs) = (0x1209u64, u64_of(&self.ask(message::GET_PROTOCOL_FEATURES, &[])?.0));
         assert_eq!(theirs & ours, ours, "protocol features {theirs:#x}");

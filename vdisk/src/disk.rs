@@ -642,7 +642,8 @@ impl Disk {
         Err(Error::OutOfRange { disk: self.name.clone(), offset, len, size: self.size })
     }
 
-    fn chain(&self) -> Option<Arc<Chain>> {
+    /// The chain that is read below the overlay, unless it was let go.
+    pub fn chain(&self) -> Option<Arc<Chain>> {
         self.chain.load_full()
     }
 

@@ -18,7 +18,9 @@ use aquifer_formats::{
     Storage,
     storage::{Access as FileAccess, FileStorage},
 };
-use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Disk, Overlay, OverlayOf, OverlayOptions, open_chain};
+use aquifer_vdisk::{
+    BlockCache, Chain, ChainSpec, Disk, Overlay, OverlayOf, OverlayOptions, open_chain, unflushed::Boot,
+};
 
 use super::{
     Access, Blocks, DiskSpec, Error, Preallocate, Result, Spec,
@@ -82,12 +84,20 @@ pub(super) fn open(spec: &Spec, disk: &DiskSpec, cache: &Arc<BlockCache>, connec
 
 /// The machine stays when this process dies: nothing it was told is written may be gone then.
 fn surviving(spec: &Spec, disk: Disk, dir: &Path) -> Result<Arc<Disk>> {
+    // Watched first: bytes that are brought back were never read from what is absent.
+    let disk = if spec.options.blocks == Blocks::Used { disk.watching(dir)? } else { disk };
+    Ok(Arc::new(disk.surviving(dir, this_boot()?)?))
+}
+
+/// Which boot of this host it is.
+///
+/// # Errors
+/// The kernel does not say.
+pub fn this_boot() -> Result<Boot> {
     let path = "/proc/sys/kernel/random/boot_id";
     let text = fs::read_to_string(path).map_err(|e| Error::io(Path::new(path), "read", e))?;
     let boot = uuid::Uuid::try_parse(text.trim()).map_err(|e| Error::bad_file(Path::new(path), e.to_string()))?;
-    // Watched first: bytes that are brought back were never read from what is absent.
-    let disk = if spec.options.blocks == Blocks::Used { disk.watching(dir)? } else { disk };
-    Ok(Arc::new(disk.surviving(dir, boot.into_bytes())?))
+    Ok(boot.into_bytes())
 }
 
 /// The chain of a disk, if it is the one the session was started on.

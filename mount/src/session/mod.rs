@@ -32,7 +32,7 @@ pub mod traces;
 mod watch;
 
 pub use client::Client;
-pub use disks::hexadecimal;
+pub use disks::{hexadecimal, this_boot};
 pub use error::{Error, Result};
 pub use folder::{Event, Folder, OwnerLock, make_private_dir, sync_dir};
 pub use live::Live;

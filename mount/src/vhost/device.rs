@@ -90,12 +90,12 @@ impl Device {
         self.features.store(features, Ordering::Relaxed);
     }
 
-    pub(super) fn set_writeback(&self, wanted: bool) {
-        self.writeback.store(wanted, Ordering::Relaxed);
+    pub(super) fn choose_caching(&self, caching: Caching) {
+        self.writeback.store(caching == Caching::WriteBack, Ordering::Relaxed);
     }
 
     /// What the configuration space says, which a guest reads before it says what it knows.
-    pub(super) fn caching_wanted(&self) -> Caching {
+    pub(super) fn caching_chosen(&self) -> Caching {
         if self.writeback.load(Ordering::Relaxed) { Caching::WriteBack } else { Caching::WriteThrough }
     }
 

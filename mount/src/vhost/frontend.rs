@@ -26,7 +26,7 @@ use vhost::vhost_user::{
 };
 
 use super::{
-    config::{self, QUEUES_MAX, WRITEBACK_AT, feature},
+    config::{self, Caching, QUEUES_MAX, WRITEBACK_AT, feature},
     device::Device,
     inflight::Inflight,
     memory::{Memory, RegionSpec},
@@ -74,7 +74,7 @@ fn refused(error: impl std::error::Error + Send + Sync + 'static) -> Error {
 impl Frontend {
     pub(super) fn new(device: Arc<Device>) -> Self {
         device.set_features(0);
-        device.set_writeback(true);
+        device.choose_caching(Caching::WriteBack);
         let vrings = (0..QUEUES_MAX).map(|_| Vring::default()).collect();
         Self { device, memory: Arc::default(), vrings, inflight: None }
     }
@@ -252,7 +252,7 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        let space = config::space(self.device.rules().size, self.device.caching_wanted());
+        let space = config::space(self.device.rules().size, self.device.caching_chosen());
         let (offset, size) = (offset as usize, size as usize);
         // What a newer hypervisor knows beyond our fields is zero.
         let bytes = space.iter().copied().chain(std::iter::repeat(0));
@@ -262,7 +262,11 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
         match (offset, bytes, self.device.disk.is_writable()) {
             (WRITEBACK_AT, [wanted @ 0..=1], true) => {
-                self.device.set_writeback(*wanted == 1);
+                let caching = if *wanted == 1 { Caching::WriteBack } else { Caching::WriteThrough };
+                self.device.choose_caching(caching);
+                if let Some(inflight) = &self.inflight {
+                    inflight.keep_caching(caching).map_err(refused)?;
+                }
                 // What was acknowledged before is to be durable as well.
                 self.device.disk.flush().map_err(refused)
             }
@@ -276,6 +280,7 @@ impl VhostUserBackendReqHandlerMut for Frontend {
             return Err(Error::InvalidParam);
         }
         let (inflight, file, len) = Inflight::create(queues, size, self.device.identity).map_err(refused)?;
+        inflight.keep_caching(self.device.caching_chosen()).map_err(refused)?;
         self.inflight = Some(Arc::new(inflight));
         Ok((VhostUserInflight::new(len, 0, queues, size), file))
     }
@@ -287,6 +292,7 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         }
         let place = (file, mmap_offset, mmap_size);
         let inflight = Inflight::open(place, num_queues, queue_size, self.device.identity).map_err(refused)?;
+        self.device.choose_caching(inflight.caching().map_err(refused)?);
         self.inflight = Some(Arc::new(inflight));
         Ok(())
     }

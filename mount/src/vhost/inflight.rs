@@ -7,7 +7,8 @@
 //! Invariants
 //! - A request is marked before anything is done for it, and unmarked after its answer is in the ring. A death in between
 //!   is told by the ring's own index, which is noted behind each answer.
-//! - The memory also says which disk it belongs to: a machine that ran from one disk is never given another.
+//! - The memory also says which disk it belongs to: a machine that ran from one disk is never given another. And it says
+//!   what the guest chose of caching, which no hypervisor says again to the next door.
 //! - What is read from it is bounded like any stranger's: at most as many marks as the ring has places.
 //!
 //! Source: the vhost-user protocol of QEMU, section "Inflight I/O tracking", split rings.
@@ -19,7 +20,10 @@ use std::{
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
-use super::memory::{At, Memory, MemoryError, RegionSpec};
+use super::{
+    config::Caching,
+    memory::{At, Memory, MemoryError, RegionSpec},
+};
 
 /// Which disk: the same bytes for the same disk only.
 pub type Identity = [u8; 16];
@@ -58,9 +62,9 @@ fn queue_len(size: u16) -> usize {
     (HEAD_LEN + MARK_LEN * usize::from(size)).next_multiple_of(QUEUE_ALIGN)
 }
 
-/// Bytes for queues of `size` places, and the disk's identity.
+/// Bytes for queues of `size` places, the disk's identity, and the guest's choice of caching: 1 for write-through.
 fn total_len(queues: u16, size: u16) -> u64 {
-    (queue_len(size) * usize::from(queues) + size_of::<Identity>()) as u64
+    (queue_len(size) * usize::from(queues) + size_of::<Identity>() + 8) as u64
 }
 
 fn place(index: u16, size: u16) -> At {
@@ -105,6 +109,23 @@ impl Inflight {
     fn map(file: File, file_offset: u64, len: u64, queues: u16, size: u16) -> Result<Self, Refused> {
         let spec = RegionSpec { guest: 0, user: 0, len, file_offset };
         Ok(Self { memory: Memory::map(vec![(spec, file)])?, queues, size })
+    }
+
+    fn caching_at(&self) -> At {
+        place(self.queues, self.size).plus(size_of::<Identity>())
+    }
+
+    /// Keeps the guest's choice for the next door.
+    pub(super) fn keep_caching(&self, caching: Caching) -> Result<(), MemoryError> {
+        self.memory.store::<AtomicU8>(self.caching_at(), u8::from(caching == Caching::WriteThrough), Ordering::Release)
+    }
+
+    /// The guest's choice, as the door before this one kept it.
+    pub(super) fn caching(&self) -> Result<Caching, MemoryError> {
+        Ok(match self.memory.load::<AtomicU8>(self.caching_at(), Ordering::Acquire)? {
+            0 => Caching::WriteBack,
+            _ => Caching::WriteThrough,
+        })
     }
 
     /// Places of each queue.

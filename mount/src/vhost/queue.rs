@@ -15,6 +15,7 @@ use std::{
     fs::File,
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, atomic::Ordering},
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -50,6 +51,7 @@ pub(super) struct Queue {
     landed: Condvar,
     signals: Signals,
     wake: OwnedFd,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// Descriptors for waking the guest, which the hypervisor may change at any time.
@@ -169,6 +171,8 @@ impl Queue {
         signals: Signals,
         kick: OwnedFd,
     ) -> std::io::Result<Arc<Self>> {
+        // A kick that somebody else took back must not be waited for.
+        rustix::io::ioctl_fionbio(&kick, true)?;
         let queue = Arc::new(Self {
             device: Arc::clone(device),
             index,
@@ -177,9 +181,11 @@ impl Queue {
             landed: Condvar::new(),
             signals,
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            thread: Mutex::new(None),
         });
         let serving = Arc::clone(&queue);
-        std::thread::Builder::new().name("vhost-queue".into()).spawn(move || serving.serve(&kick))?;
+        let thread = std::thread::Builder::new().name("vhost-queue".into());
+        *queue.thread.lock() = Some(thread.spawn(move || serving.serve(&kick))?);
         Ok(queue)
     }
 
@@ -195,7 +201,12 @@ impl Queue {
             self.landed.wait_for(&mut state, Duration::from_millis(50));
         }
         state.stage = Stage::Stopped;
-        state.ring.next_index()
+        let next = state.ring.next_index();
+        drop(state);
+        if let Some(thread) = self.thread.lock().take() {
+            let _ = thread.join();
+        }
+        next
     }
 
     /// Goes on in other memory.

@@ -1,6 +1,6 @@
 //! Codes for what sessions and hosts report.
 
-use aquifer_mount::{fuse, loopdev, session};
+use aquifer_mount::{fuse, loopdev, session, vhost};
 
 use super::{At, Code, Fail, table::from_io};
 use crate::host::{self, qmp};
@@ -74,6 +74,16 @@ impl From<fuse::Error> for Fail {
             E::Io { path, action, source } => from_io(&path, action, None, &source),
             E::Busy { path } => Fail::new(Code::Busy, format!("another door serves at {path}")).at(path),
             E::Name { path, name } => Fail::new(Code::Usage, format!("`{name}` cannot name a file")).at(path),
+        }
+    }
+}
+
+impl From<vhost::Error> for Fail {
+    fn from(error: vhost::Error) -> Self {
+        match error {
+            vhost::Error::Listen(error) => error.into(),
+            ref error @ vhost::Error::Size { ref disk, .. } => Fail::new(Code::Unsupported, error.to_string()).at(disk),
+            ref error @ vhost::Error::Name { ref name } => Fail::new(Code::Usage, error.to_string()).at(name),
         }
     }
 }

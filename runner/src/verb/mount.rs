@@ -1,5 +1,5 @@
-//! `mount`: serves the disks of a source over NBD, as files or as loop devices, until it is told to
-//! stop or the command it serves ends.
+//! `mount`: serves the disks of a source over NBD, as files, as loop devices or to a hypervisor's vhost-user devices,
+//! until it is told to stop or the command it serves ends.
 //!
 //! Invariants
 //! - The source is opened read-only; writes go to an overlay that is thrown away, or kept where
@@ -20,7 +20,10 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use aquifer_vdisk::Disk;
 use jiff::Timestamp;
 
-use self::{doors::Doors, scratch::Scratch};
+use self::{
+    doors::Doors,
+    scratch::{Outlives, Scratch},
+};
 use crate::{
     cli::DryRun,
     context::Context,
@@ -48,6 +51,10 @@ pub struct Args {
     /// Serve each disk as a file in this folder, which is made if need be; without --nbd, only there
     #[arg(long, value_name = "DIR")]
     pub fuse: Option<PathBuf>,
+    /// Serve each disk to a hypervisor's vhost-user-blk device at a socket DISK.sock in this folder, which is made if need
+    /// be; without --nbd, only there
+    #[arg(long, value_name = "DIR")]
+    pub vhost_user: Option<PathBuf>,
     /// Attach each disk to a loop device, so that mount, fdisk and fsck work on it; needs root
     #[arg(long = "loop")]
     pub loops: bool,
@@ -79,7 +86,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let selection = select(context, &args.source, &args.options)?;
     let place = doors::Place::of(context, args)?;
     let mut scratch = Scratch::of(args)?;
-    place.check()?;
+    place.check(&selection)?;
     // Before the disks are opened: their threads are spared as this one is.
     let writes_here = args.loops && args.writable;
     reclaim::spare(if writes_here { reclaim::Use::WritesHere } else { reclaim::Use::Harmless })?;
@@ -100,8 +107,10 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     if args.in_background {
         detach::leave_terminal()?;
     }
-    let disks = open(context, &selection, &mut scratch)?;
-    let doors = Doors::open(&place, &disks)?;
+    // A machine goes on while its door is away.
+    let outlives = if args.vhost_user.is_some() { Outlives::Door } else { Outlives::Nothing };
+    let disks = open(context, &selection, &mut scratch, outlives)?;
+    let doors = Doors::open(&place, &disks, &scratch)?;
     let (source, disks_served) = (args.source.clone(), doors.served().to_vec());
     let mount = Mount { source, since: Timestamp::now(), pid: std::process::id(), disks: disks_served };
     let listed = Listed::new(context, &mount)?;
@@ -130,13 +139,13 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     outcome
 }
 
-fn open(context: &Context, selection: &Selection, scratch: &mut Scratch) -> Result<Vec<Arc<Disk>>> {
+fn open(context: &Context, selection: &Selection, scratch: &mut Scratch, outlives: Outlives) -> Result<Vec<Arc<Disk>>> {
     let cache = context.cache()?;
     let mut disks = Vec::new();
     for selected in &selection.disks {
         let chain = selected.open_chain(&cache)?;
         let disk = match scratch.overlay(context, &selected.name, &chain)? {
-            Some(overlay) => Disk::writable(&selected.name, chain, overlay)?,
+            Some(overlay) => scratch.lasting(Disk::writable(&selected.name, chain, overlay)?, outlives)?,
             None => Disk::read_only(&selected.name, chain),
         };
         disks.push(Arc::new(disk));

@@ -112,7 +112,7 @@ fn mounted(mount: &Mount) -> String {
     let mut out = format!("mount of {} since {since}\n", plain(&mount.source));
     for disk in &mount.disks {
         let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
-        let places = [disk.uri.clone(), path(&disk.path), path(&disk.device)];
+        let places = [disk.uri.clone(), path(&disk.path), path(&disk.vhost_user), path(&disk.device)];
         let places: Vec<String> = places.into_iter().flatten().map(|place| plain(&place).into_owned()).collect();
         let access = if disk.writable { "takes writes" } else { "read-only" };
         out += &format!("  disk     {} ({}, {access}) {}\n", disk.disk, units::bytes(disk.size), places.join(" "));

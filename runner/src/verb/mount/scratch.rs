@@ -4,13 +4,18 @@
 
 use std::{
     fs, io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
-use aquifer_mount::session::{make_private_dir, sync_dir};
+use aquifer_mount::{
+    session::{make_private_dir, sync_dir, this_boot},
+    vhost::Identity,
+};
 use aquifer_vdisk::{
-    Chain,
+    Chain, Disk,
     overlay::{Overlay, OverlayOf, OverlayOptions},
+    unflushed,
 };
 
 use super::Args;
@@ -27,6 +32,15 @@ pub(super) enum Scratch {
     Thrown(Option<PathBuf>),
     /// Kept.
     Kept(PathBuf),
+}
+
+/// What goes on with a disk's writes in mind when this process dies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outlives {
+    /// Nobody: what was not flushed may be gone.
+    Nothing,
+    /// A machine that waits for the next door.
+    Door,
 }
 
 /// The file that says that a folder is a mount's overlay.
@@ -69,6 +83,41 @@ impl Scratch {
             create(&base, name, of)?;
         }
         Ok(Some(Overlay::open(&dir, of, OverlayOptions::default())?))
+    }
+
+    /// The disk, with unflushed writes kept for the next process where somebody outlives this one; so also where an
+    /// earlier process has kept some, which must not come back later over what is written now.
+    pub(super) fn lasting(&self, disk: Disk, outlives: Outlives) -> Result<Disk> {
+        let Self::Kept(base) = self else { return Ok(disk) };
+        let dir = base.join(disk.name());
+        let kept_before = unflushed::NAMES.iter().any(|name| dir.join(name).exists());
+        match outlives {
+            Outlives::Nothing if !kept_before => Ok(disk),
+            _ => Ok(disk.surviving(&dir, this_boot()?)?),
+        }
+    }
+
+    /// Tells the disk from every other that a machine could have run from: the same for a later mount of a kept overlay
+    /// or of a source that is only read.
+    pub(super) fn identity(&self, disk: &Disk) -> Result<Identity> {
+        let mut hash = blake3::Hasher::new();
+        match self {
+            Self::Thrown(_) => return Ok(uuid::Uuid::new_v4().into_bytes()),
+            Self::None => hash.update(b"source"),
+            Self::Kept(base) => {
+                let path = base.join(disk.name()).join(RAW_NAME);
+                let meta = fs::metadata(&path).map_err(|e| Fail::io(path.display(), "look at", &e))?;
+                let born = meta.created().ok().and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok());
+                hash.update(b"overlay").update(&meta.dev().to_le_bytes()).update(&meta.ino().to_le_bytes());
+                hash.update(&born.map_or(0, |at| at.as_nanos()).to_le_bytes())
+            }
+        };
+        if let Some(chain) = disk.chain() {
+            hash.update(&chain.fingerprint()?);
+        }
+        let mut identity = Identity::default();
+        hash.update(&disk.size().to_le_bytes()).finalize_xof().fill(&mut identity);
+        Ok(identity)
     }
 }
 
