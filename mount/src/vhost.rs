@@ -196,7 +196,10 @@ impl VhostDoor {
             listener.stop();
         }
         let deadline = Instant::now() + STOP_MAX;
-        let ended = self.devices.iter().map(|(line, _)| line.stop(deadline)).fold(true, |all, one| all && one);
+        let mut ended = true;
+        for (line, _) in &self.devices {
+            ended &= line.stop(deadline);
+        }
         if ended {
             // Only then: a queue at work must not find them closed.
             self.pools.slow.close();

@@ -75,6 +75,10 @@ const SLOT: u64 = 0x2_0000;
 const USER: [u64; 2] = [0x10_0000_0000, 0x20_0000_0000];
 const PATIENCE: Timespec = Timespec { tv_sec: 20, tv_nsec: 0 };
 
+/// What adds one to an event counter.
+#[expect(clippy::host_endian_bytes, reason = "the kernel reads a number of this machine's own")]
+const ONE: [u8; 8] = 1u64.to_ne_bytes();
+
 /// One ring, from the driver's side.
 #[derive(Debug)]
 struct DriverRing {
@@ -256,7 +260,7 @@ impl Machine {
         }
         self.tell(message::SET_VRING_ENABLE, &state(1), &[])?;
         // Whatever was offered while nobody looked.
-        let _ = rustix::io::write(&self.rings[index].kick, &1u64.to_ne_bytes());
+        let _ = rustix::io::write(&self.rings[index].kick, &ONE);
         Ok(())
     }
 
@@ -423,7 +427,7 @@ impl Machine {
 
     /// Kicks.
     pub fn kick(&self, ring: usize) {
-        let _ = rustix::io::write(&self.rings[ring].kick, &1u64.to_ne_bytes());
+        let _ = rustix::io::write(&self.rings[ring].kick, &ONE);
     }
 
     /// Makes the slot of a request that was taken back usable again.

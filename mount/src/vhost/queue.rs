@@ -41,6 +41,10 @@ const SPIN_GAP: Duration = Duration::from_micros(100);
 /// How long a stop waits for reads that the next start would be told of.
 const READS_WAIT: Duration = Duration::from_secs(1);
 
+/// What adds one to an event counter.
+#[expect(clippy::host_endian_bytes, reason = "the kernel reads a number of this machine's own")]
+const ONE: [u8; 8] = 1u64.to_ne_bytes();
+
 /// A queue that was started; it is stopped once and never started again.
 #[derive(Debug)]
 pub(super) struct Queue {
@@ -66,7 +70,7 @@ pub(super) struct Signals {
 fn ring_bell(bell: &Mutex<Option<File>>) {
     if let Some(file) = &*bell.lock() {
         // One that is full has been rung.
-        let _ = rustix::io::write(file, &1u64.to_ne_bytes());
+        let _ = rustix::io::write(file, &ONE);
     }
 }
 
@@ -195,7 +199,7 @@ impl Queue {
         if state.stage == Stage::Running {
             state.stage = Stage::Stopping;
         }
-        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        let _ = rustix::io::write(&self.wake, &ONE);
         let deadline = Instant::now() + READS_WAIT;
         while state.changes > 0 || state.air > 0 && (state.inflight.is_none() || Instant::now() < deadline) {
             self.landed.wait_for(&mut state, Duration::from_millis(50));
