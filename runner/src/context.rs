@@ -9,7 +9,9 @@
 use std::{
     env,
     ffi::OsString,
+    fs,
     path::{Path, PathBuf},
+    process::{Command, Stdio},
     sync::{Arc, OnceLock},
 };
 
@@ -19,7 +21,7 @@ use crate::{
     cli::Globals,
     fail::{Code, Fail, Result},
     output::{Form, Output, Typed, is_obeyed},
-    site::Site,
+    site::{Secret, Site},
     stop::Stop,
     units,
 };
@@ -174,6 +176,51 @@ impl Context {
             let candidates = own.into_iter().chain([PathBuf::from("/etc/aquifer/aquifer.toml")]);
             candidates.into_iter().find(|path| path.is_file())
         })
+    }
+
+    /// The catalogue's URL, its password not in it; SQLite in the folder for state where the site file names none.
+    pub fn catalogue_url(&self) -> Result<String> {
+        if let Some(entry) = &self.site()?.catalogue {
+            return Ok(entry.url.clone());
+        }
+        Ok(format!("sqlite:{}", self.home()?.join("catalogue.db").display()))
+    }
+
+    /// What a secret of the site file is. One newline at its end is not part of it; nothing else is interpreted.
+    ///
+    /// # Errors
+    /// [`Code::Key`] where it is not there.
+    pub fn reveal(&self, secret: &Secret) -> Result<Vec<u8>> {
+        let missing = |what: String| Fail::new(Code::Key, what);
+        let mut bytes = match secret {
+            Secret::Credential(name) => {
+                let dir = path_variable("CREDENTIALS_DIRECTORY");
+                let dir =
+                    dir.ok_or_else(|| missing(format!("there is no systemd credential `{name}`: none were passed")))?;
+                let path = dir.join(name);
+                fs::read(&path).map_err(|e| missing(format!("the credential `{name}` cannot be read")).cause(e))?
+            }
+            Secret::File(path) => fs::read(path)
+                .map_err(|e| missing("the file of a secret cannot be read".to_owned()).at(path.display()).cause(e))?,
+            Secret::Command(command) => {
+                let output = Command::new("/bin/sh").arg("-c").arg(command).stdin(Stdio::null()).output();
+                let output =
+                    output.map_err(|e| missing("the command of a secret cannot be started".to_owned()).cause(e))?;
+                if !output.status.success() {
+                    return Err(missing(format!("the command of a secret failed ({})", output.status)));
+                }
+                output.stdout
+            }
+            Secret::Env(name) => {
+                let value = env::var_os(name);
+                let value = value.ok_or_else(|| missing(format!("the variable {name} of a secret is not set")))?;
+                value.into_encoded_bytes()
+            }
+        };
+        if bytes.last() == Some(&b'\n') {
+            bytes.pop();
+        }
+        Ok(bytes)
     }
 
     /// Our own program and arguments, to start the same command once more.

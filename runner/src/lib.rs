@@ -23,6 +23,7 @@ pub mod read_ahead;
 pub mod recover;
 pub mod replica;
 pub mod repository;
+pub mod schedule;
 pub mod site;
 pub mod source;
 pub mod step;

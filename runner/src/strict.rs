@@ -18,6 +18,8 @@ pub struct Problem {
     pub column: usize,
     /// What is wrong.
     pub what: String,
+    /// Whether the file is right, and only this build cannot do it.
+    pub unbuilt: bool,
 }
 
 /// A file being read, and what was found wrong with it so far.
@@ -47,10 +49,19 @@ impl<'a> Reader<'a> {
 
     /// Notes a problem at a place of the text.
     pub fn problem(&mut self, span: Range<usize>, what: impl Into<String>) {
+        self.note(span, what.into(), false);
+    }
+
+    /// Notes something that is right, but that this build cannot do.
+    pub fn unbuilt(&mut self, span: Range<usize>, what: impl Into<String>) {
+        self.note(span, what.into(), true);
+    }
+
+    fn note(&mut self, span: Range<usize>, what: String, unbuilt: bool) {
         let before = self.text.get(..span.start).unwrap_or(self.text);
         let line = before.matches('\n').count() + 1;
         let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
-        self.problems.push(Problem { line, column, what: what.into() });
+        self.problems.push(Problem { line, column, what, unbuilt });
     }
 
     /// Refuses every key of `table` that is not in `known`.
@@ -166,6 +177,9 @@ impl<'a> Reader<'a> {
                 let lines: Vec<String> =
                     problems.iter().map(|p| format!("{}:{}:{}: {}", path, p.line, p.column, p.what)).collect();
                 let place = first.map_or(path.clone(), |p| format!("{path}:{}:{}", p.line, p.column));
+                if !problems.is_empty() && problems.iter().all(|problem| problem.unbuilt) {
+                    return Err(Fail::new(Code::Unsupported, lines.join("; ")).at(place));
+                }
                 let what = if lines.is_empty() { format!("{path} is incomplete") } else { lines.join("\n") };
                 Err(Fail::new(Code::Config, what).at(place))
             }

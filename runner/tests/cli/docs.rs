@@ -19,6 +19,35 @@ fn the_reference_page_is_the_tree() {
     );
 }
 
+/// The words of `docs/site.md` before its reference.
+const SITE_HEAD: &str = "# The site file\n\nOne site in one file: `-c SITE.toml`, or `$AQUIFER_CONFIG`, or `aquifer.toml` in the configuration folder.\n`aquifer config check` reads it, proves every name in it and says when each job runs next; `aquifer config schema`\nprints a JSON Schema for editors. Names are the cross-reference. A secret never stands in the file.\n\nThis page is generated from the list of keys that the reader itself uses.\n\n```toml\n";
+
+/// `AQUIFER_BLESS=1` writes the page anew.
+#[test]
+fn the_page_of_the_site_file_is_what_the_reader_takes() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let sample = fs::read_to_string(root.join("src/site/sample.toml")).expect("sample.toml");
+    let page = format!("{SITE_HEAD}{sample}```\n\n{}", aquifer_runner::site::schema::reference());
+    let path = root.join("../docs/site.md");
+    if std::env::var_os("AQUIFER_BLESS").is_some() {
+        fs::write(&path, &page).expect("write docs/site.md");
+    }
+    let kept = fs::read_to_string(&path).expect("docs/site.md");
+    assert!(
+        kept == page,
+        "docs/site.md is old; write it anew with AQUIFER_BLESS=1 cargo test -p aquifer --test cli docs"
+    );
+    let room = Room::new();
+    fs::write(room.path("site.toml"), sample).expect("write");
+    // Exit 1: it says what this build leaves undone.
+    let checked = room.run(["-c", &room.text("site.toml"), "config", "check"]);
+    assert_eq!(checked.code, 1, "{}", checked.stderr);
+    assert!(checked.stdout.contains("job hourly: backup, 20"), "{}", checked.stdout);
+    assert!(checked.stderr.contains("[notify]: nothing is sent"), "{}", checked.stderr);
+    let schema = room.json(["config", "schema"]).one("schema");
+    assert_eq!(schema["json_schema"]["properties"]["version"]["maximum"], 1);
+}
+
 #[test]
 fn man_pages_and_completions_come_for_every_verb() {
     let room = Room::new();
