@@ -66,6 +66,9 @@ impl Calendar {
 
 /// A cron pattern with seconds for `[DAYS] [DATE] [TIME]`.
 fn translate(text: &str) -> Option<String> {
+    if text.is_empty() {
+        return None;
+    }
     let mut days = "*".to_owned();
     let mut date = ("*".to_owned(), "*".to_owned());
     let mut time = None;
@@ -106,7 +109,10 @@ fn day(part: &str) -> Option<(String, String)> {
 fn names(part: &str) -> Option<String> {
     let mut out = Vec::new();
     for range in part.split(',') {
-        let short = |word: &str| super::parse_weekday(word).ok().map(|day| format!("{day:?}")[..3].to_uppercase());
+        let short = |word: &str| {
+            let name = format!("{:?}", super::parse_weekday(word).ok()?);
+            Some(name.chars().take(3).collect::<String>().to_uppercase())
+        };
         match range.split_once("..") {
             Some((from, to)) => out.push(format!("{}-{}", short(from)?, short(to)?)),
             None => out.push(short(range)?),
