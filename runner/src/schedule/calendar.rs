@@ -24,7 +24,7 @@ const WORDS: [(&str, &str); 9] = [
 pub struct Calendar {
     /// As it was written.
     text: String,
-    cron: Cron,
+    cron: Box<Cron>,
 }
 
 impl Calendar {
@@ -32,7 +32,7 @@ impl Calendar {
     pub fn cron(text: &str) -> Result<Self, String> {
         let parser = CronParser::builder().dom_and_dow(false).build();
         let cron = parser.parse(text).map_err(|e| format!("`{text}` is not a cron pattern: {e}"))?;
-        let calendar = Self { text: text.to_owned(), cron };
+        let calendar = Self { text: text.to_owned(), cron: Box::new(cron) };
         let start = Timestamp::from_second(1_767_225_600).unwrap_or_default();
         if calendar.next_after(start, &TimeZone::UTC).is_none() {
             return Err(format!("`{text}` never comes"));
