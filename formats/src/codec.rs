@@ -152,6 +152,22 @@ pub fn zlib(stored: &[u8], raw_max: usize, out: &mut Vec<u8>) -> Result<(), Deco
     done
 }
 
+/// Decodes zstd frames (RFC 8878) of at most `raw_max` bytes in all into `out` (cleared first).
+///
+/// # Errors
+/// [`DecodeError`]; `out` is then empty.
+pub fn zstd_up_to(stored: &[u8], raw_max: usize, out: &mut Vec<u8>) -> Result<(), DecodeError> {
+    out.clear();
+    if raw_max > BLOCK_BYTES_MAX {
+        return Err(DecodeError::Limit { len: raw_max, max: BLOCK_BYTES_MAX });
+    }
+    let done = zstd_whole(stored, raw_max, Tail::Exact, out);
+    if done.is_err() {
+        out.clear();
+    }
+    done
+}
+
 thread_local!(static IN_MEMORY_ONLY: Cell<bool> = const { Cell::new(false) });
 
 /// Runs `work` with [`with_stored`] on this thread kept to bytes that need no wait, by the word of

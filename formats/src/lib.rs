@@ -17,6 +17,8 @@ pub mod gate;
 pub mod layer;
 #[cfg(test)]
 mod made;
+pub mod ova;
+pub mod pbs;
 #[doc(hidden)]
 pub mod planted;
 pub mod probe;
@@ -29,6 +31,7 @@ mod tables;
 pub mod vdi;
 pub mod vhd;
 pub mod vhdx;
+pub mod vma;
 pub mod vmdk;
 
 pub use error::{Error, Result};

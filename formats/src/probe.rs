@@ -34,6 +34,8 @@ pub enum Format {
     Vhd,
     /// VirtualBox disk.
     Vdi,
+    /// Machine export: a tar file of VMDKs and their description.
+    Ova,
     /// Proxmox VE backup archive.
     Vma,
     /// Proxmox Backup Server fixed index.
@@ -48,7 +50,7 @@ const HEAD_BYTES: usize = 512;
 pub const AQL_MAGIC: [u8; 8] = *b"\x89AQL\r\n\x1a\n";
 
 /// A magic number: format, offset in the head, bytes.
-static MAGICS: [(Format, usize, &[u8]); 12] = [
+static MAGICS: [(Format, usize, &[u8]); 13] = [
     (Format::Aql, 0, &AQL_MAGIC),
     (Format::Qcow2, 0, b"QFI\xfb\0\0\0\x02"),
     (Format::Qcow2, 0, b"QFI\xfb\0\0\0\x03"),
@@ -59,13 +61,14 @@ static MAGICS: [(Format, usize, &[u8]); 12] = [
     (Format::Vhdx, 0, b"vhdxfile"),
     (Format::Vhd, 0, b"conectix"),
     (Format::Vdi, 64, b"\x7f\x10\xda\xbe"),
+    (Format::Ova, 257, b"ustar"),
     (Format::Vma, 0, b"VMA\0"),
     (Format::Fidx, 0, b"\x2f\x7f\x41\xed\x91\xfd\x0f\xcd"),
 ];
 
 impl Format {
     /// Every format, in the order messages list them.
-    pub const ALL: [Format; 9] = [
+    pub const ALL: [Format; 10] = [
         Format::Raw,
         Format::Qcow2,
         Format::Aql,
@@ -73,6 +76,7 @@ impl Format {
         Format::Vhdx,
         Format::Vhd,
         Format::Vdi,
+        Format::Ova,
         Format::Vma,
         Format::Fidx,
     ];
@@ -87,6 +91,7 @@ impl Format {
             Format::Vhdx => "vhdx",
             Format::Vhd => "vhd",
             Format::Vdi => "vdi",
+            Format::Ova => "ova",
             Format::Vma => "vma",
             Format::Fidx => "fidx",
         }
@@ -97,6 +102,19 @@ impl Format {
         let starts = |at: usize, magic: &[u8]| head.get(at..).is_some_and(|tail| tail.starts_with(magic));
         MAGICS.iter().find(|(_, at, magic)| starts(*at, magic)).map(|(format, _, _)| *format)
     }
+}
+
+/// The program that takes off the wrapping which `head` begins with, where it is a known one. A wrapped
+/// file has no random access, whatever is inside.
+pub fn wrapping(head: &[u8]) -> Option<&'static str> {
+    let known: [(&[u8], &str); 5] = [
+        (b"\x28\xb5\x2f\xfd", "zstd"),
+        (b"\x1f\x8b", "gzip"),
+        (b"\x89LZO\0", "lzop"),
+        (b"\xfd7zXZ\0", "xz"),
+        (b"BZh", "bzip2"),
+    ];
+    known.iter().find(|(magic, _)| head.starts_with(magic)).map(|(_, program)| *program)
 }
 
 impl fmt::Display for Format {
@@ -125,12 +143,19 @@ impl FromStr for Format {
 /// # Errors
 /// [`Error::Io`] if the head cannot be read.
 pub fn probe(storage: &dyn Storage) -> Result<Option<Format>> {
+    Ok(Format::of_head(&head(storage)?))
+}
+
+/// The first bytes of `storage`, as many as any magic number needs.
+///
+/// # Errors
+/// [`Error::Io`] if they cannot be read.
+pub fn head(storage: &dyn Storage) -> Result<Vec<u8>> {
     let failed = |e| Error::io(storage.label(), "read", 0, e);
-    let mut head = [0u8; HEAD_BYTES];
     let len = usize::try_from(storage.len().map_err(failed)?).unwrap_or(HEAD_BYTES);
-    let head = head.get_mut(..len.min(HEAD_BYTES)).unwrap_or_default();
-    storage.read_at(0, head).map_err(failed)?;
-    Ok(Format::of_head(head))
+    let mut head = vec![0; len.min(HEAD_BYTES)];
+    storage.read_at(0, &mut head).map_err(failed)?;
+    Ok(head)
 }
 
 #[cfg(test)]

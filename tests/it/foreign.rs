@@ -1,6 +1,7 @@
 //! Promise: disks of other products read byte for byte as an independent reader reads them, at every
 //! point of a chain; what was compared with what is the table in `docs/formats/README.md`.
 
+mod archive;
 mod hyperv;
 mod vmdk;
 
@@ -112,7 +113,7 @@ const END: &str = "<!-- end of table -->\n";
 #[test]
 fn every_sample_reads_as_its_oracle_says() {
     let mut table = String::from("| format | sample | oracle | result |\n|---|---|---|---|\n");
-    for sample in vmdk::SAMPLES.into_iter().chain(hyperv::SAMPLES) {
+    for sample in vmdk::SAMPLES.into_iter().chain(hyperv::SAMPLES).chain(archive::SAMPLES) {
         let points = (sample.compare)(&Lab::new());
         let points =
             if points == 1 { "whole disk".to_owned() } else { format!("whole disk at each of {points} points") };

@@ -501,6 +501,28 @@ fn hyperv_child() {
 }
 
 #[test]
+fn archives_survive_hostile_bytes() {
+    let folder = tempfile::tempdir().expect("temporary folder");
+    let disk: Vec<u8> = (0..200_000u32).map(|i| if i % 50_000 < 9000 { (i / 512) as u8 } else { 0 }).collect();
+    let archive =
+        aquifer_tests::foreign::vma::archive(&[("a", &disk[..199_680]), ("b", &disk[..4096])], &mut Rng::new(1));
+    fs::write(folder.path().join("vma"), archive).expect("write");
+    vmdk_seeds(folder.path());
+    for (name, seed) in [("a.vmdk", "0"), ("b.vmdk", "1")] {
+        fs::rename(folder.path().join(seed), folder.path().join(name)).expect("rename");
+    }
+    let packed = Command::new("tar").current_dir(folder.path()).args(["-cf", "ova", "a.vmdk", "b.vmdk"]).status();
+    assert!(packed.expect("tar runs").success());
+    run_bounded("fuzz_smoke::archive_child", folder.path());
+}
+
+#[test]
+#[ignore = "run by its parent test, in a bounded process"]
+fn archive_child() {
+    mutate_and_run(fuzz::archive, cases(200));
+}
+
+#[test]
 fn qcow2_survives_hostile_bytes() {
     let folder = tempfile::tempdir().expect("temporary folder");
     qcow2_seeds(folder.path());

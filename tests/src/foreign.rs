@@ -2,6 +2,8 @@
 //! does not take a disk's whole size in memory.
 
 pub mod hyperv;
+pub mod pbs;
+pub mod vma;
 pub mod vmdk;
 
 use std::{path::Path, sync::Arc};

@@ -11,12 +11,14 @@ use std::sync::Arc;
 use aquifer_formats::{
     Codec, Content, Layer,
     codec::{self, Tail},
+    ova::Ova,
     probe::{Format, probe},
     qcow2::{BitmapTrust, Qcow2},
     storage::MemoryStorage,
     vdi::VdiLayer,
     vhd::Vhd,
     vhdx::Vhdx,
+    vma::Vma,
     vmdk::Vmdk,
 };
 
@@ -117,6 +119,25 @@ fn tables(data: &[u8]) {
     }
     if let Ok(layer) = VdiLayer::open(storage()) {
         walk_layer(&layer, 16);
+    }
+}
+
+/// Any bytes as an archive of disks: a machine's export, or Proxmox VE's.
+pub fn archive(data: &[u8]) {
+    let storage = || -> Arc<dyn aquifer_formats::Storage> { Arc::new(MemoryStorage::new("fuzz", data.to_vec())) };
+    if let Ok(archive) = Ova::open(storage()) {
+        for name in archive.disks().unwrap_or_default().iter().take(4) {
+            if let Ok(layer) = archive.disk(name) {
+                walk_layer(&layer, 16);
+            }
+        }
+    }
+    if let Ok(archive) = Vma::open(storage()) {
+        for name in archive.disks().iter().take(4) {
+            if let Ok(layer) = archive.disk(name) {
+                walk_layer(&layer, 16);
+            }
+        }
     }
 }
 

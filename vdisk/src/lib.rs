@@ -37,7 +37,7 @@ pub use disk::{Disk, Parked, Zeroing};
 pub use error::{Error, Result};
 pub use extent::{Extent, ExtentKind};
 pub use hydrate::{Blocks, Bucket, DemandStats, HydrateProgress, HydrateState, Hydrated, Hydrator, Pace, Replay};
-pub use open::{ChainSpec, Connect, open_chain};
+pub use open::{ChainSpec, Connect, members, open_chain};
 pub use overlay::{LocalProgress, Overlay, OverlayFiles, OverlayOf, OverlayOptions, Settling};
 pub use readahead::Readahead;
 #[cfg(feature = "schedule")]

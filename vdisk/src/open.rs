@@ -9,17 +9,24 @@
 //!
 //! Not here: the client side of NBD. It lives further up, so whoever opens a chain brings it.
 
-use std::{ffi::OsString, path::PathBuf, sync::Arc};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use aquifer_formats::{
     Error as FormatError, Layer, aql,
     gate::{Gate, Passage},
-    probe::{Format, probe},
+    ova::Ova,
+    pbs::PbsLayer,
+    probe::{Format, head, probe, wrapping},
     qcow2::{Backing, Qcow2},
     raw::RawLayer,
     vdi::VdiLayer,
     vhd::Vhd,
     vhdx::Vhdx,
+    vma::Vma,
     vmdk::Vmdk,
 };
 use serde::{Deserialize, Serialize};
@@ -42,6 +49,13 @@ pub enum ChainSpec {
         /// An internal snapshot of the newest file, by name or id, instead of its present state.
         #[serde(default)]
         snapshot: Option<String>,
+    },
+    /// A disk inside an archive: an OVA, or a VMA.
+    Member {
+        /// The archive, whose format is probed.
+        path: PathBuf,
+        /// The disk's name in it.
+        member: String,
     },
     /// A native layer file; what it stands on is in its layer table.
     Native {
@@ -69,6 +83,15 @@ pub fn open_chain(spec: &ChainSpec, cache: Arc<BlockCache>, connect: Connect<'_>
             let first = Gate::default().enter(path)?;
             Ok(point(&first, cache)?)
         }
+        ChainSpec::Member { path, member } => {
+            let file = Gate::default().enter(path)?;
+            let layer: Arc<dyn Layer> = match probed(&file)? {
+                Format::Ova => Arc::new(Ova::open(file.storage())?.disk(member)?),
+                Format::Vma => Arc::new(Vma::open(file.storage())?.disk(member)?),
+                other => return Err(unread(&file, &format!("members of {other}")).into()),
+            };
+            Chain::new(vec![layer], cache)
+        }
         ChainSpec::Image { path, format, allow_backing, snapshot } => {
             let gate = Gate::new(allow_backing)?;
             let first = gate.enter(path)?;
@@ -84,7 +107,26 @@ pub fn open_chain(spec: &ChainSpec, cache: Arc<BlockCache>, connect: Connect<'_>
     }
 }
 
+/// Names of the disks of an archive, in its order; empty where `path` is none. They are opened by
+/// [`ChainSpec::Member`].
+///
+/// # Errors
+/// An archive that breaks its format, [`FormatError::Io`].
+pub fn members(path: &Path) -> Result<Vec<String>> {
+    let file = Gate::default().enter(path)?;
+    Ok(match probe(&*file.storage())? {
+        Some(Format::Ova) => Ova::open(file.storage())?.disks()?.into_iter().map(str::to_owned).collect(),
+        Some(Format::Vma) => Vma::open(file.storage())?.disks().into_iter().map(str::to_owned).collect(),
+        _ => Vec::new(),
+    })
+}
+
 fn probed(first: &Passage) -> Result<Format> {
+    let storage = first.storage();
+    if let Some(program) = wrapping(&head(&*storage)?) {
+        let what = format!("a file compressed by {program}, which has no random access: decompress it first");
+        return Err(unread_as(first, what).into());
+    }
     let unknown = || FormatError::Refused {
         path: label(first),
         what: "its format is not known, and raw is only what somebody names".into(),
@@ -130,11 +172,18 @@ fn image_layers(
                 layers.push(Arc::new(VdiLayer::open(at.storage())?));
                 return Ok(layers);
             }
+            (Format::Fidx, None) => {
+                layers.push(Arc::new(PbsLayer::open(at.storage(), at.path())?));
+                return Ok(layers);
+            }
             (Format::Qcow2, name) => {
                 let Some(below) = qcow2_layer(gate, &at, name, &mut layers)? else { return Ok(layers) };
                 (at, format) = below;
             }
             (other, Some(name)) => return Err(unread(&at, &format!("an internal snapshot {name:?} of {other}")).into()),
+            (Format::Ova | Format::Vma, None) => {
+                return Err(unread_as(&at, "an archive as one disk; its disks have names".into()).into());
+            }
             (other, None) => return Err(unread(&at, other.name()).into()),
         }
     }
@@ -236,5 +285,9 @@ fn label(file: &Passage) -> String {
 }
 
 fn unread(file: &Passage, what: &str) -> FormatError {
-    FormatError::unsupported(label(file), format!("this build does not read {what}"))
+    unread_as(file, format!("this build does not read {what}"))
+}
+
+fn unread_as(file: &Passage, what: String) -> FormatError {
+    FormatError::unsupported(label(file), what)
 }

@@ -40,6 +40,12 @@ impl View {
         Self { inner, start: 0, stored: stored.min(len), len, patches: BTreeMap::new(), label: None }
     }
 
+    /// The `len` bytes of `inner` from `start` on, under a name of their own: a member of an archive. Reads
+    /// fail where `inner` does not have them.
+    pub(crate) fn part(inner: Arc<dyn Storage>, start: u64, len: u64, label: String) -> Self {
+        Self { inner, start, stored: len, len, patches: BTreeMap::new(), label: Some(label) }
+    }
+
     /// Length in bytes.
     pub(crate) fn size(&self) -> u64 {
         self.len

@@ -16,6 +16,7 @@ use std::{
 
 use aquifer_formats::{
     Storage,
+    pbs::datastore_of,
     storage::{Access as FileAccess, FileStorage},
 };
 use aquifer_vdisk::{
@@ -165,7 +166,7 @@ pub(super) fn raw_file(spec: &Spec, disk: &DiskSpec) -> Option<File> {
 pub(super) fn source_folders(chain: &ChainSpec) -> Vec<PathBuf> {
     let (path, more) = match chain {
         ChainSpec::Image { path, allow_backing, .. } => (path, allow_backing.as_slice()),
-        ChainSpec::Native { path } => (path, &[][..]),
+        ChainSpec::Native { path } | ChainSpec::Member { path, .. } => (path, &[][..]),
         ChainSpec::Nbd { .. } => return Vec::new(),
     };
     let mut out: Vec<PathBuf> = more.to_vec();
@@ -175,6 +176,8 @@ pub(super) fn source_folders(chain: &ChainSpec) -> Vec<PathBuf> {
         // The points of a repository's machine stand on each other, in folders side by side.
         let repository = folder.ancestors().take(8).find(|a| a.join("aquifer.json").is_file());
         out.push(repository.unwrap_or(folder).to_path_buf());
+        // The chunks of a datastore lie above its snapshots.
+        out.extend(datastore_of(file));
     }
     out
 }

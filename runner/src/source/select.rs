@@ -12,8 +12,11 @@ use std::{
     sync::Arc,
 };
 
-use aquifer_formats::probe::Format;
-use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Disk, open_chain};
+use aquifer_formats::{
+    pbs::{Manifest, ManifestFile},
+    probe::Format,
+};
+use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Disk, members, open_chain};
 
 use super::{Source, repository::SelectedPoint};
 use crate::{
@@ -64,7 +67,7 @@ const NAME_MAX: usize = 64;
 /// [`Code::Source`] for a word that means nothing, [`Code::NotFound`] for one that leads nowhere.
 pub fn select(context: &Context, word: &str, options: &SourceOptions) -> Result<Selection> {
     let (disks, point) = match Source::parse(word)? {
-        Source::Path(path) => (vec![image(&path, None, options)?], None),
+        Source::Path(path) => (images(&path, options)?, None),
         Source::Raw(path) => (vec![image(&path, Some(Format::Raw), options)?], None),
         Source::Nbd(uri) => (vec![nbd(uri)?], None),
         Source::Point { machine, point, disk } => {
@@ -82,6 +85,51 @@ pub fn select(context: &Context, word: &str, options: &SourceOptions) -> Result<
     };
     let disks = keep(disks, &options.disk, word)?;
     Ok(Selection { word: word.to_owned(), disks, point })
+}
+
+/// The disks of a snapshot of Proxmox Backup Server, if `path` is its folder.
+fn snapshot(path: &Path) -> Result<Option<Vec<SelectedDisk>>> {
+    if !path.is_dir() {
+        return Ok(None);
+    }
+    let label = path.display().to_string();
+    let folder = std::path::absolute(path).map_err(|e| Fail::io(&label, "open", &e))?;
+    let Some(manifest) = Manifest::of(&folder)? else { return Ok(None) };
+    let disk = |(name, file): (&str, &ManifestFile)| SelectedDisk {
+        name: name_from(name),
+        spec: ChainSpec::Image {
+            path: folder.join(&file.filename),
+            format: Some(Format::Fidx),
+            allow_backing: Vec::new(),
+            snapshot: None,
+        },
+    };
+    let disks: Vec<SelectedDisk> = manifest.disks().map(disk).collect();
+    if disks.is_empty() {
+        return Err(Fail::new(Code::Source, format!("the snapshot {label} holds no disks")).at(label));
+    }
+    Ok(Some(disks))
+}
+
+/// The disks of an archive or a snapshot, or the one that a file is.
+fn images(path: &Path, options: &SourceOptions) -> Result<Vec<SelectedDisk>> {
+    if let Some(disks) = snapshot(path)? {
+        return Ok(disks);
+    }
+    let single = image(path, None, options)?;
+    let ChainSpec::Image { path, .. } = &single.spec else { return Ok(vec![single]) };
+    let members = members(path)?;
+    if members.is_empty() {
+        return Ok(vec![single]);
+    }
+    if options.snapshot.is_some() {
+        return Err(Fail::new(Code::Source, format!("{} is an archive and has no snapshots", path.display())));
+    }
+    let disk = |member: String| SelectedDisk {
+        name: name_from(Path::new(&member).file_stem().and_then(|s| s.to_str()).unwrap_or_default()),
+        spec: ChainSpec::Member { path: path.clone(), member },
+    };
+    Ok(members.into_iter().map(disk).collect())
 }
 
 fn image(path: &Path, format: Option<Format>, options: &SourceOptions) -> Result<SelectedDisk> {

@@ -82,7 +82,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
 pub(super) fn kind_of(selected: &SelectedDisk) -> Result<String> {
     Ok(match &selected.spec {
         ChainSpec::Image { format: Some(format), .. } => format.to_string(),
-        ChainSpec::Image { path, format: None, .. } => {
+        ChainSpec::Image { path, format: None, .. } | ChainSpec::Member { path, .. } => {
             let passage = aquifer_formats::gate::Gate::default().enter(path)?;
             let found = aquifer_formats::probe::probe(&*passage.storage())?;
             found.map_or_else(|| "unknown".to_owned(), |format| format.to_string())

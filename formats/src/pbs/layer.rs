@@ -1,0 +1,192 @@
+//! One disk of a snapshot as a layer: an index over the datastore's chunks.
+//!
+//! Every snapshot is whole, so a chain has this one layer.
+
+use std::{
+    fmt::Write as _,
+    os::fd::OwnedFd,
+    path::Path,
+    sync::{Arc, OnceLock},
+};
+
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+use sha2::{Digest as _, Sha256};
+
+use super::{
+    CHUNKS,
+    blob::{self, Failure},
+    datastore_of,
+    index::{Digest, HEAD_BYTES, Index},
+};
+use crate::{BlockRef, Codec, Content, Error, FileSlot, Layer, Result, Storage, codec, runs, storage::FileStorage};
+
+/// One disk.
+#[derive(Debug)]
+pub struct PbsLayer {
+    index: Index,
+    /// The folder of chunks.
+    chunks: OwnedFd,
+    /// Its path, for messages.
+    place: String,
+    /// What a chunk of zeros is named; made when first asked for.
+    zeros: OnceLock<Digest>,
+}
+
+impl PbsLayer {
+    /// The disk whose index is `storage`, which lies at `path` inside its datastore.
+    ///
+    /// # Errors
+    /// [`Error::ChainBroken`] outside a datastore; [`Error::Corrupt`], [`Error::Truncated`],
+    /// [`Error::Unsupported`], [`Error::Io`].
+    pub fn open(storage: Arc<dyn Storage>, path: &Path) -> Result<Self> {
+        let index = Index::open(storage)?;
+        let broken = || Error::ChainBroken {
+            path: index.file.label().into(),
+            what: format!("it lies in no datastore: no folder above it has a {CHUNKS}"),
+        };
+        let place = datastore_of(path).ok_or_else(broken)?.join(CHUNKS);
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let label = place.display().to_string();
+        let chunks =
+            rustix::fs::open(&place, flags, Mode::empty()).map_err(|e| Error::io(&label, "open", 0, e.into()))?;
+        Ok(Self { index, chunks, place: label, zeros: OnceLock::new() })
+    }
+
+    fn zeros(&self) -> &Digest {
+        self.zeros.get_or_init(|| {
+            let mut hash = Sha256::new();
+            (0..self.index.chunk_bytes / 4096).for_each(|_| hash.update([0; 4096]));
+            hash.finalize().into()
+        })
+    }
+
+    fn piece(&self, at: u64, end: u64) -> Result<(Content, u64)> {
+        let chunk_bytes = self.index.chunk_bytes;
+        let (logical, skip) = (at / chunk_bytes, at % chunk_bytes);
+        let len = (chunk_bytes - skip).min(end - at);
+        let digest = self.digest(logical)?;
+        if digest == self.zeros() {
+            return Ok((Content::Zero, len));
+        }
+        let small = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+        let block = BlockRef {
+            offset: HEAD_BYTES + 32 * logical,
+            logical,
+            // What is stored is known only when the chunk is opened; it is at most this, or little more.
+            stored_len: small(chunk_bytes),
+            raw_len: small(chunk_bytes),
+            check: digest.first_chunk().map_or(0, |first| u32::from_le_bytes(*first)),
+            file: 0,
+            codec: Codec::Zstd,
+        };
+        Ok((Content::Packed { block, skip: small(skip) }, len))
+    }
+
+    fn digest(&self, logical: u64) -> Result<&Digest> {
+        let found = usize::try_from(logical).ok().and_then(|i| self.index.digests.get(i));
+        found.ok_or_else(|| Error::corrupt(self.label(), 0, format!("the disk has no chunk {logical}")))
+    }
+
+    /// Opens a chunk by its name.
+    fn chunk(&self, digest: &Digest) -> Result<FileStorage> {
+        let name = name_of(digest);
+        let label = format!("{}/{name}", self.place);
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        match rustix::fs::openat2(&self.chunks, name, flags, Mode::empty(), resolve) {
+            Ok(fd) => Ok(FileStorage::from_file(fd.into(), label)),
+            Err(rustix::io::Errno::NOENT) => {
+                Err(Error::ChainBroken { path: label, what: format!("this chunk of {} is missing", self.label()) })
+            }
+            Err(e) => Err(Error::io(label, "open", 0, e.into())),
+        }
+    }
+}
+
+/// `8bde/8bde30...`: where the chunk with this digest lies among the chunks.
+fn name_of(digest: &Digest) -> String {
+    let mut name = String::with_capacity(4 + 1 + 64);
+    for byte in digest.iter().take(2) {
+        _ = write!(name, "{byte:02x}");
+    }
+    name.push('/');
+    for byte in digest {
+        _ = write!(name, "{byte:02x}");
+    }
+    name
+}
+
+impl Layer for PbsLayer {
+    fn label(&self) -> &str {
+        self.index.file.label()
+    }
+
+    fn size(&self) -> u64 {
+        self.index.size
+    }
+
+    fn grain(&self) -> u64 {
+        self.index.chunk_bytes
+    }
+
+    fn lookup(&self, offset: u64, len_max: u64) -> Result<(Content, u64)> {
+        runs::lookup(self.label(), self.index.size, offset, len_max, |at, end| self.piece(at, end))
+    }
+
+    fn scan(&self, offset: u64, len: u64, each: &mut dyn FnMut(u64, u64, Content)) -> Result<()> {
+        runs::scan(self.index.size, offset, len, each, |at, end| self.piece(at, end))
+    }
+
+    fn file(&self, slot: FileSlot) -> Result<&Arc<dyn Storage>> {
+        self.index.file.only(slot)
+    }
+
+    fn file_id(&self, _slot: FileSlot) -> u64 {
+        self.index.file.id
+    }
+
+    /// The index names every byte of the disk by its digest.
+    fn fingerprint(&self) -> Result<[u8; 32]> {
+        let mut hash = self.index.file.fingerprint("pbs", self.index.size);
+        hash.update(&self.index.sum);
+        Ok(*hash.finalize().as_bytes())
+    }
+
+    fn unpack(&self, block: &BlockRef, _need: usize, out: &mut Vec<u8>) -> Result<()> {
+        out.clear();
+        let digest = self.digest(block.logical)?;
+        let chunk = self.chunk(digest)?;
+        let stored = chunk.len().map_err(|e| Error::io(chunk.label(), "stat", 0, e))?;
+        let damaged = |what: String| Error::BadBlock { path: chunk.label().into(), offset: 0, len: stored, what };
+        let whole = usize::try_from(self.index.chunk_bytes).unwrap_or(usize::MAX);
+        if stored == 0 {
+            let what = format!("this chunk of {} is an empty file: the server keeps it elsewhere", self.label());
+            return Err(Error::ChainBroken { path: chunk.label().into(), what });
+        }
+        if stored > blob::longest(whole) {
+            return Err(damaged(format!("{stored} bytes for a chunk of {whole}")));
+        }
+        let place = usize::try_from(stored).unwrap_or(usize::MAX);
+        codec::with_stored(&chunk, 0, place, |bytes| match blob::decode(bytes, whole, out) {
+            Ok(()) => Ok(()),
+            Err(Failure::Damaged(what)) => Err(damaged(what)),
+            Err(Failure::Encrypted) => {
+                Err(Error::Key { path: chunk.label().into(), what: "the snapshot is encrypted".into() })
+            }
+        })?;
+        // The last chunk may be as short as the disk's end, or filled up.
+        let left = self.index.size.saturating_sub(block.logical.saturating_mul(self.index.chunk_bytes));
+        let due = usize::try_from(left).unwrap_or(usize::MAX).min(whole);
+        let found: Digest = Sha256::digest(&out[..]).into();
+        if found != *digest || (out.len() != due && out.len() != whole) {
+            let what = match found == *digest {
+                true => format!("{} bytes, where {due} belong", out.len()),
+                false => "its digest is not its name".to_owned(),
+            };
+            out.clear();
+            return Err(damaged(what));
+        }
+        out.resize(whole, 0);
+        Ok(())
+    }
+}
