@@ -128,6 +128,26 @@ bugs! {
     ShortLayerIsAbsent,
     /// The cache tells blocks of different files apart by their place only.
     CacheMixesFiles,
+    /// A record gets its name before its bytes are synced.
+    RecordUnsynced,
+    /// A record is announced before its name is durable.
+    RecordNameUnsynced,
+    /// A new folder is used before its name is durable.
+    FolderNameUnsynced,
+    /// A folder that is there is taken for durable, whoever made it.
+    FolderTrusted,
+    /// A generation is put on one that may not be durable.
+    GenerationTrusted,
+    /// A lease that beats takes its place before its bytes are synced.
+    LeaseUnsynced,
+    /// The name of a new layer file is not durable when its point is committed.
+    LayerNameUnsynced,
+    /// A layer counts as sealed before its seal is synced.
+    SealUnsynced,
+    /// A waymark promises frames that were not synced.
+    WaymarkUnsynced,
+    /// What a keeper deletes is not looked up in the points that stay.
+    NeededDeleted,
 }
 
 #[cfg(feature = "planted")]

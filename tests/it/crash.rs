@@ -6,7 +6,7 @@ use aquifer_tests::{
     explore::{self, Depth},
     guest::Act,
     ledger::Ledger,
-    oracle::cases,
+    oracle::{cases, first_seed},
 };
 
 fn flushed_writes(blocks: std::ops::Range<usize>) -> Vec<Act> {
@@ -40,8 +40,8 @@ fn bytes_in_place_outlive_an_older_record() {
 #[test]
 fn no_crash_loses_a_flush_or_forgets_a_change() {
     let ledger = Ledger::begin("crash states in memory");
-    let first = std::env::var("AQUIFER_TEST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
-    let lives = u64::from(cases(1150));
+    let first = first_seed();
+    let lives = u64::from(cases(1700));
     let tally = explore::many(first..first + lives, Depth::default()).unwrap_or_else(|what| panic!("{what}"));
     let seeds = format!("{first}..{}", first + lives);
     ledger.tell(&seeds, &[("states", tally.states), ("cuts judged", tally.judged), ("points", tally.points)]);

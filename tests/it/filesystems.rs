@@ -1,5 +1,6 @@
-//! Promise D1 with real file systems: a guest's ext4, XFS or Btrfs on a served overlay; the power is cut at syncs and
-//! between, our recovery runs, then theirs: every synced file is there, and their own checker is content.
+//! Promise D1 with real file systems on both sides of an overlay: a guest's ext4, XFS or Btrfs on it, whose synced files
+//! must be there after any loss of power, and a host's under it, which has its own ideas of what is durable.
+//! Our recovery runs, then theirs; their own checker is content.
 
 use std::{
     collections::BTreeMap,
@@ -21,13 +22,15 @@ use aquifer_mount::{
 use aquifer_tests::{
     door::pattern,
     faults::{CrashPoint, Image, Told, World},
-    filesystems::{ALL, FileSystem, Mounted},
+    filesystems::{ALL, FileSystem, Mounted, copy, quick_folder},
+    guest::{Act, Guest, sector},
     ledger::Ledger,
-    oracle::cases,
-    rig::Rig,
+    oracle::{cases, first_seed},
+    rig::{Rig, perform, read_all},
     rng::Rng,
+    writelog::{Logged, lose_power},
 };
-use aquifer_vdisk::{BlockCache, Chain, Disk, ExtentKind, OverlayOptions, Settling};
+use aquifer_vdisk::{BlockCache, Chain, Disk, ExtentKind, Overlay, OverlayOptions, Settling};
 
 /// What a file held from one place of the log to another, durably.
 struct Known {
@@ -153,7 +156,7 @@ fn guest_crash(system: FileSystem, run: &GuestRun, at: usize, dir: &Path, dice: 
     run.told[..at].iter().for_each(|told| point.pass(told));
     let files = point.crash(dice.next_u64(), dice.next_u64() & dice.next_u64() & dice.next_u64(), dice);
     let disk = run.rig.open(&World::new(files)).map_err(|e| format!("does not open: {e}"))?;
-    let image = dir.join("crashed");
+    let image = dir.join(format!("crashed-{}", uuid::Uuid::new_v4()));
     dump(&disk, &image);
     fs::create_dir_all(dir.join("after")).expect("a folder");
     let mounted = Mounted::image(&image, &dir.join("after"))?;
@@ -167,27 +170,117 @@ fn guest_crash(system: FileSystem, run: &GuestRun, at: usize, dir: &Path, dice: 
     }
     drop(mounted);
     system.check(&image)?;
+    fs::remove_file(&image).map_err(|e| e.to_string())?;
     Ok(seen)
+}
+
+/// Crashes of one file system; how many images there were, and how many synced files were found in them.
+fn crash_images(system: FileSystem, seed: u64) -> (u64, usize) {
+    let dir = quick_folder();
+    let mut dice = Rng::new(seed);
+    let run = guest_run(system, dir.path(), &mut dice, 60);
+    let syncs: Vec<usize> = (0..run.told.len()).filter(|at| matches!(run.told[*at], Told::Sync { .. })).collect();
+    assert!(syncs.len() > 60, "{system:?}: only {} syncs", syncs.len());
+    let (images, mut files) = (u64::from(cases(34)), 0);
+    for image in 0..images {
+        // Just behind a sync, or anywhere.
+        let at = if image % 2 == 0 { dice.pick(&syncs) + 1 } else { dice.below(run.told.len() as u64) as usize };
+        files += guest_crash(system, &run, at, dir.path(), &mut dice)
+            .unwrap_or_else(|what| panic!("{system:?}, seed {seed}, image {image}, at {at}: {what}"));
+    }
+    (images, files)
 }
 
 #[test]
 fn a_guests_file_system_keeps_what_it_synced() {
     let ledger = Ledger::begin("crash images of a guest's file system");
-    let (mut images, mut files) = (0, 0);
-    for (system, seed) in ALL.into_iter().zip(1..) {
-        let dir = tempfile::tempdir().expect("a folder");
-        let mut dice = Rng::new(seed);
-        let run = guest_run(system, dir.path(), &mut dice, 60);
-        let syncs: Vec<usize> = (0..run.told.len()).filter(|at| matches!(run.told[*at], Told::Sync { .. })).collect();
-        assert!(syncs.len() > 60, "{system:?}: only {} syncs", syncs.len());
-        for image in 0..u64::from(cases(34)) {
-            // Just behind a sync, or anywhere.
-            let at = if image % 2 == 0 { dice.pick(&syncs) + 1 } else { dice.below(run.told.len() as u64) as usize };
-            files += guest_crash(system, &run, at, dir.path(), &mut dice)
-                .unwrap_or_else(|what| panic!("{system:?}, seed {seed}, image {image}, at {at}: {what}"));
-            images += 1;
+    let first = first_seed();
+    let (images, files) = std::thread::scope(|scope| {
+        let systems =
+            ALL.into_iter().zip(first..).map(|(system, seed)| scope.spawn(move || crash_images(system, seed)));
+        let systems: Vec<_> = systems.collect();
+        systems.into_iter().map(|one| one.join().expect("no violation")).fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1))
+    });
+    assert!(images >= 100 && files > 200, "only {files} files were known to be there in {images} images");
+    ledger.tell(&format!("{first}..={}", first + 2), &[("images", images), ("synced files found", files as u64)]);
+}
+
+/// Acts on an overlay in a logged file system: what the guest knew, and how far the log had come then.
+fn host_run(dir: &Path, rig: &Rig, logged: &Logged, guest: &mut Guest, dice: &mut Rng) -> Vec<(u64, Guest)> {
+    let overlay = Overlay::open(dir, rig.of(), rig.options).expect("opens");
+    let disk = Disk::writable("d", Arc::clone(&rig.chain), overlay).expect("a disk");
+    let mut steps = vec![(0, guest.clone())];
+    for _ in 0..120 {
+        let act = Act::any(dice, guest.sectors());
+        let bytes = guest.begin(act);
+        steps.push((logged.position(), guest.clone()));
+        perform(&disk, act, &bytes).expect("works");
+        if act == Act::Flush {
+            guest.flushed();
+            steps.push((logged.position(), guest.clone()));
         }
     }
-    assert!(files > 100, "only {files} files were known to be there");
-    ledger.tell("1..=3", &[("images", images), ("synced files found", files as u64)]);
+    steps
+}
+
+/// What the next process finds of an overlay on a host's file system that has lost its power.
+fn host_crash(system: FileSystem, rig: &Rig, image: &Path, dir: &Path, guest: &Guest) -> Result<(), String> {
+    fs::create_dir_all(dir.join("after")).map_err(|e| e.to_string())?;
+    let mounted = Mounted::image(image, &dir.join("after"))?;
+    let overlay = Overlay::open(&mounted.path().join("o"), rig.of(), rig.options).map_err(|e| e.to_string())?;
+    let disk = Disk::writable("d", Arc::clone(&rig.chain), overlay).map_err(|e| e.to_string())?;
+    let dirty = disk.dirty().map_err(|e| e.to_string())?;
+    guest.judge(&read_all(&disk), &|at| dirty.contains(at))?;
+    drop(disk);
+    drop(mounted);
+    system.check(image)
+}
+
+/// Crashes of one host's file system; how many images there were.
+fn host_images(system: FileSystem, seed: u64) -> u64 {
+    let tmp = quick_folder();
+    let (dir, mut dice) = (tmp.path(), Rng::new(seed));
+    let (image, base) = (dir.join("image"), dir.join("base"));
+    let origin: Vec<u64> = (1..=2048).collect();
+    fs::write(dir.join("origin"), origin.iter().flat_map(|n| sector(*n)).collect::<Vec<u8>>()).expect("write");
+    let (rig, mut guest) = (rig_over(&dir.join("origin")), Guest::new(origin));
+    let (making, live) = (dir.join("making"), dir.join("live"));
+    system.make(&making);
+    fs::create_dir(&live).expect("a folder");
+    let mounted = Mounted::image(&making, &live).unwrap_or_else(|e| panic!("{e}"));
+    fs::create_dir(mounted.path().join("o")).expect("a folder");
+    drop(Overlay::create(&mounted.path().join("o"), rig.of(), rig.options).expect("create"));
+    drop(mounted);
+    copy(&making, &base).and_then(|()| copy(&base, &image)).unwrap_or_else(|e| panic!("{e}"));
+    let logged = Logged::start(dir, &image);
+    let device = LoopDevice::attach(logged.path(), LoopAccess::ReadWrite, SectorSize::B4096).expect("attach");
+    let mounted = Mounted::device(device.path(), &live).unwrap_or_else(|e| panic!("{e}"));
+    let steps = host_run(&mounted.path().join("o"), &rig, &logged, &mut guest, &mut dice);
+    drop(mounted);
+    device.detach().expect("detach");
+    let log = logged.stop(&base);
+    let flushes: Vec<usize> = (0..log.len()).filter(|at| log[*at].flush).collect();
+    assert!(flushes.len() > 20, "{system:?}: only {} flushes in {} entries", flushes.len(), log.len());
+    let images = u64::from(cases(10));
+    for number in 0..images {
+        let upto = if number % 2 == 0 { dice.pick(&flushes) + 1 } else { dice.below(log.len() as u64 + 1) as usize };
+        let crashed = dir.join(format!("crashed-{number}"));
+        copy(&base, &crashed).unwrap_or_else(|e| panic!("{e}"));
+        lose_power(&crashed, &log, upto, &mut dice).expect("replay");
+        // What was known when the log was this long: acts are noted before they begin, flushes once they are acknowledged.
+        let at = upto.checked_sub(1).map_or(0, |last| log[last].ends);
+        let knew = steps.iter().rev().find(|(position, _)| *position <= at).map_or(&steps[0].1, |(_, guest)| guest);
+        host_crash(system, &rig, &crashed, dir, knew)
+            .unwrap_or_else(|what| panic!("{system:?}, seed {seed}, image {number}, {upto} of {}: {what}", log.len()));
+        fs::remove_file(&crashed).expect("remove");
+    }
+    images
+}
+
+#[test]
+fn a_hosts_file_system_keeps_an_overlay() {
+    let ledger = Ledger::begin("crash images of a host's file system");
+    let first = first_seed();
+    let images: u64 = ALL.into_iter().zip(first..).map(|(system, seed)| host_images(system, seed)).sum();
+    ledger.tell(&format!("{first}..={}", first + 2), &[("images", images)]);
 }

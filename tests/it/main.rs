@@ -2,6 +2,7 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are known to fit")]
 
+mod backups;
 mod catalogue;
 mod chain;
 mod chain_files;

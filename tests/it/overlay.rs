@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, path::Path, process::Command, sync::Arc, time::
 
 use aquifer_tests::{
     damage, failing,
-    faults::Failing,
+    faults::{CrashPoint, Failing, World},
     guest::{Act, Guest},
     kept,
     ledger::Ledger,
@@ -84,6 +84,68 @@ fn a_failed_sync_is_final_even_if_later_ones_would_work() {
     disk.flush().expect("and flushes again");
     disk.read(0, &mut out).expect("read");
     assert_eq!(out, [1; 4096]);
+}
+
+/// An act of a guest that must not be parted from what it knows.
+fn attempt(disk: &Disk, guest: &mut Guest, act: Act) -> aquifer_vdisk::Result<()> {
+    let bytes = guest.begin(act);
+    perform(disk, act, &bytes)?;
+    if act == Act::Flush {
+        guest.flushed();
+    }
+    Ok(())
+}
+
+/// What may be found once the power is lost now.
+fn judge_without_power(rig: &Rig, base: &World, world: &World, guest: &Guest, dice: &mut Rng) {
+    let mut point = CrashPoint::new(base.now());
+    world.told().iter().for_each(|told| point.pass(told));
+    let some = (dice.next_u64(), dice.next_u64());
+    for files in [point.crash(0, 0, dice), point.crash(some.0, some.1, dice)] {
+        let disk = rig.open(&World::new(files)).expect("opens after a loss of power");
+        let dirty = disk.dirty().expect("dirty");
+        guest.judge(&read_all(&disk), &|at| dirty.contains(at)).unwrap_or_else(|what| panic!("{what}"));
+    }
+}
+
+/// One flush of several records, on a journal whose halves turn meanwhile: whichever write of it fails, it is not
+/// acknowledged, what was flushed before survives a loss of power, and the next flush saves all.
+#[test]
+fn a_failed_journal_write_acknowledges_nothing_and_loses_nothing() {
+    let mut failed = 0;
+    for failing in [Failing::Io, Failing::NoSpace, Failing::Short] {
+        for call in 1.. {
+            let mut rig = Rig::new(&numbers(512));
+            rig.options.journal_bytes = 4096 * 17;
+            let (base, mut guest, mut dice) = (Rig::world(), Guest::new(numbers(512)), Rng::new(call));
+            drop(rig.create(&base));
+            let world = World::new(base.now());
+            let disk = rig.open(&world).expect("opens");
+            for act in [Act::Write { first: 0, count: 8 }, Act::Flush] {
+                attempt(&disk, &mut guest, act).expect("works");
+            }
+            for block in 0..24 {
+                attempt(&disk, &mut guest, Act::Write { first: 16 * block, count: 8 }).expect("waits in memory");
+            }
+            let last = world.calls() + call;
+            world.fail_at(last, failing);
+            let flushed = attempt(&disk, &mut guest, Act::Flush);
+            world.heal();
+            match flushed {
+                // It makes fewer calls than that.
+                Ok(()) if world.calls() < last => break,
+                Ok(()) => panic!("call {call}, {failing:?}: acknowledged"),
+                // That is final, and another test's.
+                Err(Error::SyncFailed { .. }) => continue,
+                Err(_) => failed += 1,
+            }
+            judge_without_power(&rig, &base, &world, &guest, &mut dice);
+            guest.judge_live(&read_all(&disk));
+            attempt(&disk, &mut guest, Act::Flush).expect("the next one works");
+            judge_without_power(&rig, &base, &world, &guest, &mut dice);
+        }
+    }
+    assert!(failed > 12, "only {failed} writes failed");
 }
 
 #[test]

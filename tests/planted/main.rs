@@ -9,12 +9,14 @@
 
 use std::{
     collections::BTreeSet,
+    ffi::OsString,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::atomic::{AtomicUsize, Ordering},
 };
 
 use aquifer_formats::planted::{Bug, plant};
 use aquifer_tests::{
+    backups::{self, Effort, Runs},
     damage,
     explore::{self, Depth},
     failing,
@@ -54,13 +56,47 @@ fn failing_calls() -> Result<(), String> {
     (1..=3).try_for_each(|seed| failing::each_call(seed, Failing::NoSpace, &mut sites).map(|_| ()))
 }
 
+/// Bugs of what a process tells folders and files: that process has them planted too.
+const OF_PROCESSES: [Bug; 10] = [
+    Bug::RecordUnsynced,
+    Bug::RecordNameUnsynced,
+    Bug::FolderNameUnsynced,
+    Bug::FolderTrusted,
+    Bug::GenerationTrusted,
+    Bug::LeaseUnsynced,
+    Bug::LayerNameUnsynced,
+    Bug::SealUnsynced,
+    Bug::WaymarkUnsynced,
+    Bug::NeededDeleted,
+];
+/// Which of them a process of this program has.
+const BUG: &str = "AQUIFER_PLANTED_BUG";
+
+#[test]
+#[ignore = "run by the test below, in a process of its own"]
+fn child() {
+    let name = std::env::var(BUG).unwrap_or_default();
+    plant(OF_PROCESSES.into_iter().find(|bug| format!("{bug:?}") == name));
+    backups::child();
+}
+
+fn repository(bug: Option<Bug>) -> Result<(), String> {
+    let name = OsString::from(format!("{bug:?}").trim_start_matches("Some(").trim_end_matches(')'));
+    let (args, env) = (["--exact", "--ignored", "--test-threads=1", "child"], [(BUG, name.as_os_str())]);
+    Runs::new(&args, &env, Effort { sample: 8, continue_one_in: 4 }, 1).power(0)
+}
+
 /// The first check that tells of a bug, and what it says.
 fn caught(bug: Option<Bug>) -> Option<(&'static str, String)> {
     plant(bug);
-    let told = CHECKS.iter().find_map(|(name, check)| match catch_unwind(AssertUnwindSafe(check)) {
+    let of_process = bug.is_none_or(|bug| OF_PROCESSES.contains(&bug));
+    let processes = of_process.then_some(("repository", &(|| repository(bug)) as &dyn Fn() -> Result<(), String>));
+    let all = processes.into_iter().chain(CHECKS.iter().map(|(name, check)| (*name, check as _)));
+    let mut all = all.map(|(name, check)| (name, catch_unwind(AssertUnwindSafe(check))));
+    let told = all.find_map(|(name, done)| match done {
         Ok(Ok(())) => None,
-        Ok(Err(what)) => Some((*name, what)),
-        Err(_) => Some((*name, "a panic".to_owned())),
+        Ok(Err(what)) => Some((name, what)),
+        Err(_) => Some((name, "a panic".to_owned())),
     });
     plant(None);
     told

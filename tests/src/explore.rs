@@ -112,16 +112,24 @@ fn live(rig: &Rig, world: &World, disk: &Disk, guest: &mut Guest, acts: &[Act]) 
     Ok(steps)
 }
 
+/// Bytes that are looked at in one go: they stay near the processor.
+const LOOK_BYTES: usize = 16 << 10;
+
 /// Opens files as the next process does, and looks at all of the disk.
-fn recover(rig: &Rig, files: Vec<Image>) -> Result<(Found, Vec<u8>), String> {
-    let disk = rig.open(&World::new(files)).map_err(|e| format!("does not open: {e}"))?;
-    let bytes = read_all(&disk);
+fn recover(rig: &Rig, files: Vec<Image>) -> Result<(Found, Disk), String> {
+    let disk = rig.open(&World::forgetful(files)).map_err(|e| format!("does not open: {e}"))?;
     let dirty = disk.dirty().map_err(|e| e.to_string())?;
     let local = disk.local().map_err(|e| e.to_string())?;
     if local.total() != disk.size() || dirty.bytes() != local.written + local.trimmed {
         return Err(format!("counts of {} bytes differ: {local:?}, {} dirty", disk.size(), dirty.bytes()));
     }
-    Ok((Found::of(&bytes, &|at| dirty.contains(at)), bytes))
+    let (mut found, mut bytes) = (Found::default(), [0; LOOK_BYTES]);
+    for at in (0..disk.size()).step_by(LOOK_BYTES) {
+        let bytes = &mut bytes[..(disk.size() - at).min(LOOK_BYTES as u64) as usize];
+        disk.read(at, bytes).map_err(|e| format!("cannot be read: {e}"))?;
+        found.more(bytes, &|at| dirty.contains(at));
+    }
+    Ok((found, disk))
 }
 
 impl<'a> Explorer<'a> {
@@ -214,8 +222,10 @@ impl<'a> Explorer<'a> {
 /// What was lost, forgotten or made up.
 pub fn lives(seed: u64, depth: Depth) -> Result<Tally, String> {
     let mut dice = Rng::new(seed);
-    // Some disks end inside a block.
-    let sectors = 8 * (4 + dice.below(28)) as usize - if dice.once_in(3) { dice.below(8) as usize } else { 0 };
+    // Most are small, so that acts meet. Some end inside a block.
+    let most = dice.pick(&[8, 8, 28]);
+    let blocks = 4 + dice.below(most);
+    let sectors = 8 * blocks as usize - if dice.once_in(3) { dice.below(8) as usize } else { 0 };
     let origin: Vec<u64> = (0..sectors as u64).map(|at| if at / 16 % 3 == 1 { 0 } else { at + 1 }).collect();
     let mut guest = Guest::new(origin.clone());
     let rig = Rig::any(&origin, &mut dice);
@@ -241,9 +251,9 @@ pub fn lives(seed: u64, depth: Depth) -> Result<Tally, String> {
         life.told.iter().for_each(|told| point.pass(told));
         files = point.crash(dice.next_u64(), dice.next_u64() & dice.next_u64(), &mut dice);
         explorer.crash_recovery(files.clone(), &guest).map_err(wrong)?;
-        let (found, bytes) = recover(&rig, files.clone()).map_err(wrong)?;
+        let (found, disk) = recover(&rig, files.clone()).map_err(wrong)?;
         guest.judge_found(&found).map_err(wrong)?;
-        guest.accept(&bytes);
+        guest.accept(&read_all(&disk));
     }
     Ok(explorer.tally)
 }

@@ -10,113 +10,20 @@
 
 use std::{
     backtrace::Backtrace,
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     io,
-    sync::{Arc, Mutex, MutexGuard, OnceLock},
+    sync::{Arc, Mutex, MutexGuard},
 };
 
 use aquifer_formats::Storage;
 
-use crate::rng::Rng;
+pub use crate::image::Image;
+use crate::{
+    image::{PAGE, Written},
+    rng::Rng,
+};
 
 const SECTOR: usize = 512;
-const PAGE: usize = 4096;
-
-/// A page of a file, and a digest of it once somebody has asked for one.
-#[derive(Clone, Debug)]
-struct Sheet {
-    bytes: [u8; PAGE],
-    digest: OnceLock<u64>,
-}
-
-impl Sheet {
-    fn digest(&self) -> u64 {
-        let fold = |sum: u64, word: &[u8]| {
-            let word = u64::from_le_bytes(word.try_into().unwrap());
-            (sum ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
-        };
-        *self.digest.get_or_init(|| self.bytes.chunks_exact(8).fold(1, fold))
-    }
-}
-
-/// Contents of a file; cheap to copy, holes take nothing.
-#[derive(Clone, Debug, Default)]
-pub struct Image {
-    len: u64,
-    pages: BTreeMap<u64, Arc<Sheet>>,
-}
-
-impl Image {
-    /// Length in bytes.
-    pub fn len(&self) -> u64 {
-        self.len
-    }
-
-    /// True for a file of no bytes.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Fills `buf` from `offset`; holes and what lies past the end are zeros.
-    pub fn read(&self, offset: u64, buf: &mut [u8]) {
-        let (mut at, mut rest) = (offset, buf);
-        while !rest.is_empty() {
-            let skip = at as usize % PAGE;
-            let n = (PAGE - skip).min(rest.len());
-            let (part, tail) = rest.split_at_mut(n);
-            match self.pages.get(&(at / PAGE as u64)) {
-                Some(page) => part.copy_from_slice(&page.bytes[skip..skip + n]),
-                None => part.fill(0),
-            }
-            at += n as u64;
-            rest = tail;
-        }
-    }
-
-    /// Writes `bytes`, growing where needed.
-    pub fn write(&mut self, offset: u64, bytes: &[u8]) {
-        self.len = self.len.max(offset + bytes.len() as u64);
-        let (mut at, mut rest) = (offset, bytes);
-        while !rest.is_empty() {
-            let skip = at as usize % PAGE;
-            let n = (PAGE - skip).min(rest.len());
-            let blank = || Arc::new(Sheet { bytes: [0; PAGE], digest: OnceLock::new() });
-            let page = Arc::make_mut(self.pages.entry(at / PAGE as u64).or_insert_with(blank));
-            page.bytes[skip..skip + n].copy_from_slice(&rest[..n]);
-            page.digest = OnceLock::new();
-            at += n as u64;
-            rest = &rest[n..];
-        }
-    }
-
-    /// Cuts the end off, as only damage does.
-    pub fn cut(&mut self, len: u64) {
-        self.punch(len, self.len.saturating_sub(len));
-        self.len = self.len.min(len);
-    }
-
-    /// Equal for equal images (of 2^64 numbers); pages never changed are not looked at twice. A hole and a page of
-    /// zeros differ, as they do to whoever asks what is allocated.
-    pub fn digest(&self) -> u64 {
-        let mix = |sum: u64, number: u64| (sum ^ number).wrapping_mul(0xbf58_476d_1ce4_e5b9).rotate_left(31);
-        self.pages.iter().fold(self.len, |sum, (at, page)| mix(mix(sum, *at), page.digest()))
-    }
-
-    /// Zeros a range, as far as the file goes.
-    pub fn punch(&mut self, offset: u64, len: u64) {
-        let end = offset.saturating_add(len).min(self.len);
-        let mut at = offset;
-        while at < end {
-            let next = (at - at % PAGE as u64 + PAGE as u64).min(end);
-            if next - at == PAGE as u64 {
-                self.pages.remove(&(at / PAGE as u64));
-            } else if self.pages.contains_key(&(at / PAGE as u64)) {
-                self.write(at, &vec![0; (next - at) as usize]);
-            }
-            at = next;
-        }
-    }
-}
 
 /// Something a file was told.
 #[derive(Clone, Debug)]
@@ -125,10 +32,8 @@ pub enum Told {
     Write {
         /// Which file.
         file: usize,
-        /// Where.
-        offset: u64,
-        /// What.
-        bytes: Arc<[u8]>,
+        /// What, and where.
+        bytes: Written,
     },
     /// A range was zeroed.
     Punch {
@@ -157,7 +62,7 @@ impl Told {
 
     fn apply(&self, image: &mut Image) {
         match self {
-            Self::Write { offset, bytes, .. } => image.write(*offset, bytes),
+            Self::Write { bytes, .. } => image.put(bytes),
             Self::Punch { offset, len, .. } => image.punch(*offset, *len),
             Self::Sync { .. } => {}
         }
@@ -165,25 +70,32 @@ impl Told {
 
     /// Applies only the sectors (of 512 bytes) that `keep` says.
     fn apply_torn(&self, image: &mut Image, keep: &mut dyn FnMut() -> bool) {
-        let (offset, len) = match self {
-            Self::Write { offset, bytes, .. } => (*offset, bytes.len() as u64),
-            Self::Punch { offset, len, .. } => (*offset, *len),
-            Self::Sync { .. } => return,
-        };
-        let mut at = offset;
-        while at < offset + len {
-            let next = (at - at % SECTOR as u64 + SECTOR as u64).min(offset + len);
-            if keep() {
-                match self {
-                    Self::Write { bytes, .. } => {
-                        image.write(at, &bytes[(at - offset) as usize..(next - offset) as usize]);
+        match self {
+            Self::Write { bytes, .. } => {
+                for (start, piece) in bytes.pieces() {
+                    for (at, end) in sectors(start, piece.len() as u64) {
+                        if keep() {
+                            image.write(at, &piece[(at - start) as usize..(end - start) as usize]);
+                        }
                     }
-                    _ => image.punch(at, next - at),
                 }
             }
-            at = next;
+            Self::Punch { offset, len, .. } => {
+                sectors(*offset, *len).filter(|_| keep()).for_each(|(at, end)| image.punch(at, end - at));
+            }
+            Self::Sync { .. } => {}
         }
     }
+}
+
+/// A range cut at multiples of 512, as starts and ends.
+fn sectors(offset: u64, len: u64) -> impl Iterator<Item = (u64, u64)> {
+    let (mut at, end) = (offset, offset + len);
+    std::iter::from_fn(move || {
+        let start = at;
+        at = (at - at % SECTOR as u64 + SECTOR as u64).min(end);
+        (start < end).then_some((start, at))
+    })
 }
 
 /// How the n-th call fails.
@@ -207,6 +119,8 @@ struct State {
     fail_at: Option<(u64, Failing)>,
     /// Fail every call from `fail_at` on, for as long as it is set.
     for_good: bool,
+    /// Nobody will ask what was told.
+    forgets: bool,
     /// Who asked for a sync that was made to fail, as `file.rs:line`, callers included; only if asked for.
     sites: Option<BTreeSet<String>>,
 }
@@ -219,6 +133,11 @@ impl World {
     /// A world of these files, all of it durable.
     pub fn new(files: Vec<Image>) -> Self {
         Self(Arc::new(Mutex::new(State { files, ..State::default() })))
+    }
+
+    /// The same, for somebody who only wants to see what is read: what is told is not kept.
+    pub fn forgetful(files: Vec<Image>) -> Self {
+        Self(Arc::new(Mutex::new(State { files, forgets: true, ..State::default() })))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -287,6 +206,12 @@ impl State {
         let (at, failing) = self.fail_at?;
         (self.calls == at || self.for_good && self.calls > at).then_some(failing)
     }
+
+    fn tell(&mut self, told: Told) {
+        if !self.forgets {
+            self.told.push(told);
+        }
+    }
 }
 
 /// One file of a [`World`].
@@ -323,7 +248,7 @@ impl Storage for FaultStorage {
     }
 
     fn len(&self) -> io::Result<u64> {
-        Ok(self.world.state().files[self.file].len)
+        Ok(self.world.state().files[self.file].len())
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
@@ -332,7 +257,7 @@ impl Storage for FaultStorage {
             return Err(error(Failing::Io));
         }
         let image = &state.files[self.file];
-        if offset + buf.len() as u64 > image.len {
+        if offset + buf.len() as u64 > image.len() {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         image.read(offset, buf);
@@ -352,22 +277,22 @@ impl Storage for FaultStorage {
             Some(_) => &[],
         };
         if !done.is_empty() {
-            state.files[self.file].write(offset, done);
-            state.told.push(Told::Write { file: self.file, offset, bytes: done.into() });
+            let bytes = Written::new(offset, done);
+            state.files[self.file].put(&bytes);
+            state.tell(Told::Write { file: self.file, bytes });
         }
         failing.map_or(Ok(()), |f| Err(error(f)))
     }
 
     fn allocated(&self, offset: u64, len_max: u64) -> io::Result<(bool, u64)> {
         let state = self.world.state();
-        let pages = &state.files[self.file].pages;
-        let (page, end) = (offset / PAGE as u64, offset + len_max);
-        let stored = pages.contains_key(&page);
-        let mut next = page + 1;
-        while next * (PAGE as u64) < end && pages.contains_key(&next) == stored {
-            next += 1;
+        let image = &state.files[self.file];
+        let (stored, end) = (image.is_stored(offset), offset + len_max);
+        let mut next = offset - offset % PAGE as u64 + PAGE as u64;
+        while next < end && image.is_stored(next) == stored {
+            next += PAGE as u64;
         }
-        Ok((stored, (next * PAGE as u64).min(end) - offset))
+        Ok((stored, next.min(end) - offset))
     }
 
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -376,7 +301,7 @@ impl Storage for FaultStorage {
             return Err(error(failing));
         }
         state.files[self.file].punch(offset, len);
-        state.told.push(Told::Punch { file: self.file, offset, len });
+        state.tell(Told::Punch { file: self.file, offset, len });
         Ok(())
     }
 
@@ -384,8 +309,8 @@ impl Storage for FaultStorage {
         let mut state = self.world.state();
         let image = &mut state.files[self.file];
         // Only files that begin are given a length, before anything can be lost.
-        assert!(len >= image.len, "{} was shortened from {} to {len}", self.label, image.len);
-        image.len = len;
+        assert!(len >= image.len(), "{} was shortened from {} to {len}", self.label, image.len());
+        image.extend(len);
         Ok(())
     }
 
@@ -395,7 +320,7 @@ impl Storage for FaultStorage {
             return Err(error(failing));
         }
         let image = &mut state.files[self.file];
-        image.len = image.len.max(offset + len);
+        image.extend(offset + len);
         Ok(())
     }
 
@@ -406,7 +331,7 @@ impl Storage for FaultStorage {
     fn sync(&self) -> io::Result<()> {
         let mut state = self.world.state();
         let failing = state.call();
-        state.told.push(Told::Sync { file: self.file, ok: failing.is_none() });
+        state.tell(Told::Sync { file: self.file, ok: failing.is_none() });
         if let (Some(_), Some(sites)) = (failing, &mut state.sites) {
             sites.extend(places(&Backtrace::force_capture().to_string()));
         }

@@ -25,6 +25,19 @@ pub enum FileSystem {
 /// All of them.
 pub const ALL: [FileSystem; 3] = [FileSystem::Ext4, FileSystem::Xfs, FileSystem::Btrfs];
 
+/// A folder for images, in memory where there is one: what the disk below does is not under test.
+pub fn quick_folder() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("a folder")
+}
+
+/// Copies an image, holes included.
+///
+/// # Errors
+/// What `cp` says.
+pub fn copy(from: &Path, to: &Path) -> Result<(), String> {
+    run("cp", &["--sparse=always", text(from), text(to)])
+}
+
 fn run(program: &str, args: &[&str]) -> Result<(), String> {
     let output = Command::new(program).args(args).output().map_err(|e| format!("{program}: {e}"))?;
     if output.status.success() {
@@ -76,7 +89,8 @@ impl Mounted {
         run("mount", &[text(device), text(at)]).map(|()| Self(at.to_path_buf()))
     }
 
-    /// Mounts an image through a loop device that goes with it.
+    /// Mounts an image through a loop device that goes with it. No other image may have had this path before: `mount`
+    /// takes a loop device that still stands on a file of that name, with what it remembers of it.
     ///
     /// # Errors
     /// What `mount` says.

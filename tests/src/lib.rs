@@ -7,6 +7,7 @@
     reason = "tests fail by panicking"
 )]
 
+pub mod backups;
 pub mod boot_sector;
 pub mod chains;
 pub mod damage;
@@ -15,9 +16,11 @@ pub mod explore;
 pub mod failing;
 pub mod faults;
 pub mod filesystems;
+pub mod folders;
 pub mod foreign;
 pub mod fuzz;
 pub mod guest;
+pub mod image;
 pub mod kept;
 pub mod ledger;
 pub mod machine;
@@ -31,3 +34,5 @@ pub mod rng;
 pub mod site;
 pub mod stored;
 pub mod synthetic;
+pub mod traced;
+pub mod writelog;

@@ -61,3 +61,8 @@ pub fn cases(default: u32) -> u32 {
     let scale = std::env::var("AQUIFER_TEST_SCALE").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
     default.saturating_mul(scale)
 }
+
+/// The first seed of what is random: 1, or `AQUIFER_TEST_SEED`, so that a long form can be run in parts that differ.
+pub fn first_seed() -> u64 {
+    std::env::var("AQUIFER_TEST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1)
+}

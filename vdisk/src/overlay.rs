@@ -42,6 +42,7 @@ mod core;
 mod failure;
 mod journal;
 mod layout;
+mod look;
 mod mapfile;
 mod owner;
 mod plain;

@@ -32,7 +32,10 @@ use super::{
     salvage::Found,
     seal::{Identity, SealInfo, Sealed, Stats},
 };
-use crate::{Codec, Error, Result, Storage};
+use crate::{
+    Codec, Error, Result, Storage,
+    planted::{Bug, planted},
+};
 
 /// Leaves held in memory before they are written: 16 MiB.
 const LEAVES_IN_MEMORY: usize = 2048;
@@ -399,7 +402,9 @@ impl Appender {
     /// Flushes leaves, syncs, appends waymarks for what changed since the last.
     pub(crate) fn mark(&mut self) -> Result<()> {
         self.map.flush(&mut self.tail)?;
-        self.tail.sync()?;
+        if !planted(Bug::WaymarkUnsynced) {
+            self.tail.sync()?;
+        }
         let changed = self.map.take_changed();
         let mut parts = changed.chunks(WAYMARK_LEAVES_MAX).peekable();
         loop {
@@ -495,7 +500,9 @@ impl Appender {
         };
         let (pages, seal) = info.pages();
         self.tail.append(&pages)?;
-        self.tail.sync()?;
+        if !planted(Bug::SealUnsynced) {
+            self.tail.sync()?;
+        }
         Ok(Sealed { layer: self.identity.layer, seal, file_bytes: info.file_bytes, stats: self.stats })
     }
 }

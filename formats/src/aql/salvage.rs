@@ -79,10 +79,14 @@ pub fn confirm_sealed(storage: &dyn Storage) -> Result<bool> {
         Err(e @ Error::Io { .. }) => return Err(e),
         Err(_) => return Ok(false),
     };
-    let both = match read_seal_copy(storage, 1) {
-        Err(e @ Error::Io { .. }) => return Err(e),
-        copy => copy.is_ok(),
-    };
+    // Either may be the one that was torn.
+    let mut both = true;
+    for copy in [0, 1] {
+        both &= match read_seal_copy(storage, copy) {
+            Err(e @ Error::Io { .. }) => return Err(e),
+            copy => copy.is_ok(),
+        };
+    }
     let found = scan(storage, &seal.identity)?;
     Ok(both && found.complete && found.end == seal.data_end && found.sequence == seal.sequence)
 }

@@ -5,6 +5,7 @@
 //! - A layer file goes only when its point is given up in the newest generation, no retained point needs
 //!   it (by its record *and* by its own root), and no live lease stands on a point that needs it. What
 //!   cannot be read counts as needing everything.
+//! - Files go only once it is durable that their points were given up, whoever did that.
 //! - Points are given up before leases are looked for, never the other way round. What the others need is
 //!   looked up after that: a backup receives its point before it lets go of the lease on the point below.
 //! - Giving up never waits: a mounted point keeps its files, and they go when its lease ends.
@@ -24,6 +25,7 @@ use super::{
     name,
     record::{Holder, LeaseKind, LeaseRecord, ManifestPoint, ManifestRecord, PointRecord, read},
 };
+use crate::planted::{Bug, planted};
 
 /// How often a lease that is watched is looked at.
 const WATCH_EVERY: Duration = Duration::from_millis(500);
@@ -157,12 +159,18 @@ pub fn sweep(
 ) -> Result<Swept> {
     repo.writable()?;
     let store = repo.store();
-    let Some(newest) = manifest::latest(store, machine.id)? else { return Ok(Swept::default()) };
+    let newest = manifest::latest(store, machine.id)?;
     let (live, dead) = observer.observe(repo, now, tell)?;
     for lease in dead.iter().filter(|lease| lease.machine == machine.id) {
         withdraw(store, lease.id)?;
     }
+    // Of a machine whose first backup was cut there may be leases and no generation yet.
+    let Some(newest) = newest else { return Ok(Swept::default()) };
     let live: Vec<LeaseRecord> = live.into_iter().filter(|lease| lease.machine == machine.id).collect();
+    // Whoever gave points up may have been killed before that was durable: the files must not go first.
+    if !planted(Bug::GenerationTrusted) {
+        store.settle(&name::chain(machine.id))?;
+    }
     let given_up: BTreeSet<Uuid> = newest.record.points.iter().filter(|p| !p.retained).map(|p| p.id).collect();
     let listed = repo.listed(machine)?;
     let needed = files_of_all(repo, machine.id, listed.iter().map(|p| p.id), &live)?;
@@ -231,8 +239,9 @@ fn sweep_point(
     let mut left = false;
     for disk in disks_in(store, machine, point)? {
         let key = (point, disk);
-        if needed.contains(&key) || leased.contains(&key) {
-            let list = if needed.contains(&key) { &mut swept.needed } else { &mut swept.leased };
+        let is_needed = needed.contains(&key) && !planted(Bug::NeededDeleted);
+        if is_needed || leased.contains(&key) {
+            let list = if is_needed { &mut swept.needed } else { &mut swept.leased };
             if !list.contains(&point) {
                 list.push(point);
             }

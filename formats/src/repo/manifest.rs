@@ -3,8 +3,8 @@
 //! Invariants
 //! - A change reads the newest generation and creates the next; whoever loses the race reads again. The
 //!   number is the receipt sequence.
-//! - Each generation names the hash of the one before. A damaged newest generation is an error, never a
-//!   reason to fall back to an older one.
+//! - Each generation names the hash of the one before, and is created only once that one is durable. A
+//!   damaged newest generation is an error, never a reason to fall back to an older one.
 //! - A reader that remembers the highest generation it has seen detects an older or another one.
 
 use jiff::Timestamp;
@@ -15,6 +15,7 @@ use super::{
     Error, Machine, Repository, Result, Store, name,
     record::{Hash, ManifestRecord, decode, encode},
 };
+use crate::planted::{Bug, planted};
 
 /// How often a change is tried again after losing the race for a generation.
 const TRIES: usize = 64;
@@ -133,6 +134,11 @@ pub(super) fn change(
         record.written = Timestamp::now();
         edit(&mut record)?;
         let bytes = encode(&record)?;
+        // Whoever made the generation before may have been killed before its name was durable, and it must not be lost
+        // while the next one stays: that one stands on it.
+        if generation > 1 && !planted(Bug::GenerationTrusted) {
+            store.settle(&name::chain(machine.id))?;
+        }
         match store.create(&name::generation(machine.id, generation), &bytes) {
             Ok(()) => return Ok(Manifest { record, hash: Hash::of(&bytes) }),
             Err(e @ Error::Exists { .. }) => lost = Some(e),

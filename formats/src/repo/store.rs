@@ -7,6 +7,7 @@
 //! - Nothing is deleted without a [`Permit`], which only the keeper makes.
 
 use std::{
+    collections::BTreeSet,
     fs::File,
     io::{Read, Write},
     os::fd::{AsFd, AsRawFd, OwnedFd},
@@ -14,6 +15,7 @@ use std::{
     sync::Arc,
 };
 
+use parking_lot::Mutex;
 use rustix::{
     fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, ResolveFlags},
     io::Errno,
@@ -21,7 +23,11 @@ use rustix::{
 use uuid::Uuid;
 
 use super::{Error, Result, keeper::Permit};
-use crate::{Storage, storage::FileStorage};
+use crate::{
+    Storage,
+    planted::{Bug, planted},
+    storage::FileStorage,
+};
 
 /// Largest record that is read, in bytes.
 const RECORD_BYTES_MAX: u64 = 16 << 20;
@@ -62,6 +68,12 @@ impl Store {
     pub fn create(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let Self::Directory(store) = self;
         store.create(name, bytes)
+    }
+
+    /// Makes the names in a folder durable, whoever made them.
+    pub(super) fn settle(&self, folder: &str) -> Result<()> {
+        let Self::Directory(store) = self;
+        store.settle(folder)
     }
 
     /// Replaces an object. Only for leases and traces, which hold no truth about data.
@@ -149,6 +161,8 @@ impl Store {
 pub struct DirectoryStore {
     root: OwnedFd,
     label: String,
+    /// Folders whose names this process has seen durable.
+    durable: Mutex<BTreeSet<String>>,
     #[cfg(test)]
     pub(super) fuse: super::tests::Fuse,
 }
@@ -169,6 +183,7 @@ impl DirectoryStore {
         Ok(Self {
             root,
             label,
+            durable: Mutex::default(),
             #[cfg(test)]
             fuse: super::tests::Fuse::default(),
         })
@@ -186,11 +201,14 @@ impl DirectoryStore {
         self.at(name, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())
     }
 
-    /// The folder, made where it is missing, each new name synced into the one above.
+    /// The folder, made where it is missing, its name durable. One that is there already may have been made by
+    /// somebody who was killed, or whose sync failed, before it was: each process makes sure once.
     fn make_folder(&self, name: &str) -> rustix::io::Result<OwnedFd> {
+        let known = name == "." || self.durable.lock().contains(name) || planted(Bug::FolderTrusted);
         match self.folder(name) {
-            Err(Errno::NOENT) => {}
-            done => return done,
+            Ok(folder) if known => return Ok(folder),
+            Ok(_) | Err(Errno::NOENT) => {}
+            Err(e) => return Err(e),
         }
         let (above, last) = split(name);
         let above = self.make_folder(above)?;
@@ -198,8 +216,12 @@ impl DirectoryStore {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(e) => return Err(e),
         }
-        rustix::fs::fsync(&above)?;
-        self.folder(name)
+        if !planted(Bug::FolderNameUnsynced) {
+            rustix::fs::fsync(&above)?;
+        }
+        let folder = self.folder(name)?;
+        self.durable.lock().insert(name.to_owned());
+        Ok(folder)
     }
 
     fn step(&self, _what: &'static str) -> Result<()> {
@@ -229,8 +251,15 @@ impl DirectoryStore {
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => return Err(Error::Exists { path: shown }),
             Err(e) => return Err(failed(&shown, "create", e)),
         }
-        rustix::fs::fsync(&folder).map_err(|e| failed(&shown, "sync the folder of", e))?;
+        if !planted(Bug::RecordNameUnsynced) {
+            rustix::fs::fsync(&folder).map_err(|e| failed(&shown, "sync the folder of", e))?;
+        }
         self.step("created")
+    }
+
+    fn settle(&self, folder: &str) -> Result<()> {
+        let settled = self.folder(folder).and_then(rustix::fs::fsync);
+        settled.map_err(|e| failed(&self.shown(folder), "sync", e))
     }
 
     fn replace(&self, name: &str, bytes: &[u8]) -> Result<()> {
@@ -241,6 +270,10 @@ impl DirectoryStore {
             let folder = self.folder(folder)?;
             let (temporary, mut file) = temporary(&folder)?;
             file.write_all(bytes)?;
+            // Else a loss of power may leave the new name without its bytes, and nobody could read it any more.
+            if !planted(Bug::LeaseUnsynced) {
+                file.sync_all()?;
+            }
             Ok(rustix::fs::renameat(&folder, temporary.as_str(), &folder, last)?)
         };
         replaced().map_err(|e| failed(&shown, "replace", e))
@@ -314,7 +347,9 @@ impl DirectoryStore {
             let folder = self.make_folder(folder)?;
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
             let fd = rustix::fs::openat(&folder, last, flags, Mode::RUSR | Mode::WUSR)?;
-            rustix::fs::fsync(&folder)?;
+            if !planted(Bug::LayerNameUnsynced) {
+                rustix::fs::fsync(&folder)?;
+            }
             Ok(fd)
         };
         match made() {
@@ -361,6 +396,7 @@ impl DirectoryStore {
         let shown = self.shown(name);
         let (folder, last) = split(name);
         self.step("delete")?;
+        self.durable.lock().remove(name);
         let deleted = || -> rustix::io::Result<()> {
             let folder = self.folder(folder)?;
             match rustix::fs::unlinkat(&folder, last, AtFlags::empty()) {
@@ -382,7 +418,9 @@ fn create_unnamed(folder: impl AsFd, name: &str, bytes: &[u8]) -> std::io::Resul
     let flags = OFlags::WRONLY | OFlags::TMPFILE | OFlags::CLOEXEC;
     let mut file = File::from(rustix::fs::openat(&folder, ".", flags, Mode::RUSR | Mode::WUSR)?);
     file.write_all(bytes)?;
-    file.sync_all()?;
+    if !planted(Bug::RecordUnsynced) {
+        file.sync_all()?;
+    }
     let itself = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
     Ok(rustix::fs::linkat(CWD, itself, &folder, name, AtFlags::SYMLINK_FOLLOW)?)
 }

@@ -111,7 +111,7 @@ impl Core {
             files,
             of,
             options,
-            stripes: (0..STRIPES).map(|_| RwLock::new(Stripe::new(regions))).collect(),
+            stripes: (0..STRIPES.min(regions.saturating_add(1))).map(|_| RwLock::new(Stripe::new(regions))).collect(),
             bytes,
             page_bytes: AtomicU64::new(0),
             unflushed: AtomicU64::new(0),

@@ -211,7 +211,9 @@ impl MapFile {
 
     /// Highest sequence that any image says it has, whole or not.
     fn highest_image(&self) -> Result<u64> {
-        let mut images = vec![0; MAP_IMAGES_MAX * 4096];
+        // A batch has no more images than the map has pages.
+        let slots = usize::try_from(self.pages()).unwrap_or(usize::MAX).min(MAP_IMAGES_MAX);
+        let mut images = vec![0; slots * 4096];
         self.storage.read_at(IMAGES_AT, &mut images).map_err(|e| io_failed(&*self.storage, "read", IMAGES_AT, e))?;
         let heads = images.chunks_exact(4096).filter_map(|image| MapPageHead::read_from_prefix(image).ok());
         let ours = heads.filter(|(head, _)| head.magic == MAP_PAGE_MAGIC && head.id == self.header.id);

@@ -16,6 +16,7 @@ use aquifer_formats::planted::{Bug, planted};
 use super::{
     core::{Core, in_region, region_of},
     failure::io_failed,
+    look::Look,
     region::{BlockState, OVERLAY_BLOCK_BYTES, Page, REGION_BYTES, Region, Stripe},
 };
 use crate::{Result, Zeroing, sync::Ordering};
@@ -342,30 +343,13 @@ impl Core {
             let target = stripe.region(region);
             let through = self.through.load(Ordering::Acquire);
             let intent = if through { self.needs_intent(target, from, len_of(from, to), true) } else { None };
-            if intent.is_none() {
-                if through {
+            match (intent, through) {
+                (Some(_), _) => {}
+                (None, true) => {
                     self.clear_raw(from, to - from, zeroing == Zeroing::KeepSpace)?;
+                    (first..end).for_each(|block| self.zeroed_in_place(region, target, block));
                 }
-                for block in first..end {
-                    let at = in_region(block);
-                    if !planted(Bug::TrimLeavesPage) {
-                        self.drop_page(target, block);
-                    }
-                    if through {
-                        // The file says it all from now on.
-                        self.note_written(target, region, block);
-                        continue;
-                    }
-                    self.set_ram(target, block, BlockState::Trimmed);
-                    self.set_pending(region, target, at);
-                    if !planted(Bug::TrimLeavesBytes) {
-                        target.unpunched.insert(at);
-                    }
-                    target.keep.remove(at);
-                    if zeroing == Zeroing::KeepSpace {
-                        target.keep.insert(at);
-                    }
-                }
+                (None, false) => (first..end).for_each(|block| self.trim(region, target, block, zeroing)),
             }
             stripe.fold(region);
             drop(stripe);
@@ -373,6 +357,31 @@ impl Core {
                 Some((first, end)) => self.intend(first, end)?,
                 None => return Ok(()),
             }
+        }
+    }
+
+    /// Notes a block whose bytes in `disk.raw` are zeros now: the file says it all.
+    fn zeroed_in_place(&self, region: u32, target: &mut Region, block: u64) {
+        if !planted(Bug::TrimLeavesPage) {
+            self.drop_page(target, block);
+        }
+        self.note_written(target, region, block);
+    }
+
+    /// Marks a block as zeros; what `disk.raw` holds of it goes later.
+    fn trim(&self, region: u32, target: &mut Region, block: u64, zeroing: Zeroing) {
+        let at = in_region(block);
+        if !planted(Bug::TrimLeavesPage) {
+            self.drop_page(target, block);
+        }
+        self.set_ram(target, block, BlockState::Trimmed);
+        self.set_pending(region, target, at);
+        if !planted(Bug::TrimLeavesBytes) {
+            target.unpunched.insert(at);
+        }
+        target.keep.remove(at);
+        if zeroing == Zeroing::KeepSpace {
+            target.keep.insert(at);
         }
     }
 
@@ -463,22 +472,14 @@ impl Core {
         while at < end {
             let next = (at - at % REGION_BYTES + REGION_BYTES).min(end);
             let region = region_of(at);
-            #[cfg(feature = "schedule")]
-            let seen = crate::sync::is_planted().then(|| self.stripe(region).read().view(region).states());
+            let look = Look::begin(self, region);
             let mut stripe = self.stripe(region).write();
             let target = stripe.region(region);
             let mut result = Ok(());
             let mut block = at / OVERLAY_BLOCK_BYTES;
             let last = next.div_ceil(OVERLAY_BLOCK_BYTES);
             while block < last && result.is_ok() {
-                let absent = |b: u64| {
-                    #[cfg(feature = "schedule")]
-                    if let Some(seen) = &seen {
-                        return seen.get(in_region(b)) == BlockState::Absent;
-                    }
-                    target.ram.get(in_region(b)) == BlockState::Absent
-                };
-                let run = (block..last).take_while(|b| absent(*b)).count() as u64;
+                let run = (block..last).take_while(|b| look.is_absent(target, in_region(*b))).count() as u64;
                 if run == 0 {
                     block += 1;
                     continue;

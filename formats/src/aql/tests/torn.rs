@@ -209,6 +209,14 @@ fn a_sealed_file_whose_last_sync_is_in_doubt_is_looked_at_again() {
         assert!(is_sealed(&storage).expect("its seal is there"));
         assert!(!confirm_sealed(&storage).expect("readable"), "page at {lost} never reached the disk");
     }
+    for copy in [1, 2] {
+        let mut file = torn.file.clone();
+        let at = file.len() - copy * 4096 + 100;
+        file[at] ^= 1;
+        let storage = MemoryStorage::new("torn.aql", file);
+        assert!(is_sealed(&storage).expect("one of two seals is whole"));
+        assert!(!confirm_sealed(&storage).expect("readable"), "of two seals the last but {} is torn", copy - 1);
+    }
 }
 
 #[test]
