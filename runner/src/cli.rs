@@ -115,8 +115,18 @@ pub enum Verb {
     Export(verb::export::Args),
     /// Show who reads or writes the repository
     Leases(verb::leases::Args),
-    /// Show what happened to sessions
+    /// Show what happened, oldest first
     Events(verb::events::Args),
+    /// Do one run of a job of the site file
+    Run(verb::run::Args),
+    /// Carry out the site file: begin runs when they are due, and work on them
+    Serve(verb::serve::Args),
+    /// Work on what is in the queue of a shared catalogue
+    Worker(verb::worker::Args),
+    /// Show runs of jobs and operations; stop, pause or resume one
+    Sessions(verb::sessions::Args),
+    /// Show jobs, when they run next and how they ended last; pause or resume one
+    Jobs(verb::jobs::Args),
     /// Check or show the site file
     Config(verb::config::Args),
     /// Measure a disk behind any path or NBD URI, and peers in the same run
@@ -139,7 +149,8 @@ pub const GROUPS: &[(&str, &[&str])] = &[
     ("Start here", &["info", "mount", "recover", "status", "wait", "session", "finalize", "demo"]),
     ("Protect", &["init", "backup", "points", "forget", "verify"]),
     ("Look", &["map", "diff", "export", "leases", "events"]),
-    ("Tools", &["config", "bench", "doctor", "explain", "completions", "man"]),
+    ("Site", &["config", "run", "serve", "worker", "jobs", "sessions"]),
+    ("Tools", &["bench", "doctor", "explain", "completions", "man"]),
 ];
 
 const SOURCE_HELP: &str = "\

@@ -6,6 +6,8 @@
 //!
 //! Not here: reading what lies there.
 
+mod catalogue;
+
 use std::{
     env,
     ffi::OsString,

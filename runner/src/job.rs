@@ -4,10 +4,28 @@
 //! - A body leaves what it has stored where the next attempt finds it, and nothing half visible.
 //! - Every durable effect of a body carries the fence of its task.
 
+mod news;
+
+use serde::Serialize;
+
 use crate::{
+    catalogue::NewWork,
+    context::Context,
     fail::{Code, Fail, Result},
+    site::{Job, JobKind, Site},
     work::{Done, Task},
 };
+
+pub use news::newest_points;
+
+/// Something a run would do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Step {
+    /// What, as words that follow "would".
+    pub what: String,
+    /// Bytes it is expected to read; `None` where nobody can tell before.
+    pub bytes: Option<u64>,
+}
 
 /// Does a piece of work.
 ///
@@ -16,4 +34,19 @@ use crate::{
 pub fn run(task: &Task<'_>) -> Result<Done> {
     let kind = &task.work.kind;
     Err(Fail::new(Code::Unsupported, format!("this build does not know work of the kind `{kind}`")))
+}
+
+/// What a piece of work would do. Changes nothing.
+///
+/// # Errors
+/// What the work itself would be refused for.
+pub fn foresee(_context: &Context, _site: &Site, job: &Job, work: &NewWork) -> Result<Vec<Step>> {
+    let machine = work.spec.get("machine").and_then(|machine| machine.as_str()).unwrap_or("every machine");
+    let what = match &job.kind {
+        JobKind::Backup(job) => format!("back {machine} up into {}", job.to),
+        JobKind::Replication(job) => format!("bring the replica of {machine} on {} up to date", job.host),
+        JobKind::Copy(job) => format!("copy points of {machine} from {} to {}", job.from.join(", "), job.to),
+        JobKind::Health(job) => format!("check the stored points of {machine} in {}", job.repository),
+    };
+    Ok(vec![Step { what, bytes: None }])
 }

@@ -19,16 +19,21 @@ pub mod finalize;
 pub mod forget;
 pub mod info;
 pub mod init;
+pub mod jobs;
 pub mod leases;
 pub mod man;
 pub mod map;
 pub mod mount;
 pub mod points;
 pub mod recover;
+pub mod run;
+pub mod serve;
 pub mod session;
+pub mod sessions;
 pub mod status;
 pub mod verify;
 pub mod wait;
+pub mod worker;
 
 use crate::{cli::Verb, context::Context, fail::Result};
 
@@ -55,6 +60,11 @@ impl Verb {
             Verb::Leases(_) => "leases",
             Verb::Events(_) => "events",
             Verb::Config(_) => "config",
+            Verb::Run(_) => "run",
+            Verb::Serve(_) => "serve",
+            Verb::Worker(_) => "worker",
+            Verb::Sessions(_) => "sessions",
+            Verb::Jobs(_) => "jobs",
             Verb::Bench(_) => "bench",
             Verb::Doctor(_) => "doctor",
             Verb::Explain(_) => "explain",
@@ -86,6 +96,11 @@ impl Verb {
             Verb::Leases(args) => leases::run(context, args),
             Verb::Events(args) => events::run(context, args),
             Verb::Config(args) => config::run(context, args),
+            Verb::Run(args) => run::run(context, args),
+            Verb::Serve(args) => serve::run(context, args),
+            Verb::Worker(args) => worker::run(context, args),
+            Verb::Sessions(args) => sessions::run(context, args),
+            Verb::Jobs(args) => jobs::run(context, args),
             Verb::Bench(args) => bench::run(context, args),
             Verb::Doctor(args) => doctor::run(context, args),
             Verb::Explain(args) => explain::run(context, args),

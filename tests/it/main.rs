@@ -36,6 +36,7 @@ mod session;
 mod stored;
 mod tidy;
 mod vhost_user;
+mod workers;
 
 mod skeleton {
     use std::sync::Arc;

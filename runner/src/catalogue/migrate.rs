@@ -27,7 +27,7 @@ pub(super) const POSTGRES: &[&str] = &[
     "SET search_path TO aquifer",
     "SET synchronous_commit TO on",
     "SET client_min_messages TO warning",
-    "SET idle_in_transaction_session_timeout TO '60s'",
+    "SET idle_in_transaction_session_timeout TO '15s'",
 ];
 
 struct Form {

@@ -15,7 +15,7 @@ use serde_json::Value;
 use sqlx::{Row, any::AnyRow};
 
 use super::{
-    Catalogue, Error, Event, Need, Result, SessionId, SessionResult, Wish,
+    Catalogue, Error, Event, Need, Result, SessionId, SessionResult, Url, Wish,
     transaction::{Fault, Tx, maybe_time, record, text, time, word, words},
 };
 use crate::work::order::{self, Candidate};
@@ -368,11 +368,18 @@ impl Catalogue {
     }
 
     fn something_due(&self, now: Timestamp) -> Result<bool> {
+        // A shared database has a clock of its own for leases, which a look that costs nothing does not ask.
+        let lost_before = match self.url() {
+            Url::Sqlite(_) => Timestamp::now().as_millisecond(),
+            Url::Postgres(_) => i64::MAX,
+        };
         self.read("look for work", async |pool| {
             let row = sqlx::query(
-                "SELECT count(*) AS n FROM work WHERE (state = 'ready' AND run_at <= $1) OR state = 'running'",
+                "SELECT count(*) AS n FROM work WHERE (state = 'ready' AND run_at <= $1) \
+                 OR (state = 'running' AND lease_until < $2)",
             )
             .bind(now.as_millisecond())
+            .bind(lost_before)
             .fetch_one(pool)
             .await?;
             Ok(row.try_get::<i64, _>("n")? > 0)
@@ -441,7 +448,9 @@ impl Tx {
         Ok(state != WorkState::Running && stored == Some(text(&outcome.record())?))
     }
 
-    /// Work whose lease ran out: handed back where its session waits or ends, failed where it kills its workers.
+    /// Work whose lease ran out goes back into the queue under a new epoch: from then on whoever had it is fenced, also
+    /// where other work on the same object is begun first. It ends where its session does, and where it kills its
+    /// workers.
     async fn settle_lost(&mut self) -> Result<(), Fault> {
         let now = self.now;
         let rows = sqlx::query(
@@ -458,15 +467,35 @@ impl Tx {
             let owner = work.owner.clone().unwrap_or_default();
             if asked.as_deref() == Some(Wish::Cancel.word()) {
                 self.settle(&work, &Outcome::Cancelled, None, &owner).await?;
-            } else if asked.as_deref() == Some(Wish::Pause.word()) {
-                let why = format!("{owner} was silent for too long");
-                self.settle(&work, &Outcome::GivenBack(why), None, &owner).await?;
             } else if lost + 1 >= LOST_MAX {
                 let why = format!("{} workers in a row went away while they did it; the last was {owner}", lost + 1);
                 let outcome = Outcome::Failed { why, code: "E_FAILED".into(), passing: false };
                 self.settle(&work, &outcome, None, &owner).await?;
+            } else {
+                self.lose(&work, &owner).await?;
             }
         }
+        Ok(())
+    }
+
+    async fn lose(&mut self, work: &Work, owner: &str) -> Result<(), Fault> {
+        sqlx::query(
+            "UPDATE work SET state = 'ready', epoch = epoch + 1, lost = lost + 1, lease_until = NULL WHERE id = $1",
+        )
+        .bind(work.id.0)
+        .execute(self.on())
+        .await?;
+        self.drop_slots(work.id).await?;
+        self.events.push(Event {
+            object: format!("work/{}", work.id),
+            from: Some(work.state.to_string()),
+            to: Some(WorkState::Ready.to_string()),
+            op: "lose".into(),
+            session: work.session,
+            user: "queue".into(),
+            reason: Some(format!("{owner} was silent for too long")),
+            ..Event::default()
+        });
         Ok(())
     }
 
@@ -476,20 +505,17 @@ impl Tx {
         kinds: &[&str],
         session: Option<SessionId>,
     ) -> Result<(Vec<Candidate>, Vec<AnyRow>), Fault> {
-        let now = self.now;
         let rows = sqlx::query(
             "SELECT w.* FROM work w LEFT JOIN session s ON s.id = w.session \
              WHERE (s.wish IS NULL OR s.wish = 'run') AND ($1 = 0 OR w.session = $2) \
-             AND ((w.state = 'ready' AND w.run_at <= $3) OR (w.state = 'running' AND w.lease_until < $4)) \
+             AND w.state = 'ready' AND w.run_at <= $3 \
              AND (w.object = '' OR NOT EXISTS (SELECT 1 FROM work o WHERE o.object = w.object AND o.id <> w.id \
-                  AND o.state = 'running' AND o.lease_until >= $5)) \
+                  AND o.state = 'running')) \
              ORDER BY w.place, w.id",
         )
         .bind(i64::from(session.is_some()))
         .bind(session.map_or(0, |id| id.0))
         .bind(due)
-        .bind(now)
-        .bind(now)
         .fetch_all(self.on())
         .await?;
         let (mut candidates, mut kept) = (Vec::new(), Vec::new());
@@ -511,11 +537,11 @@ impl Tx {
 
     async fn take(&mut self, row: &AnyRow, owner: &str) -> Result<(Work, Fence), Fault> {
         let before = read(row)?;
-        let taken_over = before.state == WorkState::Running;
+        let taken_over = row.try_get::<i64, _>("lost")? > 0;
         let lease_until = self.lease_until;
         let row = sqlx::query(
             "UPDATE work SET state = 'running', owner = $1, epoch = epoch + 1, attempts = attempts + 1, \
-             lost = CASE WHEN state = 'running' THEN lost + 1 ELSE 0 END, lease_until = $2, outcome = NULL \
+             lease_until = $2, outcome = NULL \
              WHERE id = $3 RETURNING *",
         )
         .bind(owner.to_owned())

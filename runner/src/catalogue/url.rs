@@ -19,6 +19,20 @@ pub enum Url {
 }
 
 impl Url {
+    /// The same with a password, which is kept apart from the site file.
+    #[must_use]
+    pub fn with_password(self, password: &[u8]) -> Self {
+        match self {
+            Self::Postgres(mut text) => {
+                text.push(if text.contains('?') { '&' } else { '?' });
+                text.push_str("password=");
+                text.push_str(&escaped_bytes(password));
+                Self::Postgres(text)
+            }
+            sqlite @ Self::Sqlite(_) => sqlite,
+        }
+    }
+
     /// The text the database driver takes.
     pub(super) fn driver_text(&self) -> String {
         match self {
@@ -31,8 +45,12 @@ impl Url {
 /// Every byte that could mean something in a URL, as `%xx`.
 fn escaped(path: &Path) -> String {
     use std::os::unix::ffi::OsStrExt;
+    escaped_bytes(path.as_os_str().as_bytes())
+}
+
+fn escaped_bytes(bytes: &[u8]) -> String {
     let mut text = String::new();
-    for byte in path.as_os_str().as_bytes() {
+    for byte in bytes {
         if byte.is_ascii_alphanumeric() || b"/-_.".contains(byte) {
             text.push(char::from(*byte));
         } else {
@@ -125,6 +143,14 @@ mod tests {
         }
         let wrong = "mysql://u:s3cret@db/x".parse::<Url>().expect_err("another database");
         assert!(!wrong.contains("s3cret"), "{wrong}");
+    }
+
+    #[test]
+    fn a_password_is_bytes() {
+        let url: Url = "postgres://u@db/aquifer?sslmode=require".parse().expect("a url");
+        let url = url.with_password(b"a&b=`c d%");
+        assert_eq!(url.driver_text(), "postgres://u@db/aquifer?sslmode=require&password=a%26b%3D%60c%20d%25");
+        assert_eq!(url.to_string(), "postgres://u@db/aquifer?sslmode=require&password=***");
     }
 
     #[test]

@@ -136,6 +136,12 @@ codes! {
         "`aquifer doctor` found something that limits what this machine can do; the command that repairs it is printed."
     WarnInterrupted "W_RESUMED" 1 never
         "An earlier run was interrupted; this one went on from what it had stored."
+    WarnMissed "W_MISSED" 1 never
+        "A job was due while nothing was there to run it. The schedule's `catch_up` decides whether one run makes up for it; the event says which due time it was and how many were missed."
+    WarnOverrun "W_OVERRUN" 1 never
+        "A job was due while its last run had not ended. It is not doubled: the next due time counts."
+    WarnSession "W_SESSION" 1 never
+        "The session reached its end, but something in it wants a look: a machine that was skipped, a point that could not be made application-consistent, an increment that became a full. `aquifer sessions ID` says which."
     WarnHost "W_HOST" 1 never
         "The host could not do everything that was asked for; the message says what was done instead."
 }

@@ -12,4 +12,5 @@ mod kept;
 mod look;
 mod measure;
 mod signals;
+mod site_jobs;
 mod whole;

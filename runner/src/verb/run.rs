@@ -1,0 +1,176 @@
+//! `run`: one run of a job, worked on here, followed to its end.
+//!
+//! Invariants
+//! - A job that runs already is not begun a second time. One whose run was interrupted goes on with that run.
+//! - `-n` says each step and what it is expected to read, and changes nothing: not even a catalogue is made.
+
+use std::{thread, time::Duration};
+
+use crate::{
+    catalogue::{Catalogue, Error, NewRun, NewSession, Session, SessionId, SessionResult, Trigger, Wish, WorkState},
+    cli::DryRun,
+    context::{Context, quoted},
+    fail::{Code, Fail, Result},
+    job,
+    site::{Job, Site},
+    stop::Stop,
+    units,
+    work::{Worker, expand, follow::Follow, owner},
+};
+
+/// How often new events are shown.
+const SHOW_EVERY: Duration = Duration::from_millis(200);
+
+/// Options of `run`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// A job of the site file
+    #[arg(value_name = "JOB")]
+    pub job: String,
+    /// Begin it and leave the work to `aquifer serve` or `aquifer worker`
+    #[arg(long)]
+    pub no_wait: bool,
+    /// Why, for the session's record
+    #[arg(long, value_name = "TEXT")]
+    pub reason: Option<String>,
+    /// Whether only to look.
+    #[command(flatten)]
+    pub dry: DryRun,
+}
+
+pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
+    let stop = context.stop()?;
+    let site = context.site()?;
+    let job = find(context, site, &args.job)?;
+    if args.dry.dry_run {
+        return foresee(context, site, &args.job, job);
+    }
+    let catalogue = context.catalogue()?;
+    let id = begin(context, &catalogue, site, args, job)?;
+    if args.no_wait {
+        context.out.record("session", &catalogue.session(id)?);
+        context.out.line(format_args!("session {id}: waiting"));
+        context.out.next(format!("aquifer sessions {id}"));
+        return Ok(());
+    }
+    follow(context, &catalogue, id, stop)?;
+    conclude(context, &catalogue, args, id, stop)
+}
+
+/// The job of that name, or the names there are.
+pub(super) fn find<'s>(context: &Context, site: &'s Site, name: &str) -> Result<&'s Job> {
+    site.jobs.get(name).ok_or_else(|| {
+        let fail = Fail::new(Code::NotFound, format!("the site file has no job `{name}`"));
+        let names: Vec<&str> = site.jobs.keys().map(String::as_str).collect();
+        let path = context.config_path().map_or("no site file".to_owned(), |path| path.display().to_string());
+        let there = if names.is_empty() { "it has no jobs".to_owned() } else { format!("it has {}", names.join(", ")) };
+        fail.at(path).cause(there).help("aquifer jobs")
+    })
+}
+
+/// Says what a run would do.
+fn foresee(context: &Context, site: &Site, name: &str, job: &Job) -> Result<()> {
+    let mut total = Some(0u64);
+    for work in expand::works(site, name, job, false) {
+        for step in job::foresee(context, site, job, &work)? {
+            context.out.record("step", &step);
+            let bytes = step.bytes.map(|bytes| format!(" (about {})", units::bytes(bytes))).unwrap_or_default();
+            context.out.line(format_args!("would {}{bytes}", step.what));
+            total = total.zip(step.bytes).map(|(total, bytes)| total.saturating_add(bytes));
+        }
+    }
+    if let Some(total) = total {
+        context.out.closing("bytes", total);
+        context.out.line(format_args!("about {} in all", units::bytes(total)));
+    }
+    context.out.next(format!("aquifer run {}", quoted(name)));
+    Ok(())
+}
+
+fn begin(context: &Context, catalogue: &Catalogue, site: &Site, args: &Args, job: &Job) -> Result<SessionId> {
+    let session = NewSession {
+        kind: job.kind.name().to_owned(),
+        job: Some(args.job.clone()),
+        initiator: context.user(),
+        reason: args.reason.clone(),
+        retry_of: None,
+    };
+    let work = expand::works(site, &args.job, job, false);
+    match catalogue.begin_run(&args.job, &NewRun { trigger: Trigger::Hand, session, work }) {
+        Err(error @ Error::Busy { .. }) => {
+            let Some(open) = catalogue.job(&args.job)?.open_session else { return Err(error.into()) };
+            if is_in_hands(catalogue, open)? {
+                return Err(Fail::from(error).help(format!("aquifer sessions {open}")));
+            }
+            let what = format!("an earlier run was interrupted; session {open} goes on");
+            context.out.warn(Code::WarnInterrupted, what, None);
+            Ok(open)
+        }
+        begun => Ok(begun?),
+    }
+}
+
+/// Whether somebody works on a session, or has been asked to wait with it.
+fn is_in_hands(catalogue: &Catalogue, id: SessionId) -> Result<bool> {
+    let now = jiff::Timestamp::now();
+    let held = catalogue.session(id)?.wish != Wish::Run;
+    let live = |work: &crate::catalogue::Work| {
+        work.state == WorkState::Running && work.lease_until.is_some_and(|until| until > now)
+    };
+    Ok(held || catalogue.work_of(id)?.iter().any(live))
+}
+
+/// Works on a session and shows what happens, until it has ended or somebody asks to stop.
+pub(super) fn follow(context: &Context, catalogue: &Catalogue, id: SessionId, stop: Stop) -> Result<()> {
+    let tasks = context.site()?.proxy.max_tasks;
+    let worker =
+        Worker { context, catalogue, owner: owner("run"), tasks, only: Some(id), until_idle: true, body: job::run };
+    let mut follow = Follow::from_now(catalogue)?.of_session(id);
+    let outcome = thread::scope(|scope| {
+        let working = scope.spawn(|| worker.run(stop));
+        while !working.is_finished() {
+            // What cannot be shown now is shown later; the worker tells when the catalogue is gone for good.
+            let _ = follow.show(catalogue, &context.out);
+            thread::sleep(SHOW_EVERY);
+        }
+        working.join().unwrap_or_else(|payload| Err(Fail::from_panic(payload.as_ref())))
+    });
+    outcome?;
+    follow.show(catalogue, &context.out)
+}
+
+fn conclude(context: &Context, catalogue: &Catalogue, args: &Args, id: SessionId, stop: Stop) -> Result<()> {
+    let session = catalogue.session(id)?;
+    context.out.record("session", &session);
+    let again = format!("aquifer run {}", quoted(&args.job));
+    if session.ended.is_none() {
+        stop.check().map_err(|fail| fail.help(format!("{again}    # session {id} goes on from what is stored")))?;
+    }
+    context.out.line(super::sessions::line(&session));
+    let reason = session.reason.clone().unwrap_or_default();
+    match session.result {
+        SessionResult::Failed | SessionResult::None => Err(failure(catalogue, &session, &reason)?),
+        SessionResult::Cancelled => Err(Fail::new(Code::Failed, format!("session {id} was cancelled")).help(again)),
+        SessionResult::Warning => {
+            context.out.warn(Code::WarnSession, format!("session {id}: {reason}"), None);
+            context.out.next(format!("aquifer sessions {id}"));
+            Ok(())
+        }
+        SessionResult::Success => {
+            context.out.next(format!("aquifer sessions {id}"));
+            Ok(())
+        }
+    }
+}
+
+/// The failure of a session: with the code of its only failed work, else a code of its own.
+fn failure(catalogue: &Catalogue, session: &Session, reason: &str) -> Result<Fail> {
+    let works = catalogue.work_of(session.id)?;
+    let failed: Vec<_> = works.iter().filter(|work| work.state == WorkState::Failed).collect();
+    let code = match failed.as_slice() {
+        [one] => one.outcome.as_ref().and_then(|o| o.get("code")).and_then(|c| c.as_str()).and_then(Code::find),
+        _ => None,
+    };
+    let what = format!("session {}: {} of {} failed: {reason}", session.id, failed.len(), works.len());
+    Ok(Fail::new(code.unwrap_or(Code::Failed), what).help(format!("aquifer sessions {}", session.id)))
+}

@@ -1,0 +1,78 @@
+//! Shows what the catalogue tells while something runs: each event once, in order.
+
+use jiff::Timestamp;
+
+use crate::{
+    catalogue::{Catalogue, EventFilter, EventRecord, SessionId},
+    fail::Result,
+    output::Output,
+};
+
+/// How far the events were shown.
+#[derive(Debug)]
+pub struct Follow {
+    seen: i64,
+    session: Option<SessionId>,
+    owner: Option<String>,
+}
+
+impl Follow {
+    /// Everything from now on.
+    ///
+    /// # Errors
+    /// The catalogue's.
+    pub fn from_now(catalogue: &Catalogue) -> Result<Self> {
+        Ok(Self { seen: catalogue.last_event()?, session: None, owner: None })
+    }
+
+    /// Only what one worker does.
+    #[must_use]
+    pub fn of_owner(mut self, owner: &str) -> Self {
+        self.owner = Some(owner.to_owned());
+        self
+    }
+
+    /// Only one session, from its beginning.
+    #[must_use]
+    pub fn of_session(mut self, session: SessionId) -> Self {
+        (self.seen, self.session) = (0, Some(session));
+        self
+    }
+
+    /// Shows what is new.
+    ///
+    /// # Errors
+    /// The catalogue's.
+    pub fn show(&mut self, catalogue: &Catalogue, out: &Output) -> Result<()> {
+        let filter = EventFilter { session: self.session, ..EventFilter::default() };
+        for record in catalogue.events(self.seen, &filter)? {
+            self.seen = record.seq;
+            if self.owner.as_ref().is_none_or(|owner| record.event.user == *owner) {
+                out.record("event", &record);
+                out.line(line(&record));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An event as a line.
+pub fn line(record: &EventRecord) -> String {
+    let event = &record.event;
+    let mut text = format!("{}  {}  {}", at(record.time), event.object, event.op);
+    match (&event.from, &event.to) {
+        (Some(from), Some(to)) => text.push_str(&format!(": {from} -> {to}")),
+        (None, Some(to)) => text.push_str(&format!(": {to}")),
+        _ => {}
+    }
+    if let Some(why) = event.error.as_ref().or(event.reason.as_ref()) {
+        text.push_str(&format!("  ({why})"));
+    }
+    text.push_str(&format!("  by {}", event.user));
+    text
+}
+
+/// A time to the second.
+pub fn at(time: Timestamp) -> String {
+    time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
+}
