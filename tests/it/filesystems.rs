@@ -59,6 +59,7 @@ fn rig_over(origin: &Path) -> Rig {
         journal_bytes: 1 << 20,
         memory_bytes: 1 << 20,
         spill_bytes: 256 << 10,
+        ahead_bytes: 64 << 10,
         settling: Settling::Callers,
     };
     Rig { chain: Arc::new(chain), source: World::default(), options }

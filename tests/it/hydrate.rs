@@ -233,6 +233,40 @@ fn a_full_disk_holds_hydration_until_there_is_space() {
     assert_eq!(hydrator.wait(LONG), HydrateState::Done);
 }
 
+/// What is kept for the machine's own writes is not taken by the copy.
+#[test]
+fn the_copy_stops_where_its_room_ends_and_goes_on_with_more() {
+    let (rig, world) = (rig(24), Rig::world());
+    let disk = disk(&rig, &world);
+    let hydrator = Hydrator::start(Arc::clone(&disk), slow()).expect("start");
+    hydrator.set_room(Some(3 << 20));
+    let started = Instant::now();
+    while hydrator.progress().state != HydrateState::NoSpace {
+        assert!(started.elapsed() < Duration::from_secs(20), "{:?}", hydrator.progress());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // One step may have been on its way before there was a limit, and one when it was reached.
+    let stopped = hydrator.progress();
+    assert!((3 << 20..=6 << 20).contains(&stopped.copied), "{stopped:?}");
+    assert!(stopped.error.as_ref().is_some_and(|why| why.contains("kept")), "{stopped:?}");
+    let expected = read_all(&disk);
+    disk.write(20 << 20, &[7; 4096]).expect("a machine goes on");
+    disk.flush().expect("flush");
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(hydrator.progress().copied, stopped.copied, "what was read is not kept either");
+    hydrator.set_room(None);
+    hydrator.set_pace(Pace::default());
+    assert_eq!(hydrator.wait(LONG), HydrateState::Done);
+    assert!(hydrator.progress().error.is_none());
+    let found = read_all(&disk);
+    let at = 20 << 20;
+    assert!(
+        found[..at] == expected[..at]
+            && found[at..at + 4096] == [7; 4096]
+            && found[at + 4096..] == expected[at + 4096..]
+    );
+}
+
 /// Progress never goes back, and never claims what is not there.
 #[test]
 fn progress_is_monotonic_and_true() {

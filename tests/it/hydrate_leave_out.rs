@@ -1,10 +1,14 @@
 //! Promise: what hydration leaves out nobody misses. A real file system whose free blocks hold old bytes, hydrated to its end: `e2fsck` finds it clean, every used block is
-//! the restore point's, what was read keeps its bytes, and the rest is zeros.
+//! the restore point's, what was read keeps its bytes, and the rest is zeros. Loss of power included.
 
 use std::{fs, path::Path, process::Command, sync::Arc, time::Duration};
 
 use aquifer_formats::{raw::RawLayer, storage::MemoryStorage};
-
+use aquifer_tests::{
+    faults::{CrashPoint, Image, World},
+    rig::Rig,
+    rng::Rng,
+};
 use aquifer_vdisk::{
     BlockCache, Blocks, Chain, Delta, Disk, Error, HydrateState, Hydrator, Overlay, OverlayOf, OverlayOptions, Pace,
     disk::TOUCHED_NAME, unused,
@@ -172,4 +176,49 @@ fn what_was_seen_once_stays() {
             assert!(read(&disk, *place, 512) == *first, "round {round}: {place} changed");
         }
     }
+}
+
+/// What a machine made of bytes it read may be durable once it has flushed; so is, then, that they were read.
+#[test]
+fn a_loss_of_power_forgets_no_read_that_a_flush_may_depend_on() {
+    const TOUCHED: usize = 3;
+    let bytes: Vec<u64> = (1..=8 << 11).collect();
+    let rig = Rig::new(&bytes);
+    let world = World::new(vec![Image::default(); TOUCHED + 1]);
+    let made = rig.create(&world);
+    let disk = made.watching_on(world.file(TOUCHED, TOUCHED_NAME)).expect("watched");
+    let mut dice = Rng::new(3);
+    let mut buf = [0; 4096];
+    // Which units were read when a flush ended, and how much had been told by then.
+    let (mut read, mut promises) = (0u8, vec![(0, 0u8)]);
+    for round in 0..40 {
+        let unit = dice.below(8);
+        match dice.below(3) {
+            0 => {
+                disk.flush().expect("flush");
+                promises.push((world.told_len(), read));
+            }
+            1 => disk.write((unit << 20) + dice.below(200) * 4096, &[round; 4096]).expect("write"),
+            _ => {
+                disk.read((unit << 20) + (201 + dice.below(50)) * 4096, &mut buf).expect("read");
+                read |= 1 << unit;
+            }
+        }
+    }
+    drop(disk);
+    let told = world.told();
+    let (mut point, mut states, mut held) = (CrashPoint::new(vec![Image::default(); TOUCHED + 1]), 0, 0);
+    for (at, event) in told.iter().enumerate() {
+        point.pass(event);
+        let (_, promised) = promises.iter().rev().find(|(told, _)| *told <= at + 1).expect("the first");
+        for _ in 0..8 {
+            let files = point.crash(dice.next_u64(), dice.next_u64() & dice.next_u64(), &mut dice);
+            let mut found = [0];
+            files[TOUCHED].read(0, &mut found);
+            assert_eq!(found[0] & promised, *promised, "after {at} of {}: a read is forgotten", told.len());
+            states += 1;
+            held += promised.count_ones();
+        }
+    }
+    assert!(states > 400 && held > 1000 && read.count_ones() > 5, "{states} states, {held} bits held");
 }

@@ -92,6 +92,7 @@ fn disk(dir: &Path) -> Arc<Disk> {
         journal_bytes: 400 << 10,
         memory_bytes: 256 << 10,
         spill_bytes: 64 << 10,
+        ahead_bytes: 32 << 10,
         ..OverlayOptions::default()
     };
     let overlay = Overlay::open(&dir.join("overlay"), of, options).expect("open");

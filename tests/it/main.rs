@@ -2,6 +2,7 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "the numbers of a test are known to fit")]
 
+mod aggressor;
 mod backups;
 mod catalogue;
 mod chain;
@@ -33,6 +34,7 @@ mod recover;
 mod repository;
 mod same_bytes;
 mod session;
+mod space;
 mod stored;
 mod tidy;
 mod vhost_user;

@@ -363,6 +363,45 @@ fn outages_under_a_writing_client_are_only_waits() {
     assert!(again <= allowed, "{again} bytes fetched twice, {allowed} explained");
 }
 
+/// What is said of the end comes true within a quarter. A minute long, so only in the long form: predictions begin after
+/// ten seconds of copying. The short form is that of `vdisk/src/hydrate/progress.rs`, with a clock of its own.
+#[test]
+fn the_end_comes_when_it_was_said_to() {
+    if scale() == 1 {
+        println!("skipped: only in the long form (AQUIFER_TEST_SCALE above 1)");
+        return;
+    }
+    const SIZE: usize = 160 << 20;
+    let Served { site, mut door, .. } = Served::new(SIZE, Options::default(), &["rate"], &["rate=24M"]);
+    let began = Instant::now();
+    let mut said = Vec::new();
+    loop {
+        let now = status(&site);
+        if now.is_local() {
+            break;
+        }
+        let copy = now.disks[0].hydration.clone().expect("a copy");
+        let quarter = usize::try_from(copy.done * 4 / copy.total.max(1)).expect("small");
+        if quarter > said.len()
+            && let Some(eta) = copy.eta_s
+        {
+            said.push((began.elapsed().as_secs_f64(), eta));
+        }
+        assert!(began.elapsed() < Duration::from_secs(240), "{copy:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let end = began.elapsed().as_secs_f64();
+    println!("local after {end:.1} s");
+    assert_eq!(said.len(), 3, "{said:?}");
+    for (at, eta) in said {
+        println!("after {at:.1} s it said {eta} s, and it was {:.1} s", end - at);
+        let ratio = eta as f64 / (end - at);
+        assert!((0.75..=1.25).contains(&ratio), "{ratio:.2} of what it was");
+    }
+    site.client().stop(Clients::Disconnect).expect("stop");
+    assert!(door.0.wait().expect("wait").success());
+}
+
 /// A source that fails one request in four, answers late, or crawls: no client sees it, and the copy ends.
 #[test]
 fn a_source_that_fails_delays_and_crawls_is_only_slow() {

@@ -42,17 +42,27 @@ pub(super) struct Site {
 
 impl Site {
     pub(super) fn new(size: usize, options: Options) -> Self {
-        Self::over(size, options, |source| ChainSpec::Image {
-            path: source.to_path_buf(),
-            format: Some(Format::Raw),
-            allow_backing: Vec::new(),
-            snapshot: None,
-        })
+        Self::over(size, options, Self::image)
+    }
+
+    /// A chain that is this raw image.
+    pub(super) fn image(source: &Path) -> ChainSpec {
+        let (path, format) = (source.to_path_buf(), Some(Format::Raw));
+        ChainSpec::Image { path, format, allow_backing: Vec::new(), snapshot: None }
     }
 
     /// A session on whatever `chain` makes of an image.
     pub(super) fn over(size: usize, options: Options, chain: impl FnOnce(&Path) -> ChainSpec) -> Self {
-        let tmp = tempfile::tempdir().expect("tempdir");
+        Self::within(tempfile::tempdir().expect("tempdir"), size, options, chain)
+    }
+
+    /// The same, all of it in this folder.
+    pub(super) fn within(
+        tmp: tempfile::TempDir,
+        size: usize,
+        options: Options,
+        chain: impl FnOnce(&Path) -> ChainSpec,
+    ) -> Self {
         let root = fs::canonicalize(tmp.path()).expect("path");
         fs::create_dir(root.join("source")).expect("folder");
         let source = root.join("source/vda.img");

@@ -21,6 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aquifer_formats::Storage;
 use arc_swap::ArcSwapOption;
 
 pub use self::source::Parked;
@@ -165,6 +166,18 @@ impl Disk {
         let local = self.overlay()?.local();
         if local.absent > 0 {
             self.touched = Touched::open(dir, self.size, local.local() == 0)?;
+        }
+        Ok(self)
+    }
+
+    /// As [`Disk::watching`], in a file that somebody else opened, empty for a new overlay.
+    ///
+    /// # Errors
+    /// As [`Disk::watching`].
+    pub fn watching_on(mut self, file: Arc<dyn Storage>) -> Result<Self> {
+        if self.overlay()?.local().absent > 0 {
+            let is_new = file.len().is_ok_and(|len| len == 0) && self.overlay()?.local().local() == 0;
+            self.touched = Touched::on(file, self.size, is_new)?;
         }
         Ok(self)
     }
@@ -377,7 +390,8 @@ impl Disk {
     fn record(&self, operation: Operation<'_>) -> Result<()> {
         let Some(unflushed) = &self.unflushed else { return Ok(()) };
         while !unflushed.record(operation)? {
-            self.flush()?;
+            // Nobody has asked for it.
+            self.flush_by(Overlay::flush_for_room)?;
         }
         Ok(())
     }
@@ -393,10 +407,15 @@ impl Disk {
     /// # Errors
     /// [`Error::SyncFailed`], from then on always; [`Error::NoSpace`].
     pub fn flush(&self) -> Result<()> {
+        self.flush_by(Overlay::flush)
+    }
+
+    fn flush_by(&self, flush: impl Fn(&Overlay) -> Result<()>) -> Result<()> {
         let Some(overlay) = &self.overlay else { return Ok(()) };
-        let Some(unflushed) = &self.unflushed else { return overlay.flush() };
+        _ = self.touched.as_ref().map(Touched::sync);
+        let Some(unflushed) = &self.unflushed else { return flush(overlay) };
         let turned = unflushed.turn()?;
-        overlay.flush()?;
+        flush(overlay)?;
         unflushed.flushed(&turned)
     }
 
@@ -681,7 +700,7 @@ impl Disk {
                     for range in part.iter() {
                         sum += forget_untouched(overlay, touched, range)?;
                     }
-                    overlay.flush()?;
+                    overlay.flush_for_room()?;
                     Ok(sum)
                 });
                 forgotten += done.transpose()?.unwrap_or(0);

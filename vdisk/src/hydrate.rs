@@ -121,6 +121,18 @@ impl Hydrator {
         self.shared.demand.wake();
     }
 
+    /// Lets so many more bytes be stored, `None` for any number. At 0 nothing is copied ([`HydrateState::NoSpace`]); the
+    /// machine goes on reading from its source.
+    pub fn set_room(&self, bytes: Option<u64>) {
+        let mut state = self.shared.state.lock();
+        let had = std::mem::replace(&mut state.room, bytes.unwrap_or(u64::MAX));
+        if had == 0 && state.room > 0 {
+            state.recovered();
+        }
+        drop(state);
+        self.shared.demand.wake();
+    }
+
     /// What was found to be unused; `None` while that is not known, and where everything is copied.
     pub fn unused(&self) -> Option<Arc<Unused>> {
         self.shared.state.lock().leave_out.found()

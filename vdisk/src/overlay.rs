@@ -37,6 +37,7 @@
 //!
 //! Not here: reading the chain (`Disk`), the order of hydration (`Hydrator`).
 
+mod ahead;
 mod commit;
 mod core;
 mod failure;
@@ -114,13 +115,21 @@ pub struct OverlayOptions {
     pub memory_bytes: u64,
     /// Bytes written since the last flush beyond which further ones go straight to their place.
     pub spill_bytes: u64,
+    /// Most bytes that may be in place and not synced while somebody asks for flushes; whoever writes more syncs first.
+    pub ahead_bytes: u64,
     /// Who settles.
     pub settling: Settling,
 }
 
 impl Default for OverlayOptions {
     fn default() -> Self {
-        Self { journal_bytes: 64 << 20, memory_bytes: 24 << 20, spill_bytes: 1 << 20, settling: Settling::Thread }
+        Self {
+            journal_bytes: 64 << 20,
+            memory_bytes: 24 << 20,
+            spill_bytes: 1 << 20,
+            ahead_bytes: 1 << 20,
+            settling: Settling::Thread,
+        }
     }
 }
 
@@ -287,6 +296,12 @@ impl Overlay {
     }
 
     pub(crate) fn flush(&self) -> Result<()> {
+        self.core.ahead.asked();
+        self.core.flush()
+    }
+
+    /// As [`Overlay::flush`], where nobody has asked for it.
+    pub(crate) fn flush_for_room(&self) -> Result<()> {
         self.core.flush()
     }
 

@@ -17,10 +17,11 @@ use jiff::Timestamp;
 use parking_lot::{Condvar, Mutex};
 
 use super::{
-    Blocks, DiskSpec, Error, Folder, Hydrate, Options, Result, Spec, State, Status,
+    Blocks, DiskSpec, Error, Folder, Hydrate, Options, Preallocate, Result, Spec, State, Status,
     control::{Answer, Clients, Request, Setting},
     serve::{ConnectNbd, Happening, Hooks},
     source::Opening,
+    space,
     status::{
         CacheStatus, DemandStatus, DiskStatus, Door, HydrationStatus, OverlayStatus, Parked, Phase, STATUS_SCHEMA,
         UnusedStatus, VolumeStatus,
@@ -295,6 +296,8 @@ impl Live {
         let now = Timestamp::now();
         let needed = needed_rate(&options, now, left_in_all);
         let rate = allowed_rate(&options, now, left_in_all);
+        let reserved = options.preallocate == Preallocate::Full;
+        let room = if reserved { None } else { space::room(self.folder.dir()) };
         for (live, progress) in &running {
             // By what is left, so that all end together.
             let share = |rate| portion(rate, left(progress), left_in_all);
@@ -302,6 +305,7 @@ impl Live {
                 hydrator.set_rate(rate.map(|rate| share(rate).max(1)));
                 // A deadline is kept although the guest may have to wait for it.
                 hydrator.set_promise(needed.map_or(0, share));
+                hydrator.set_room(room.map(share));
             }
         }
         let known = |p: &HydrateProgress| p.eta.map_or(0, |_| p.rate_bytes);

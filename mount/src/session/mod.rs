@@ -24,6 +24,7 @@ mod live;
 mod registry;
 mod serve;
 mod source;
+pub mod space;
 pub mod spec;
 mod state;
 pub mod status;

@@ -35,6 +35,9 @@ pub(super) struct Watcher {
     was_local: bool,
     was_away: bool,
     had_failed: bool,
+    was_full: bool,
+    /// For each disk, whether it was told what no file system uses.
+    told_unused: Vec<bool>,
     paced: Instant,
     read: Instant,
     seen: (bool, bool),
@@ -48,6 +51,8 @@ impl Watcher {
             was_local: is_local,
             was_away: false,
             had_failed: false,
+            was_full: false,
+            told_unused: Vec::new(),
             paced: now,
             read: now,
             seen: (false, false),
@@ -62,6 +67,12 @@ impl Watcher {
             live.tell(hooks, Happening::HydrationFailed, None);
         }
         self.had_failed = failed;
+        let full = states.contains(&HydrateState::NoSpace);
+        if full != self.was_full {
+            self.was_full = full;
+            note(live, if full { "space_short" } else { "space_back" }, None);
+        }
+        self.tell_unused(live);
         let parked = live.disks.iter().flat_map(|d| d.disk.parked()).any(|p| p.waited >= AWAY_AFTER);
         let missing = live.disks.iter().any(|d| d.opening.lock().is_some());
         let away = missing || parked || states.contains(&HydrateState::SourceAway);
@@ -97,6 +108,19 @@ impl Watcher {
         }
     }
 
+    /// What is left out of the copy is told once for each disk, as soon as it is known.
+    fn tell_unused(&mut self, live: &Live) {
+        self.told_unused.resize(live.disks.len(), false);
+        for (disk, told) in live.disks.iter().zip(&mut self.told_unused).filter(|(_, told)| !**told) {
+            let Some(unused) = disk.hydrator.lock().as_ref().and_then(Hydrator::unused) else { continue };
+            *told = true;
+            let doubts = unused.doubt.iter().chain(unused.volumes.iter().filter_map(|v| v.doubt.as_ref()));
+            let doubts: String = doubts.map(|why| format!("; copied all the same: {why}")).collect();
+            let what = format!("{}: {} bytes are left out{doubts}", disk.disk.name(), unused.ranges.bytes());
+            note(live, "unused_found", Some(&what));
+        }
+    }
+
     /// Mounted, Migrating and Interrupted are what is so.
     fn follow(&mut self, live: &Arc<Live>, away: bool, copying: bool) {
         // Others move the state too, but nobody waits for this to notice at once.
@@ -115,5 +139,11 @@ impl Watcher {
             Ok(_) | Err(Error::State { .. }) => {}
             Err(error) => tracing::warn!(%error, "a state was not recorded"),
         }
+    }
+}
+
+fn note(live: &Live, event: &str, what: Option<&str>) {
+    if let Err(error) = live.folder.event(live.spec.id, event, what) {
+        tracing::warn!(%error, "an event was not recorded");
     }
 }

@@ -4,14 +4,17 @@
 //! nobody since the overlay was made, so it may become zeros when hydration leaves out what no file system uses.
 //!
 //! Invariants
-//! - The bit is in the page cache of `touched` before any byte of an absent block is given out. It survives the death of
-//!   this process; a host that loses power takes the reader with it.
+//! - The bit is in the page cache of `touched` before any byte of an absent block is given out, so it survives the death
+//!   of this process.
+//! - A flush makes the bits durable first: what a reader made of the bytes it saw never outlives the bit. Whoever loses
+//!   the bit in a loss of power has lost with it all that came of the read.
 //! - While ranges are made zeros nobody reads an absent or trimmed range: either the bit came first, and they stay, or the
 //!   zeros are durable before they are seen.
 //!
 //! Not here: which ranges those are.
 
 use std::{
+    fs::File,
     path::Path,
     sync::{
         Arc,
@@ -20,7 +23,7 @@ use std::{
 };
 
 use aquifer_formats::{
-    Storage,
+    Error as FormatError, Storage,
     storage::{Access, FileStorage},
 };
 use parking_lot::Mutex;
@@ -41,6 +44,10 @@ pub(super) struct Touched {
     /// Held to set a bit, and while ranges are made zeros.
     lock: Mutex<()>,
     settling: AtomicBool,
+    /// Bits were set since the file was synced.
+    unsynced: AtomicBool,
+    /// Held while it is synced: whoever flushes meanwhile waits.
+    syncing: Mutex<()>,
     /// A bit could not be stored: nothing may be left out any more.
     broken: AtomicBool,
 }
@@ -61,16 +68,29 @@ impl Touched {
     /// have gone unnoticed.
     pub(super) fn open(dir: &Path, size: u64, is_empty: bool) -> Result<Option<Self>> {
         let path = dir.join(TOUCHED_NAME);
-        let len = usize::try_from(size.div_ceil(UNIT_BYTES).div_ceil(8)).unwrap_or(usize::MAX);
         let exists = path.exists();
         if !exists && !is_empty {
             return Ok(None);
         }
         let file = FileStorage::open(&path, if exists { Access::ReadWrite } else { Access::CreateNew })?;
-        let failed = |e| aquifer_formats::Error::io(file.label(), "read", 0, e);
-        if !exists || is_empty && file.len().map_err(failed)? != len as u64 {
+        let touched = Self::on(Arc::new(file), size, !exists)?;
+        if !exists {
+            // A flush makes bits durable, which is worth nothing in a file that is not.
+            File::open(dir)
+                .and_then(|d| d.sync_all())
+                .map_err(|e| FormatError::io(dir.display().to_string(), "sync", 0, e))?;
+        }
+        Ok(touched)
+    }
+
+    /// As [`Touched::open`], on a file that somebody else opened.
+    pub(super) fn on(file: Arc<dyn Storage>, size: u64, is_new: bool) -> Result<Option<Self>> {
+        let len = usize::try_from(size.div_ceil(UNIT_BYTES).div_ceil(8)).unwrap_or(usize::MAX);
+        let failed = |e| FormatError::io(file.label(), "prepare", 0, e);
+        if is_new {
             // Reserved, so that a full disk does not get in the way of a bit later.
-            file.reserve(0, len as u64).and_then(|()| file.set_len(len as u64)).map_err(failed)?;
+            let made = file.reserve(0, len as u64).and_then(|()| file.set_len(len as u64)).and_then(|()| file.sync());
+            made.map_err(failed)?;
         }
         let mut bytes = vec![0; len];
         if file.len().map_err(failed)? != len as u64 || file.read_at(0, &mut bytes).is_err() {
@@ -78,7 +98,19 @@ impl Touched {
         }
         let bits = bytes.into_iter().map(AtomicU8::new).collect();
         let (settling, broken) = (AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Some(Self { bits, file: Arc::new(file), lock: Mutex::new(()), settling, broken }))
+        // What an earlier life stored may not be durable yet.
+        let unsynced = AtomicBool::new(!is_new);
+        Ok(Some(Self { bits, file, lock: Mutex::new(()), settling, unsynced, syncing: Mutex::new(()), broken }))
+    }
+
+    /// Makes durable what has been touched so far. For a flush, before anything else of it.
+    pub(super) fn sync(&self) {
+        let _one_at_a_time = self.syncing.lock();
+        if self.unsynced.swap(false, Ordering::AcqRel) && self.file.sync().is_err() {
+            self.broken.store(true, Ordering::Release);
+            // Nor is it to be believed by a later life. Where that fails too, the file system is about to fail flushes.
+            let _ = self.file.set_len(0);
+        }
     }
 
     fn bit(offset: u64) -> (usize, u8) {
@@ -124,6 +156,8 @@ impl Touched {
             if self.file.write_at(at as u64, &[new]).is_err() {
                 self.broken.store(true, Ordering::Release);
             }
+            // The mark before the bit: whoever finds it set may flush at once.
+            self.unsynced.store(true, Ordering::Release);
             byte.store(new, Ordering::Release);
         }
     }

@@ -154,6 +154,34 @@ mod tests {
         assert_eq!(meter.rate(at(5000)), rate, "time that was held does not count");
     }
 
+    /// A source of constant pace, whose answers come unevenly: what is said at each quarter comes true within a quarter.
+    #[test]
+    fn the_end_comes_when_it_was_said_to() {
+        const STEP: u64 = 1 << 20;
+        // Milliseconds between steps, in turn: even, in bursts of eight, and one long wait in sixteen.
+        let paces: [&dyn Fn(u64) -> u64; 3] =
+            [&|_| 125, &|n| if n % 8 == 0 { 1000 } else { 0 }, &|n| if n % 16 == 0 { 1100 } else { 60 }];
+        for (case, gap) in paces.iter().enumerate() {
+            let start = Instant::now();
+            let mut meter = Meter::new(start);
+            let total = 2000 * STEP;
+            let ends = (1..=2000).map(gap).sum::<u64>();
+            let mut now = 0;
+            let mut said = 0;
+            for n in 1..=2000u64 {
+                now += gap(n);
+                meter.add(STEP, start + Duration::from_millis(now));
+                if n % 500 == 0 && n < 2000 {
+                    let eta = meter.eta(total - n * STEP, start + Duration::from_millis(now)).expect("known by now");
+                    let ratio = eta.as_secs_f64() * 1000.0 / (ends - now) as f64;
+                    assert!((0.75..=1.25).contains(&ratio), "case {case} at {n} of 2000: {ratio:.2} of what it was");
+                    said += 1;
+                }
+            }
+            assert_eq!(said, 3);
+        }
+    }
+
     #[test]
     fn the_end_is_unknown_at_first_and_while_nothing_moves() {
         let start = Instant::now();

@@ -51,6 +51,8 @@ pub(super) struct Shared {
 pub(super) struct State {
     pub(super) pace: Pace,
     pub(super) paused: bool,
+    /// Bytes that may be stored until more is allowed.
+    pub(super) room: u64,
     /// Since when no step is begun any more.
     pub(super) stopping: Option<Instant>,
     /// Threads that have not ended.
@@ -110,6 +112,7 @@ impl Shared {
         let state = State {
             pace,
             paused: false,
+            room: u64::MAX,
             stopping: None,
             threads,
             phase: HydrateState::Running,
@@ -190,7 +193,13 @@ impl Shared {
         if state.paused {
             return Next::Wait(Duration::from_secs(1));
         }
-        while let Some(range) = self.demand.take().or_else(|| state.trace.pop_front()) {
+        if state.room == 0 {
+            // The machine is served from its source; what it asks for is not kept.
+            while self.demand.take().is_some() {}
+        }
+        while state.room > 0
+            && let Some(range) = self.demand.take().or_else(|| state.trace.pop_front())
+        {
             if let Some(range) = state.claim(range) {
                 return Next::Copy(range, Class::Urgent);
             }
@@ -213,6 +222,12 @@ impl Shared {
                 Next::Wait(RETRY.start)
             };
         };
+        if state.room == 0 {
+            state.again.push(range);
+            state.error = Some("what is free is kept for what the machine writes".to_owned());
+            self.set_phase(&mut state, HydrateState::NoSpace);
+            return Next::Wait(Duration::from_secs(1));
+        }
         let State { buckets, throttle, .. } = &mut *state;
         if let Err(wait) = buckets.take(range.end - range.start, &pace, throttle, slow_for, now) {
             state.again.push(range);
@@ -254,6 +269,7 @@ impl Shared {
                     state.step.took(done.copied, now - began);
                 }
                 state.meter.add(done.copied, now);
+                state.room = state.room.saturating_sub(if state.room == u64::MAX { 0 } else { done.copied });
                 if state.unsealed == 0 {
                     state.unsealed_since = now;
                 }
@@ -447,8 +463,8 @@ impl State {
         Some(range)
     }
 
-    /// Something has worked: whatever was away is back.
-    fn recovered(&mut self) {
+    /// Something has worked, or there is room: whatever was away is back.
+    pub(super) fn recovered(&mut self) {
         self.retry_pause = RETRY.start;
         if matches!(self.phase, HydrateState::SourceAway | HydrateState::NoSpace) {
             self.phase = HydrateState::Running;

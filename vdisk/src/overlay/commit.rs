@@ -96,6 +96,7 @@ impl Core {
         let mut taken = self.take_intents();
         let mut regions = std::mem::take(&mut *self.pending.lock());
         self.unflushed.store(0, Ordering::Relaxed);
+        self.ahead.taken();
         regions.sort_unstable();
         for region in regions {
             let more = self.take(region);

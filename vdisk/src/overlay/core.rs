@@ -17,6 +17,7 @@ use aquifer_formats::{
 
 use super::{
     OverlayFiles, OverlayOf, OverlayOptions,
+    ahead::Ahead,
     failure::{Failure, io_failed},
     journal::Journal,
     mapfile::MapFile,
@@ -40,6 +41,8 @@ pub(super) struct Core {
     pub(super) page_bytes: AtomicU64,
     /// Bytes that became pending as pages since the last flush took them.
     pub(super) unflushed: AtomicU64,
+    /// What is in place and not synced.
+    pub(super) ahead: Ahead,
     /// Regions with pending blocks.
     pub(super) pending: Mutex<Vec<u32>>,
     /// Runs of blocks that are to be marked as written before bytes go over their hydrated ones.
@@ -115,6 +118,7 @@ impl Core {
             bytes,
             page_bytes: AtomicU64::new(0),
             unflushed: AtomicU64::new(0),
+            ahead: Ahead::new(),
             pending: Mutex::new(Vec::new()),
             intents: Mutex::new(Vec::new()),
             unsealed: Mutex::new(BTreeSet::new()),

@@ -13,6 +13,7 @@
 use aquifer_formats::planted::{Bug, planted};
 
 use super::{
+    ahead::Step,
     core::Core,
     failure::io_failed,
     mapfile::MapFile,
@@ -99,8 +100,14 @@ impl Core {
         self.write_back(1)
     }
 
-    /// Waits until there is memory for another write.
+    /// Waits until there is memory for another write, and not more in place than a flush should have to sync.
     pub(super) fn make_room(&self) -> Result<()> {
+        match self.ahead.step(self.options.ahead_bytes) {
+            Step::Go => {}
+            // A hint; the sync that matters reports its own errors.
+            Step::Send => _ = self.raw().start_writeback(0, self.of.size),
+            Step::Sync => self.flush()?,
+        }
         while self.page_bytes.load(Ordering::Relaxed) >= self.options.memory_bytes {
             self.relieve()?;
             if self.page_bytes.load(Ordering::Relaxed) >= self.options.memory_bytes {

@@ -176,6 +176,7 @@ impl Core {
         }
         let front = bytes.get(..len).unwrap_or_default();
         let written = self.raw().write_at(offset, front);
+        self.ahead.add(front.len() as u64);
         for block in first..end {
             if written.is_ok() {
                 self.drop_page(target, block);
@@ -217,6 +218,7 @@ impl Core {
             self.note_half_written(target, region, block);
             return Err(io_failed(self.raw(), "write", start, e));
         }
+        self.ahead.add(OVERLAY_BLOCK_BYTES);
         self.drop_page(target, block);
         self.note_written(target, region, block);
         Ok(part.len())
