@@ -2,7 +2,7 @@
 """Measures every row of the budget against its peer on this machine and writes docs/benchmarks.md with its charts.
 
 Usage: main.py [--docs DIR] [GROUP ...]
-Groups: depth cold hot sequential fuse write hydration latency backup wide memory doors; all of them if none is named.
+Groups: depth cold hot sequential fuse write hydration latency aggressor trace backup wide memory doors; all of them if none is named.
 
 Named groups replace their own rows of an earlier run and leave the others. AQUIFER_BENCH_DIR holds the disks that are
 read (made once, 9 GB), AQUIFER_BENCH_SCRATCH what is written, AQUIFER_BENCH_ROUNDS how often each side runs (3),
@@ -12,6 +12,7 @@ their sessions (0 to 19, as root); the page says so.
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -54,8 +55,12 @@ def main():
     groups = chosen.groups or list(rows.GROUPS)
     corpus.prepare(WORK)
     store = WORK / "rows.json"
-    old = json.loads(store.read_text()) if store.exists() and chosen.groups else []
-    old = {entry["key"]: entry for entry in old}
+
+    def earlier():
+        return {entry["key"]: entry for entry in json.loads(store.read_text())} if store.exists() else {}
+
+    if not chosen.groups:
+        store.unlink(missing_ok=True)
     for key in groups:
         before = os.getloadavg()
         del table.ROWS[:], table.FAILED[:]
@@ -65,6 +70,8 @@ def main():
         except Exception as error:  # for example a corpus that cannot be made
             table.lost(key, "the group", error)
         load = f"{before[0]:.1f} to {os.getloadavg()[0]:.1f}"
+        # Read again: another run may have measured other groups meanwhile.
+        old = earlier()
         old[key] = {"key": key, "at": started, "load": load, "priority": chosen.priority, "rows": list(table.ROWS), "failed": list(table.FAILED)}
         entries = [old[k] for k in rows.GROUPS if k in old]
         # After each group, so that an interruption loses one group only.
@@ -74,6 +81,9 @@ def main():
         strangers = sum(r["strangers"] for r in every) / max(len(every), 1)
         runs = [{"at": e["at"], "groups": e["key"], "load": e["load"], "priority": e["priority"]} for e in entries]
         page.write(chosen.docs, every, failed, about(runs, strangers))
+        for data in (WORK / f"{name}.json" for name in old):
+            if data.exists():
+                shutil.copy(data, chosen.docs / "benchmarks" / data.name)
     missed = [r for k in groups for r in old[k]["rows"] if r["met"] is False]
     print(f"{len(missed)} budgets missed, {sum(len(old[k]['failed']) for k in groups)} rows not measured; {chosen.docs}/benchmarks.md")
 

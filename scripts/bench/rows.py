@@ -7,10 +7,12 @@ import socket as sockets
 import subprocess
 import time
 
+import aggressors
 import corpus
 import in_guest
+import second_boot
 import table
-from servers import (AQUIFER, environment, fio, first_byte, forget_pages, our_fuse, ours, qemu_fuse, qemu_nbd, resident_kib, run, running,
+from servers import (AQUIFER, environment, fio, first_byte, forget_pages, our_fuse, ours, peak_kib, qemu_fuse, qemu_nbd, resident_kib, run, running,
                      scratch, site, synced, timed)
 from table import compare, limit
 
@@ -182,6 +184,44 @@ def latency(work):
             ("the same, nothing hydrating", 0.5, lambda: guest("--paused", "--duration", "3s")), unit="us", better="less", warm=[work / "mix.qcow2"])
 
 
+def aggressor(work):
+    """A victim of 500 operations a second beside each greedy client of the same recovery; the budget is twice its quiet tail."""
+    group, what, image = "a victim beside an aggressor", "p99 of 500 IOPS beside", work / "mix.qcow2"
+    with aggressors.recovery(image) as (uri, verb), aggressors.qcow2_overlay(image) as theirs:
+        for each in (uri, theirs):
+            aggressors.read_once(each)
+        for name in aggressors.AGGRESSORS:
+            compare(group, f"{what} {name}", lambda: aggressors.beside(uri, name), ("ours, quiet", 0.5, lambda: aggressors.tail(uri)),
+                    ("qemu-nbd, qcow2 overlay", None, lambda: aggressors.beside(theirs, name)), unit="us", better="less", warm=[image])
+
+        def hydrating():
+            verb("session", "resume", "beside")
+            return aggressors.tail(uri)
+
+        def quiet():
+            verb("session", "pause", "beside")
+            return aggressors.tail(uri)
+
+        compare(group, f"{what} bulk hydration", hydrating, ("ours, quiet", 0.5, quiet), unit="us", better="less", warm=[image])
+
+
+def trace(work):
+    """The second start of a guest over a thin source, with the boot trace that the first one left, against the first."""
+    group, disk = "second boot, over 25 Mbit/s and 20 ms", work / "guest.raw"
+    if not disk.exists():
+        second_boot.guest(disk)
+    starts = [second_boot.both(disk, AQUIFER) for _ in range(table.ROUNDS)]
+    (work / "trace.json").write_text(json.dumps(starts, indent=1) + "\n")
+
+    def side(name, key):
+        return [start[name][key] for start in starts], []
+
+    for what, key, unit, budget in (("reads that waited for the source", "misses", "reads", 3.0), ("command to login prompt", "seconds", "s", None)):
+        # None at all counts as one.
+        ours, first = (([max(1, figure) for figure in figures], []) for figures, _ in (side("with", key), side("without", key)))
+        table.add(group, what, "without the trace", budget, unit, "less", ours, first, 0.0)
+
+
 def backup(work):
     for name in ("mix", "tree"):
         raw, sizes = work / f"{name}.raw", {}
@@ -241,8 +281,14 @@ def wide(work):
             home = {"env": environment(folder / "home")}
             return (timed(AQUIFER, "-r", repo, "diff", a, b, **home) - timed(AQUIFER, "--version", **home)) * 1e3
 
-    limit(group, "delta of two points, 50 increments apart", lambda: diff("wide@latest~51", "wide@latest~1"), 100, "ms")
-    limit(group, "delta of two points, every leaf different", lambda: diff("wide@latest~1", "wide@latest"), 100, "ms")
+    def diff_memory(a, b):
+        with scratch() as folder:
+            home = {"env": environment(folder / "home")}
+            return (peak_kib(AQUIFER, "-r", repo, "diff", a, b, **home) - peak_kib(AQUIFER, "--version", **home)) / 1024
+
+    for what, a, b in (("50 increments apart", "wide@latest~51", "wide@latest~1"), ("every leaf different", "wide@latest~1", "wide@latest")):
+        limit(group, f"delta of two points, {what}", lambda: diff(a, b), 100, "ms")
+        limit(group, f"delta of two points, {what}: resident then, beyond the program", lambda: diff_memory(a, b), 64, "MiB")
 
 
 def memory(work):
@@ -272,5 +318,5 @@ def doors(work):
 
 
 GROUPS = {"depth": depth, "cold": cold, "hot": hot, "sequential": sequential, "fuse": fuse, "write": write, "hydration": hydration,
-          "latency": latency, "backup": backup, "wide": wide, "memory": memory,
+          "latency": latency, "aggressor": aggressor, "trace": trace, "backup": backup, "wide": wide, "memory": memory,
           "doors": doors}

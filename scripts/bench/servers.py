@@ -35,6 +35,16 @@ def timed(*argv, **kw):
     return time.monotonic() - start
 
 
+def peak_kib(*argv, env):
+    """The most memory a program had at once."""
+    process = subprocess.Popen([str(a) for a in argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise RuntimeError(f"{argv[0]} ended with {process.returncode}")
+    return used.ru_maxrss
+
+
 def synced(path):
     """Seconds until a file is durable."""
     start = time.monotonic()
