@@ -109,6 +109,8 @@ fn a_chain_runs_at_once_and_ends_as_an_ordinary_disk() {
     eventually("the machine is off", || Command::new("qemu-img").arg("check").arg(&path).output().ok().map(drop));
     assert!(fs::read(&path).expect("disk") == expected, "the restore point and what the guest wrote, nothing else");
     assert_eq!(site.run(&["finalize", &site.word("db01"), "--keep"]).code, 3, "it has been finalized");
+    let command = fs::read_to_string(site.path("db01/qemu.command")).expect("command");
+    assert!(command.contains("disk.raw") && !command.contains("nbd"), "it stands on its own disk: {command}");
 }
 
 #[test]

@@ -27,7 +27,7 @@ use super::{
 use crate::{
     context::Context,
     fail::{Code, Fail, Result},
-    host::{Pivot, Power},
+    host::{Pivot, Places, Power},
     stop::Stop,
 };
 
@@ -130,6 +130,15 @@ pub fn keep(context: &Context, folder: &Folder) -> Result<Kept> {
     for disk in &spec.disks {
         for part in ["map", "journal", "owner", TOUCHED_NAME].into_iter().chain(unflushed::NAMES) {
             remove(&spec.disk_dir(&disk.name).join(part))?;
+        }
+    }
+    if let Some(machine) = &machine {
+        let files: Vec<PathBuf> = spec.disks.iter().map(|disk| disk_file(&spec, &disk.name)).collect();
+        // Its sockets beside its disks: our own place for them is gone after a reboot.
+        let places = Places { dir: spec.dir.clone(), runtime_dir: spec.dir.clone() };
+        let written = super::host(&machine.host).map(|host| host.write_down(&machine.shape, &files, &places));
+        if let Ok(Err(error)) = written {
+            tracing::warn!(%error, "how the machine is started on its own disks was not written down");
         }
     }
     remove_all(&traces::folder(&spec))?;

@@ -14,7 +14,7 @@ use rustix::process::Signal;
 
 use crate::{
     fail::{Code, Fail, Result},
-    host::Process,
+    host::{Process, qemu},
 };
 
 /// How long a killed process may take to be gone.
@@ -84,12 +84,11 @@ pub fn processes(dir: &Path, kind: Kind) -> Vec<Process> {
 /// Whether a command line is that of one of a session's processes.
 fn kind_of(command_line: &[u8], dir: &Path) -> Option<Kind> {
     let words: Vec<&[u8]> = command_line.split(|byte| *byte == 0).collect();
-    let dir = dir.as_os_str().as_bytes();
-    let log = [b",logfile=", dir, b"/console.log"].concat();
-    if words.windows(2).any(|pair| matches!(pair, [b"door", folder] if *folder == dir)) {
+    let folder = dir.as_os_str().as_bytes();
+    if words.windows(2).any(|pair| matches!(pair, [b"door", of] if *of == folder)) {
         return Some(Kind::Door);
     }
-    words.iter().any(|word| word.ends_with(&log)).then_some(Kind::Hypervisor)
+    qemu::is_machine_in(command_line, dir).then_some(Kind::Hypervisor)
 }
 
 #[cfg(test)]
@@ -102,13 +101,13 @@ mod tests {
         let line = |words: &[&str]| words.join("\0").into_bytes();
         let door = line(&["/usr/bin/aquifer", "--home", "/h", "door", "/vm/db01"]);
         assert_eq!(kind_of(&door, dir), Some(Kind::Door));
-        let machine = line(&["qemu", "-chardev", "socket,id=c,logfile=/vm/db01/console.log"]);
+        let machine = line(&["qemu", "-pidfile", "/vm/db01/qemu.pid", "-m", "64M"]);
         assert_eq!(kind_of(&machine, dir), Some(Kind::Hypervisor));
         for other in [
             &["aquifer", "door", "/vm/db01x"][..],
             &["aquifer", "status", "/vm/db01"],
-            &["vi", "/vm/db01/console.log"],
-            &["qemu", "-chardev", "socket,id=c,logfile=/other/vm/db01/console.log"],
+            &["vi", "/vm/db01/qemu.pid"],
+            &["qemu", "-pidfile", "/other/vm/db01/qemu.pid"],
         ] {
             assert_eq!(kind_of(&line(other), dir), None, "{other:?}");
         }

@@ -10,7 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use aquifer_mount::session::{DiskSpec, Folder, Options, Preallocate, Registry, is_name};
+use aquifer_mount::session::{DiskSpec, Folder, Hydrate, Options, Preallocate, Registry, is_name, space};
 use aquifer_vdisk::{Disk, overlay::OverlayOptions};
 
 use super::{
@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     context::{Context, quoted},
+    copy,
     fail::{Code, Fail, Result},
     host::{
         self, Host,
@@ -30,9 +31,6 @@ use crate::{
     units,
     verb::NamedSource,
 };
-
-/// Space that must stay free beside what a session reserves, bytes: room to boot and to be told that it fills up.
-const FREE_FLOOR: u64 = 256 << 20;
 
 /// What one machine is to be recovered from and how.
 #[derive(Clone, Debug)]
@@ -128,7 +126,8 @@ impl Plan {
             }
             checked => checked?,
         });
-        check_space(&space_at, &disks, &request.options)?;
+        let room = check_space(&space_at, &disks, &request.options)?;
+        warnings.extend(too_small(&space_at, room, &opened, &request.options)?);
         let machine = Machine {
             host: host.name().to_owned(),
             shape,
@@ -250,19 +249,19 @@ fn check_name(context: &Context, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Whether what the session reserves at its start fits.
-fn check_space(at: &Path, disks: &[DiskSpec], options: &Options) -> Result<()> {
+/// What is free beyond what the session reserves at its start and what is kept for the machine.
+fn check_space(at: &Path, disks: &[DiskSpec], options: &Options) -> Result<u64> {
     let journal = options.journal_bytes.unwrap_or(OverlayOptions::default().journal_bytes);
     let each = |disk: &DiskSpec| {
         let whole = if options.preallocate == Preallocate::Full { disk.size } else { 0 };
         // The map: two bits for each 4 KiB.
         journal.saturating_add(disk.size / (4096 * 4)).saturating_add(whole)
     };
-    let need = disks.iter().map(each).fold(FREE_FLOOR, u64::saturating_add);
-    let free = rustix::fs::statvfs(at).map_err(|e| Fail::io(at.display(), "look at", &e.into()))?;
-    let free = free.f_bavail.saturating_mul(free.f_frsize);
+    // Room to boot and to be told that it fills up.
+    let need = disks.iter().map(each).fold(space::KEPT_BYTES, u64::saturating_add);
+    let free = space::free(at)?;
     if free >= need {
-        return Ok(());
+        return Ok(free - need);
     }
     let help = match options.preallocate {
         Preallocate::Full => "choose another --into DIR, or leave out --preallocate",
@@ -271,6 +270,21 @@ fn check_space(at: &Path, disks: &[DiskSpec], options: &Options) -> Result<()> {
     let what =
         format!("the recovery needs {} and {} has {} free", units::bytes(need), at.display(), units::bytes(free));
     Err(Fail::new(Code::Capacity, what).at(at.display()).help(help))
+}
+
+/// A word of warning where the machine's data will not fit: its copy will have to wait.
+fn too_small(at: &Path, room: u64, disks: &[Disk], options: &Options) -> Result<Option<String>> {
+    let whole = disks.iter().map(Disk::size).fold(0, u64::saturating_add);
+    if options.preallocate == Preallocate::Full || options.hydrate != Hydrate::On || whole <= room {
+        return Ok(None);
+    }
+    // Counted only where it may matter: it walks the whole map.
+    let used = disks.iter().try_fold(0u64, |sum, disk| Ok::<_, Fail>(sum.saturating_add(copy::used_bytes(disk)?)))?;
+    let what = || {
+        let (used, room, at) = (units::bytes(used), units::bytes(room), at.display());
+        format!("{at} has room for {room} of the {used} that are stored: the copy will wait for space")
+    };
+    Ok((used > room).then(what))
 }
 
 #[cfg(test)]

@@ -88,8 +88,10 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let mut scratch = Scratch::of(args)?;
     place.check(&selection)?;
     // Before the disks are opened: their threads are spared as this one is.
-    let writes_here = args.loops && args.writable;
-    reclaim::spare(if writes_here { reclaim::Use::WritesHere } else { reclaim::Use::Harmless })?;
+    if args.loops || args.fuse.is_some() {
+        let writes_here = args.loops && args.writable;
+        reclaim::spare(if writes_here { reclaim::Use::WritesHere } else { reclaim::Use::Harmless })?;
+    }
     if args.dry.dry_run {
         let cache = context.cache()?;
         for selected in &selection.disks {

@@ -73,9 +73,10 @@ pub struct Args {
     /// Leave the disks where they are; fetch only what the guest reads
     #[arg(long)]
     pub no_hydrate: bool,
-    /// Do not copy what the file systems on the disks do not use; it reads as zeros once all else is local
+    /// Copy also what no file system on the disks uses [default: it is left out, and reads as zeros once all else is
+    /// local; whatever is in doubt is copied]
     #[arg(long)]
-    pub skip_unused: bool,
+    pub all_blocks: bool,
     /// Limit of the background copy, like 200MiB/s
     #[arg(long, value_name = "RATE")]
     pub rate: Option<String>,
@@ -147,7 +148,7 @@ fn requests(context: &Context, args: &Args) -> Result<Vec<Request>> {
     let options = Options {
         cache_bytes: context.cache_bytes()?,
         hydrate: if args.no_hydrate { Hydrate::Paused } else { Hydrate::On },
-        blocks: if args.skip_unused { Blocks::Used } else { Blocks::All },
+        blocks: if args.all_blocks { Blocks::All } else { Blocks::Used },
         rate: args.rate.as_deref().map(units::parse_rate).transpose()?.flatten(),
         ready_by: args.ready_by.as_deref().map(units::parse_when).transpose()?,
         preallocate: if args.preallocate { Preallocate::Full } else { Preallocate::No },

@@ -11,6 +11,7 @@ mod images;
 mod kept;
 mod look;
 mod measure;
+mod reclaim;
 mod signals;
 mod site_jobs;
 mod whole;

@@ -5,7 +5,8 @@
 //!
 //! Invariants
 //! - Starts in one folder follow each other.
-//! - A process counts only if its own command line names the folder's number file: numbers are used again.
+//! - A process counts only if its own command line names the folder's number file: numbers are used again. Whoever looks
+//!   for a folder's machine without the number asks the same question ([`is_machine_in`]).
 //! - QEMU holds a lock on that file, so that even a start that got past this one fails.
 
 use std::{
@@ -34,6 +35,12 @@ pub(super) fn running_in(dir: &Path) -> Option<Process> {
     let path = number_file(dir);
     let process = Process::of(fs::read_to_string(&path).ok()?.trim().parse().ok()?)?;
     let command = fs::read(format!("/proc/{}/cmdline", process.pid)).ok()?;
-    let ours = command.split(|byte| *byte == 0).any(|word| word == path.as_os_str().as_bytes());
-    (ours && process.is_alive()).then_some(process)
+    (is_machine_in(&command, dir) && process.is_alive()).then_some(process)
+}
+
+/// Whether a command line, its words ended by zero bytes, is that of the machine in `dir`.
+pub(crate) fn is_machine_in(command_line: &[u8], dir: &Path) -> bool {
+    let path = number_file(dir);
+    let words: Vec<&[u8]> = command_line.split(|byte| *byte == 0).collect();
+    words.windows(2).any(|pair| matches!(pair, [b"-pidfile", file] if *file == path.as_os_str().as_bytes()))
 }

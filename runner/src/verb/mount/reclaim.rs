@@ -16,7 +16,7 @@ use crate::fail::{Code, Fail, Result};
 /// Whether this process shares its memory limit with whoever writes to its disks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Use {
-    /// Read-only, or by other computers.
+    /// Read-only, or as files that are written without waiting in memory.
     Harmless,
     /// A writable loop device on this one.
     WritesHere,
