@@ -189,6 +189,12 @@ pub trait Host: Debug + Send + Sync {
     /// [`Error`]; the hypervisor's own words are in it.
     fn start(&self, shape: &Shape, disks: &[Attachment], places: &Places) -> Result<Running>;
 
+    /// Leaves in the machine's folder how it is started by hand on files of its own. Starts nothing.
+    ///
+    /// # Errors
+    /// I/O; programs or firmware that are missing.
+    fn keep(&self, shape: &Shape, disks: &[Attachment], places: &Places) -> Result<()>;
+
     /// The machine that runs in a folder, if one does, whoever started it there.
     fn find(&self, places: &Places) -> Option<Running>;
 

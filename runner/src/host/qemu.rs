@@ -37,6 +37,7 @@ use super::{
     qmp::{self, Qmp},
 };
 pub use accel::Accel;
+pub(crate) use alone::is_machine_in;
 use firmware_files::FirmwareFiles;
 use nodes::Nodes;
 
@@ -124,6 +125,10 @@ impl Host for Qemu {
             return Err(Error::Power { have: power });
         }
         attempt.succeed()
+    }
+
+    fn keep(&self, shape: &Shape, disks: &[Attachment], places: &Places) -> Result<()> {
+        command::Line::new(shape, disks, places, accel::probe())?.keep()
     }
 
     fn find(&self, places: &Places) -> Option<Running> {

@@ -27,7 +27,7 @@ use super::{
 use crate::{
     context::Context,
     fail::{Code, Fail, Result},
-    host::{Pivot, Places, Power},
+    host::{Attachment, ImageFormat, Pivot, Places, Power},
     stop::Stop,
 };
 
@@ -133,10 +133,11 @@ pub fn keep(context: &Context, folder: &Folder) -> Result<Kept> {
         }
     }
     if let Some(machine) = &machine {
-        let files: Vec<PathBuf> = spec.disks.iter().map(|disk| disk_file(&spec, &disk.name)).collect();
+        let file = |name: &str| Attachment::File { path: disk_file(&spec, name), format: ImageFormat::Raw };
+        let files: Vec<Attachment> = spec.disks.iter().map(|disk| file(&disk.name)).collect();
         // Its sockets beside its disks: our own place for them is gone after a reboot.
         let places = Places { dir: spec.dir.clone(), runtime_dir: spec.dir.clone() };
-        let written = super::host(&machine.host).map(|host| host.write_down(&machine.shape, &files, &places));
+        let written = super::host(&machine.host).map(|host| host.keep(&machine.shape, &files, &places));
         if let Ok(Err(error)) = written {
             tracing::warn!(%error, "how the machine is started on its own disks was not written down");
         }

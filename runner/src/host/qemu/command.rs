@@ -75,8 +75,18 @@ impl Line {
                 written.map_err(|e| Error::io(&own, "write", e))?;
             }
         }
+        self.write_down(&self.args)
+    }
+
+    /// Leaves how the machine is started by hand, without anything of ours: it is let go at once.
+    pub(super) fn keep(&self) -> Result<()> {
+        let let_go: Vec<OsString> = self.args.iter().filter(|arg| *arg != "-S").cloned().collect();
+        self.write_down(&let_go)
+    }
+
+    fn write_down(&self, args: &[OsString]) -> Result<()> {
         let mut text = super::PROGRAM.to_owned();
-        for arg in &self.args {
+        for arg in args {
             let arg = arg.to_string_lossy();
             let plain = arg.chars().all(|c| c.is_ascii_alphanumeric() || "-_=,./:".contains(c));
             text.push_str(if arg.starts_with('-') { " \\\n  " } else { " " });

@@ -50,6 +50,20 @@ fn formats_are_named_and_errors_stop_the_machine() {
 }
 
 #[test]
+fn a_machine_of_its_own_needs_no_door_and_starts_at_once() {
+    let dir = tempfile::tempdir().expect("folder");
+    let places = Places { dir: dir.path().into(), runtime_dir: dir.path().into() };
+    let disk = Attachment::File { path: "/vm/db01/vda/disk.raw".into(), format: crate::host::ImageFormat::Raw };
+    let line = Line::new(&shape(&[Bus::Virtio]), &[disk], &places, Accel::Tcg).expect("line");
+    line.keep().expect("written");
+    let text = fs::read_to_string(dir.path().join("qemu.command")).expect("command");
+    assert!(text.contains(r#""filename":"/vm/db01/vda/disk.raw""#) && !text.contains("nbd"), "{text}");
+    assert!(!text.split_whitespace().any(|word| word == "-S"), "{text}");
+    let words = line.args().join(OsStr::new("\0"));
+    assert!(super::super::is_machine_in(words.as_encoded_bytes(), dir.path()));
+}
+
+#[test]
 fn a_name_with_commas_adds_no_option() {
     let args = line(&shape(&[Bus::Virtio]));
     let console = args.iter().find(|a| a.starts_with("socket,id=console")).expect("console");
