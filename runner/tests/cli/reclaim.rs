@@ -4,6 +4,11 @@ use std::{fs, path::PathBuf, process::Command};
 
 use crate::harness::{BINARY, Outcome, Room};
 
+#[expect(clippy::print_stdout, reason = "a test that is skipped says why")]
+fn skipped(why: &str) {
+    println!("skipped: {why}");
+}
+
 /// `PF_MEMALLOC_NOIO` and `PF_LOCAL_THROTTLE`, what `PR_SET_IO_FLUSHER` sets.
 const SPARED: u64 = 0x0018_0000;
 
@@ -18,7 +23,7 @@ impl Group {
         match made {
             Ok(()) => Some(Self(path)),
             Err(e) => {
-                println!("skipped: no version 1 memory group can be made here: {e}");
+                skipped(&format!("no version 1 memory group can be made here: {e}"));
                 None
             }
         }
@@ -75,7 +80,7 @@ fn only_who_serves_files_of_this_computer_is_spared_from_reclaim() {
     assert_eq!(flags(&[]) & SPARED, 0);
     let fuse = flags(&["--fuse", "m"]) & SPARED;
     if fuse == 0 {
-        println!("without CAP_SYS_RESOURCE nobody is spared");
+        skipped("without CAP_SYS_RESOURCE nobody is spared");
     } else {
         assert_eq!(fuse, SPARED);
     }
