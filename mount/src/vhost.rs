@@ -160,7 +160,8 @@ impl VhostDoor {
         }
         let path = socket_path(dir, &name);
         let bound = listen::unix(&path, false)?;
-        let device = Arc::new(Device::new(disk, identity, Arc::clone(&self.pools)));
+        let dir = path.parent().unwrap_or(dir).to_owned();
+        let device = Arc::new(Device::new(disk, identity, dir, Arc::clone(&self.pools)));
         let line = Arc::new(Line { device, state: Mutex::default(), free: Condvar::new() });
         let admitting = Arc::clone(&line);
         let listener = Listener::start(bound, "vhost-accept", move |fd| admitting.admit(fd))?;

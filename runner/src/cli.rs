@@ -80,7 +80,7 @@ pub struct Confirm {
 pub enum Verb {
     /// Say what a source holds: format, disks, sizes, points, machine
     Info(verb::info::Args),
-    /// Serve the disks of a source over NBD, FUSE or a loop device
+    /// Serve the disks of a source over NBD, FUSE, vhost-user-blk or a loop device
     Mount(verb::mount::Args),
     /// Run a machine straight from a source
     #[command(alias = "restore")]

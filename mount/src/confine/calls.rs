@@ -74,8 +74,6 @@ const PLAIN: &[c::c_long] = &[
     c::SYS_mlock,
     c::SYS_munlock,
     c::SYS_membarrier,
-    // requests in the air, kept for the next door
-    c::SYS_memfd_create,
     // threads and their end
     c::SYS_futex,
     c::SYS_set_robust_list,

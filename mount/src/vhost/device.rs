@@ -1,8 +1,11 @@
 //! One disk as a virtio block device: what all its queues share.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicU64, Ordering},
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
 };
 
 use aquifer_vdisk::Disk;
@@ -52,6 +55,8 @@ impl Counters {
 pub(super) struct Device {
     pub(super) disk: Arc<Disk>,
     pub(super) identity: Identity,
+    /// The folder of its socket.
+    pub(super) dir: PathBuf,
     /// What `VIRTIO_BLK_T_GET_ID` answers.
     pub(super) id: [u8; ID_LEN],
     pub(super) pools: Arc<Pools>,
@@ -62,7 +67,7 @@ pub(super) struct Device {
 }
 
 impl Device {
-    pub(super) fn new(disk: Arc<Disk>, identity: Identity, pools: Arc<Pools>) -> Self {
+    pub(super) fn new(disk: Arc<Disk>, identity: Identity, dir: PathBuf, pools: Arc<Pools>) -> Self {
         let mut id = [0; ID_LEN];
         for (place, byte) in id.iter_mut().zip(disk.name().bytes()) {
             *place = byte;
@@ -70,6 +75,7 @@ impl Device {
         Self {
             disk,
             identity,
+            dir,
             id,
             pools,
             stats: Counters::default(),

@@ -279,7 +279,8 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         if queues > QUEUES_MAX || size > SIZE_MAX {
             return Err(Error::InvalidParam);
         }
-        let (inflight, file, len) = Inflight::create(queues, size, self.device.identity).map_err(refused)?;
+        let (inflight, file, len) =
+            Inflight::create(&self.device.dir, (queues, size), self.device.identity).map_err(refused)?;
         inflight.keep_caching(self.device.caching_chosen()).map_err(refused)?;
         self.inflight = Some(Arc::new(inflight));
         Ok((VhostUserInflight::new(len, 0, queues, size), file))

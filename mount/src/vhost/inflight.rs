@@ -15,10 +15,15 @@
 
 use std::{
     fs::File,
+    os::fd::OwnedFd,
+    path::Path,
     sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering},
 };
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::{
+    fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create, open},
+    io::Errno,
+};
 
 use super::{
     config::Caching,
@@ -58,6 +63,22 @@ pub(super) enum Refused {
     OtherDisk,
 }
 
+/// A file of `len` bytes: in memory and of fixed length, or, where a jail forbids that, without a name in `dir`.
+fn memory_file(dir: &Path, len: u64) -> rustix::io::Result<OwnedFd> {
+    let fd = match memfd_create("aquifer-inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING) {
+        Err(Errno::PERM) => {
+            let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+            let fd = open(dir, flags, Mode::RUSR | Mode::WUSR)?;
+            ftruncate(&fd, len)?;
+            return Ok(fd);
+        }
+        made => made?,
+    };
+    ftruncate(&fd, len)?;
+    fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(fd)
+}
+
 fn queue_len(size: u16) -> usize {
     (HEAD_LEN + MARK_LEN * usize::from(size)).next_multiple_of(QUEUE_ALIGN)
 }
@@ -72,13 +93,14 @@ fn place(index: u16, size: u16) -> At {
 }
 
 impl Inflight {
-    /// New memory for a disk, and the file that holds it.
-    pub(super) fn create(queues: u16, size: u16, identity: Identity) -> Result<(Self, File, u64), Refused> {
+    /// New memory for a disk, the file that holds it, and its length. In a jail the file is one without a name in `dir`.
+    pub(super) fn create(
+        dir: &Path,
+        (queues, size): (u16, u16),
+        identity: Identity,
+    ) -> Result<(Self, File, u64), Refused> {
         let len = total_len(queues, size);
-        let fd = memfd_create("aquifer-inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-        ftruncate(&fd, len)?;
-        fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        let file = File::from(fd);
+        let file = File::from(memory_file(dir, len)?);
         let again = file.try_clone().map_err(|_| Refused::Shape(queues, size))?;
         let this = Self::map(again, 0, len, queues, size)?;
         for index in 0..queues {

@@ -3,7 +3,7 @@ use super::*;
 const DISK: Identity = [7; 16];
 
 fn marks() -> (Inflight, (File, u64, u64)) {
-    let (inflight, file, len) = Inflight::create(2, 8, DISK).expect("memory");
+    let (inflight, file, len) = Inflight::create(&std::env::temp_dir(), (2, 8), DISK).expect("memory");
     (inflight, (file, 0, len))
 }
 
