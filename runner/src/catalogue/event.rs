@@ -91,8 +91,8 @@ impl Catalogue {
         };
         self.read("list events", async |pool| {
             let rows = sqlx::query(
-                "SELECT * FROM event WHERE seq > $1 AND ($2 IS NULL OR object = $3) \
-                 AND ($4 IS NULL OR substr(object, 1, CAST($5 AS INTEGER)) = $6) AND ($7 = 0 OR session = $8) \
+                "SELECT * FROM event WHERE seq > $1 AND (CAST($2 AS TEXT) IS NULL OR object = $3) \
+                 AND (CAST($4 AS TEXT) IS NULL OR substr(object, 1, CAST($5 AS INTEGER)) = $6) AND ($7 = 0 OR session = $8) \
                  ORDER BY seq LIMIT $9",
             )
             .bind(since)

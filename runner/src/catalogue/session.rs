@@ -169,7 +169,7 @@ impl Catalogue {
     pub fn sessions(&self, filter: &SessionFilter) -> Result<Vec<Session>> {
         self.read("list sessions", async |pool| {
             let rows = sqlx::query(
-                "SELECT * FROM session WHERE id > $1 AND ($2 IS NULL OR job = $3) AND ($4 = 0 OR ended_at IS NULL) \
+                "SELECT * FROM session WHERE id > $1 AND (CAST($2 AS TEXT) IS NULL OR job = $3) AND ($4 = 0 OR ended_at IS NULL) \
                  ORDER BY id DESC LIMIT $5",
             )
             .bind(filter.since.map_or(0, |id| id.0))
