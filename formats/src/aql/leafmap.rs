@@ -314,7 +314,12 @@ impl LeafMap {
     /// Takes a reference found in the file when resuming, counting what it changes.
     pub(crate) fn adopt(&mut self, leaf: u64, to: LeafRef, tail: &Tail) -> Result<()> {
         let block_bytes = self.identity.block_bytes();
-        let before = self.load(leaf, Some(tail))?;
+        // A leaf that lost what lies beyond the end of a shrunk disk is in memory and counted like that: what was
+        // found in the file takes its place, else later blocks of it would be put over the parent's.
+        let before = match self.dirty.remove(&leaf) {
+            Some(shortened) => shortened,
+            None => self.load(leaf, Some(tail))?,
+        };
         self.set_ref(leaf, to);
         let after = self.load(leaf, Some(tail))?;
         for index in 0..LEAF_ENTRIES {

@@ -154,6 +154,32 @@ fn a_shrunk_disk_keeps_what_its_last_block_was_given() {
 }
 
 #[test]
+fn a_shrunk_disk_that_is_gone_on_with_counts_its_parent_once_and_keeps_what_it_was_given() {
+    let mut chain = Chain::new();
+    let before = pattern(5, GRAIN * 40);
+    let parent = chain.full(&before, options());
+    let named = || Some((Arc::clone(&parent), parent.label().to_owned()));
+    // More is cut off than is left of the parent: counted twice it would look as if nothing of it were needed.
+    let mut after = before[..GRAIN * 22].to_vec();
+    after[..GRAIN * 10].copy_from_slice(&pattern(6, GRAIN * 10));
+    after[GRAIN * 12..GRAIN * 13].copy_from_slice(&pattern(7, GRAIN));
+    let mut new = NewLayer::increment(Arc::clone(&parent), parent.label(), key());
+    new.virtual_size = after.len() as u64;
+    let mut writer = Writer::create(chain.storage("cut"), new, options()).expect("create");
+    writer.put(0, &after[..GRAIN * 10]).expect("put");
+    writer.mark().expect("mark");
+    drop(writer);
+    let mut writer = Writer::resume(chain.storage("cut"), named(), key(), options()).expect("resume");
+    assert_eq!(writer.resume_from(), 10);
+    writer.put(10, &after[GRAIN * 10..]).expect("put");
+    writer.finish().expect("finish");
+    let reader = chain.open("cut").expect("open");
+    assert_eq!(read_all(&reader), after);
+    let damage: Vec<_> = verify(&reader, Depth::Deep(Some(key()))).flat_map(|f| f.damage).collect();
+    assert!(damage.is_empty(), "{damage:?}");
+}
+
+#[test]
 fn a_writer_whose_storage_fails_at_any_call_says_so_stops_and_can_go_on() {
     let bytes = pattern(31, GRAIN * 60);
     for threads in [0, 2] {
