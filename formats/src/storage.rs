@@ -9,10 +9,12 @@
 //! Not here: names and folders. Whoever opens a storage knows where it came from and what
 //! [`Storage::label`] should say.
 
+mod behind;
 mod file;
 mod memory;
 mod view;
 
+pub use behind::WriteBehind;
 pub use file::{Access, FileStorage};
 pub use memory::MemoryStorage;
 pub(crate) use view::{Patch, View};
@@ -62,6 +64,10 @@ pub trait Storage: Debug + Send + Sync {
 
     /// Asks for write-back of a range to begin. A hint: no durability, errors only if the call itself is refused.
     fn start_writeback(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Says that nobody will read a range soon, so its memory is better used for something else. A hint, and only about
+    /// bytes that have been written back: nothing is lost by it.
+    fn forget_cached(&self, offset: u64, len: u64) -> io::Result<()>;
 
     /// Makes everything written so far durable (data and length).
     fn sync(&self) -> io::Result<()>;

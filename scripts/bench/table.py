@@ -68,11 +68,11 @@ def compare(group, work, ours, *peers, unit, better, warm=()):
         add(group, work, name, budget, unit, better, us, samples, guard.share())
 
 
-def limit(group, work, ours, most, unit):
+def limit(group, work, ours, most, unit, warm=()):
     """A row whose budget is a figure and not a peer: at most `most`."""
     guard = Strangers()
     try:
-        (us,) = measure([ours])
+        (us,) = measure([ours], warm)
     except Exception as error:
         return lost(group, work, error)
     add(group, work, f"at most {most:g} {unit}", 1.0, unit, "less", us, ([most], []), guard.share(), absolute=True)

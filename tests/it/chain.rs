@@ -401,6 +401,23 @@ fn a_large_read_pushes_nothing_out_and_takes_what_is_kept() {
 }
 
 #[test]
+fn a_copy_that_reads_once_leaves_the_cache_as_it_was() {
+    let mut disk = Oracle::new(0);
+    let layer = Arc::new(Synthetic::build(layer(MIB, &[(0, MIB, Kind::Packed)]), 1, &mut disk));
+    let chain = chain(std::slice::from_ref(&layer), 4 * MIB);
+    chain.prefetch(3 * BLOCK, BLOCK);
+    let before = chain.cache().stats();
+    for at in (0..MIB).step_by(2 * BLOCK as usize) {
+        let mut run = vec![0; 2 * BLOCK as usize];
+        chain.read_once(at, &mut run).expect("a good chain");
+        assert_eq!(run, disk.read(at as usize, 2 * BLOCK as usize));
+    }
+    let after = chain.cache().stats();
+    assert_eq!((after.blocks, after.resident_bytes), (before.blocks, before.resident_bytes));
+    assert_eq!(layer.unpacks(), MIB / BLOCK, "what is kept is not decoded again");
+}
+
+#[test]
 fn a_wrong_pointer_to_a_kept_block_is_found_out() {
     let mut disk = Oracle::new(0);
     for checked in [false, true] {

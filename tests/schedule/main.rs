@@ -74,6 +74,10 @@ impl Storage for Yielding {
         Ok(())
     }
 
+    fn forget_cached(&self, _offset: u64, _len: u64) -> std::io::Result<()> {
+        Ok(())
+    }
+
     fn sync(&self) -> std::io::Result<()> {
         // What is written while a sync runs may not be covered by it.
         thread::yield_now();

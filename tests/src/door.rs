@@ -157,6 +157,10 @@ impl Storage for HeldStorage {
         self.inner.start_writeback(offset, len)
     }
 
+    fn forget_cached(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.inner.forget_cached(offset, len)
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.inner.sync()
     }

@@ -328,6 +328,10 @@ impl Storage for FaultStorage {
         Ok(())
     }
 
+    fn forget_cached(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
+
     fn sync(&self) -> io::Result<()> {
         let mut state = self.world.state();
         let failing = state.call();

@@ -32,6 +32,15 @@ pub const BULK_READ_BYTES: usize = 256 * 1024;
 /// Largest block that [`Chain::read_soon`] decodes, in bytes: about 0.1 ms of work.
 const DECODE_SOON_MAX: u32 = 128 * 1024;
 
+/// Whether the whole blocks a read decodes are kept for later ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Keep {
+    Always,
+    /// While nothing has to go for them.
+    WhileRoom,
+    Never,
+}
+
 /// What a read that must not wait may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Effort {
@@ -167,20 +176,33 @@ impl Chain {
     /// # Errors
     /// [`Error::OutOfRange`]; whatever the layer that holds the range reports.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let keep = if buf.len() >= BULK_READ_BYTES { Keep::WhileRoom } else { Keep::Always };
+        self.read_keeping(keep, offset, buf)
+    }
+
+    /// As [`Chain::read`], for bytes that nobody asks this chain for again: what the cache keeps is used, and nothing
+    /// has to go for whole blocks that were decoded here.
+    ///
+    /// # Errors
+    /// Those of [`Chain::read`].
+    pub fn read_once(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.read_keeping(Keep::Never, offset, buf)
+    }
+
+    fn read_keeping(&self, keep: Keep, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.check_range(offset, buf.len() as u64)?;
-        let bulk = buf.len() >= BULK_READ_BYTES;
         let (mut at, mut rest) = (offset, buf);
         while !rest.is_empty() {
             let (index, content, n) = self.resolve(at, rest.len() as u64)?;
             let (part, tail) = rest.split_at_mut(usize::try_from(n).unwrap_or(usize::MAX).min(rest.len()));
-            self.read_content(index, content, bulk, part)?;
+            self.read_content(index, content, keep, part)?;
             at += part.len() as u64;
             rest = tail;
         }
         Ok(())
     }
 
-    fn read_content(&self, index: usize, content: Content, bulk: bool, part: &mut [u8]) -> Result<()> {
+    fn read_content(&self, index: usize, content: Content, keep: Keep, part: &mut [u8]) -> Result<()> {
         match content {
             Content::Absent | Content::Zero => part.fill(0),
             Content::Plain { file, offset } => {
@@ -193,7 +215,12 @@ impl Chain {
                 let layer = self.layer(index)?;
                 let (start, end) = place(layer, &block, skip, part.len())?;
                 let whole = start == 0 && part.len() as u64 == u64::from(block.raw_len);
-                if bulk && whole && !self.cache.has_room(block.raw_len) {
+                let kept = match keep {
+                    Keep::Always => true,
+                    Keep::WhileRoom => self.cache.has_room(block.raw_len),
+                    Keep::Never => false,
+                };
+                if whole && !kept {
                     let kept = self.cache.peek(layer, &block, end);
                     if !kept.is_some_and(|decoded| decoded.copy_to(0, part)) {
                         self.cache.decode_once(layer, &block, part)?;

@@ -35,6 +35,7 @@ use super::{
 use crate::{
     Codec, Error, Result, Storage,
     planted::{Bug, planted},
+    storage::WriteBehind,
 };
 
 /// Leaves held in memory before they are written: 16 MiB.
@@ -49,11 +50,12 @@ pub(crate) struct Tail {
     storage: Arc<dyn Storage>,
     offset: u64,
     sequence: u64,
+    behind: WriteBehind,
 }
 
 impl Tail {
     pub(crate) fn new(storage: Arc<dyn Storage>, offset: u64, sequence: u64) -> Self {
-        Self { storage, offset, sequence }
+        Self { storage, offset, sequence, behind: WriteBehind::default() }
     }
 
     pub(crate) fn storage(&self) -> &Arc<dyn Storage> {
@@ -76,9 +78,8 @@ impl Tail {
         }
         let offset = self.offset;
         self.storage.write_at(offset, bytes).map_err(|e| Error::io(self.storage.label(), "write", offset, e))?;
-        // A hint: a storage that refuses it still syncs at the end.
-        let _ = self.storage.start_writeback(self.offset, bytes.len() as u64);
         self.offset += bytes.len() as u64;
+        self.behind.wrote(&*self.storage, offset..self.offset);
         Ok(())
     }
 

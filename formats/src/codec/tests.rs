@@ -221,6 +221,10 @@ impl Storage for Away {
         self.0.start_writeback(offset, len)
     }
 
+    fn forget_cached(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.0.forget_cached(offset, len)
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.0.sync()
     }

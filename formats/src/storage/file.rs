@@ -5,12 +5,13 @@
 use std::{
     fs::{File, Metadata, OpenOptions},
     io,
+    num::NonZeroU64,
     os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::Path,
 };
 
 use rustix::{
-    fs::{FallocateFlags, fallocate},
+    fs::{Advice, FallocateFlags, fallocate},
     io::ReadWriteFlags,
 };
 
@@ -160,6 +161,12 @@ impl Storage for FileStorage {
 
     fn start_writeback(&self, offset: u64, len: u64) -> io::Result<()> {
         start_writeback(&self.file, offset, len)
+    }
+
+    fn forget_cached(&self, offset: u64, len: u64) -> io::Result<()> {
+        let Some(len) = NonZeroU64::new(len) else { return Ok(()) };
+        // Bytes that are not on the disk yet stay where they are.
+        rustix::fs::fadvise(&self.file, offset, Some(len), Advice::DontNeed).map_err(io::Error::from)
     }
 
     fn sync(&self) -> io::Result<()> {

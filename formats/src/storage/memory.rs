@@ -99,6 +99,10 @@ impl Storage for MemoryStorage {
         Ok(())
     }
 
+    fn forget_cached(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
+
     fn sync(&self) -> io::Result<()> {
         Ok(())
     }

@@ -4,8 +4,9 @@
 //! - Only what is absent is read from the chain; what somebody else makes local meanwhile stays his.
 //! - Data is stored in whole overlay blocks; a range without data only gets its marks.
 //! - Nothing is durable before [`Disk::seal`].
+//! - The bulk copy leaves the cache to the guest: what is stored is not asked of the chain again.
 //!
-//! Not here: which range comes next, retries.
+//! Not here: which range comes next, retries, write-back.
 
 use std::ops::Range;
 
@@ -15,8 +16,17 @@ use crate::{
     sync::Mutex,
 };
 
-/// Most bytes that are read, stored and sent on their way to the disk at once.
+/// Most bytes that are read and stored at once.
 pub(crate) const STEP_BYTES: u64 = 1 << 20;
+
+/// Why a range is copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Class {
+    /// The guest waits for it, waits beside it, or waited for it in an earlier boot.
+    Urgent,
+    /// Everything has to come over.
+    Bulk,
+}
 
 /// What a step did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -35,11 +45,11 @@ impl Disk {
     /// [`crate::Error::ReadOnly`]; what the chain reports; [`crate::Error::NoSpace`]. What was made local
     /// before stays local.
     pub fn hydrate(&self, offset: u64, len: u64) -> Result<Hydrated> {
-        self.hydrate_with(offset, len, &mut Vec::new())
+        self.hydrate_with(offset, len, Class::Urgent, &mut Vec::new())
     }
 
     /// As [`Disk::hydrate`], with a buffer to use again.
-    pub(crate) fn hydrate_with(&self, offset: u64, len: u64, buf: &mut Vec<u8>) -> Result<Hydrated> {
+    pub(crate) fn hydrate_with(&self, offset: u64, len: u64, class: Class, buf: &mut Vec<u8>) -> Result<Hydrated> {
         let overlay = self.overlay()?;
         let mut done = Hydrated::default();
         let Some(chain) = self.source()? else { return Ok(done) };
@@ -50,7 +60,7 @@ impl Disk {
         while at < end {
             let (kind, n) = overlay.run(at, (end - at).min(STEP_BYTES));
             if kind == Run::Absent {
-                hydrate_run(overlay, &chain, self.turn(), at..at + n, buf, &mut done)?;
+                hydrate_run(overlay, &chain, self.turn(), at..at + n, class, buf, &mut done)?;
             }
             at += n;
         }
@@ -72,31 +82,29 @@ fn hydrate_run(
     chain: &Chain,
     turn: &Mutex<()>,
     Range { start: offset, end }: Range<u64>,
+    class: Class,
     buf: &mut Vec<u8>,
     done: &mut Hydrated,
 ) -> Result<()> {
     let len = end - offset;
-    let mut copied = false;
     let mut extents = Vec::new();
     chain.extents(offset, len, &mut extents)?;
     for (has_data, from, to) in block_runs(&extents, offset + len) {
         if has_data {
             buf.resize(usize::try_from(to - from).unwrap_or(usize::MAX), 0);
-            chain.read(from, buf)?;
+            match class {
+                Class::Urgent => chain.read(from, buf)?,
+                Class::Bulk => chain.read_once(from, buf)?,
+            }
             let stored = {
                 let _turn = turn.lock();
                 overlay.fill(from, buf)?
             };
-            copied = true;
             done.local += stored;
             done.copied += stored;
         } else {
             done.local += overlay.fill_zero(from, to - from)?;
         }
-    }
-    if copied {
-        // A hint; the sync that matters reports its own errors. Once for the whole step: runs are short.
-        let _hint = overlay.raw().start_writeback(offset, len);
     }
     Ok(())
 }

@@ -16,6 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aquifer_formats::storage::WriteBehind;
 use parking_lot::{Condvar, Mutex};
 
 use super::{
@@ -24,6 +25,7 @@ use super::{
     leave_out::LeaveOut,
     pace::{Buckets, Pace, StepSize, Throttle},
     progress::{HydrateProgress, HydrateState, Meter, Replay},
+    step::Class,
 };
 use crate::{Delta, Disk, Error, ExtentKind, Result, Trace};
 
@@ -87,13 +89,12 @@ pub(super) struct State {
     sealing: bool,
 }
 
-/// Why a range is copied.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Class {
-    /// The guest waits for it, waits beside it, or waited for it in an earlier boot.
-    Urgent,
-    /// Everything has to come over.
-    Bulk,
+/// What one thread keeps from step to step.
+#[derive(Debug, Default)]
+struct Desk {
+    /// The bytes of a run.
+    buf: Vec<u8>,
+    behind: WriteBehind,
 }
 
 /// What a thread does next.
@@ -142,10 +143,10 @@ impl Shared {
 
     /// The life of one thread.
     pub(super) fn run(&self) {
-        let mut buf = Vec::new();
+        let mut desk = Desk::default();
         loop {
             match self.next() {
-                Next::Copy(range, class) => self.copy(range, class, &mut buf),
+                Next::Copy(range, class) => self.copy(range, class, &mut desk),
                 Next::Seal => self.seal(),
                 Next::Wait(limit) => self.demand.wait(limit),
                 Next::Finish => self.finish(),
@@ -255,9 +256,12 @@ impl Shared {
         }
     }
 
-    fn copy(&self, range: Range<u64>, class: Class, buf: &mut Vec<u8>) {
+    fn copy(&self, range: Range<u64>, class: Class, desk: &mut Desk) {
         let began = Instant::now();
-        let result = self.disk.hydrate_with(range.start, range.end - range.start, buf);
+        let result = self.disk.hydrate_with(range.start, range.end - range.start, class, &mut desk.buf);
+        if result.as_ref().is_ok_and(|done| done.copied > 0) {
+            self.send_off(range.clone(), class, desk);
+        }
         let now = Instant::now();
         let mut state = self.state.lock();
         state.busy.retain(|busy| *busy != range);
@@ -278,6 +282,18 @@ impl Shared {
                 state.recovered();
             }
             Err(e) => self.note_error(&mut state, range, &e, now),
+        }
+    }
+
+    /// Sends what was stored on its way to the disk: a whole step at once, since the runs in it are short.
+    fn send_off(&self, range: Range<u64>, class: Class, desk: &mut Desk) {
+        let Ok(overlay) = self.disk.overlay() else { return };
+        match class {
+            Class::Bulk => desk.behind.wrote(overlay.raw(), range),
+            Class::Urgent => {
+                // The guest reads what is beside it next: it stays in memory. A hint; the sync that matters reports.
+                let _hint = overlay.raw().start_writeback(range.start, range.end - range.start);
+            }
         }
     }
 

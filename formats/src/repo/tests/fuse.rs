@@ -116,6 +116,10 @@ impl Storage for Guarded {
         self.file.start_writeback(offset, len)
     }
 
+    fn forget_cached(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.file.forget_cached(offset, len)
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.burn("sync")?;
         self.file.sync()?;

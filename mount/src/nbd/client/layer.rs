@@ -245,6 +245,10 @@ impl Storage for NbdStorage {
         Err(refused())
     }
 
+    fn forget_cached(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
+
     fn sync(&self) -> io::Result<()> {
         Err(refused())
     }
