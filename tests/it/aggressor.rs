@@ -10,7 +10,7 @@ use aquifer_vdisk::{Disk, OverlayOptions};
 const PIECE: usize = 64 << 10;
 
 /// Bytes that each sync of `disk.raw` found, and what none has covered yet.
-fn found_by_syncs(told: &[Told]) -> (Vec<usize>, usize) {
+fn found_by_syncs(told: &[Told]) -> (Vec<u64>, u64) {
     let (mut found, mut open) = (Vec::new(), 0);
     for told in told {
         match told {
@@ -39,14 +39,14 @@ fn a_flush_never_finds_what_a_flood_has_left() {
     let made = world.told_len();
     flood(&disk, 0..400);
     let (found, open) = found_by_syncs(&world.told()[made..]);
-    assert!(found.is_empty() && open == 400 * PIECE, "nobody flushes, so nobody waits: {found:?}");
+    assert!(found.is_empty() && open == 400 * PIECE as u64, "nobody flushes, so nobody waits: {found:?}");
 
     // The victim flushes once; from then on the flood syncs what it writes, and the victim's next flush finds little.
     disk.flush().expect("flush");
     let flushed = world.told_len();
     flood(&disk, 400..600);
     let (found, open) = found_by_syncs(&world.told()[flushed..]);
-    let most = usize::try_from(rig.options.ahead_bytes).expect("small") + PIECE;
+    let most = rig.options.ahead_bytes + PIECE as u64;
     assert!(found.len() >= 10 && found.iter().all(|bytes| *bytes <= most), "{found:?}");
     assert!(open <= most, "{open} bytes are left to the victim's flush");
 
