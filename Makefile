@@ -5,7 +5,7 @@ export PATH := $(HOME)/.cargo/bin:$(PATH)
 CARGO ?= cargo
 BIN := $(or $(CARGO_TARGET_DIR),target)/release/aquifer
 
-.PHONY: help setup build test test-long proofs bench lint deny man demo clean
+.PHONY: help setup build test test-long fuzz-long proofs bench lint deny man demo clean
 
 help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,11 +22,16 @@ test: setup      ## everything that must hold, in minutes
 	$(CARGO) test -p aquifer-tests --features schedule --test schedule --locked --quiet
 	$(CARGO) test -p aquifer-tests --features planted --test planted --locked --quiet
 
-test-long: setup ## the same with many more cases, whole guests and the licence gate
+test-long: setup ## the same with many more cases, whole guests, long fuzzing and the licence gate
 	$(CARGO) build --release --locked -p aquifer
 	AQUIFER_TEST_SCALE=$${AQUIFER_TEST_SCALE:-20} AQUIFER_TEST_LONG=1 $(CARGO) test --workspace --locked --release --quiet
 	AQUIFER_TEST_SCALE=$${AQUIFER_TEST_SCALE:-20} $(CARGO) test -p aquifer-tests --features schedule --test schedule --locked --release --quiet
+	$(MAKE) fuzz-long
 	$(MAKE) deny
+
+FUZZ_SECONDS ?= 1800
+fuzz-long: setup ## every fuzz target under libFuzzer for FUZZ_SECONDS, as many side by side as there are processors
+	AQUIFER_LEDGER=$${AQUIFER_LEDGER:-$(CURDIR)/target/fuzz.jsonl} scripts/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ_FLAGS)
 
 LEDGER := $(CURDIR)/target/proofs.jsonl
 proofs: setup    ## count what the tests prove, into docs/proofs.md

@@ -2,7 +2,7 @@
 """Folds what tests counted (JSON lines, see tests/src/ledger.rs) into docs/proofs.md.
 
 usage: scripts/proofs.py SHORT.jsonl [LONG.jsonl] > docs/proofs.md
-The second file is of the long form (AQUIFER_TEST_SCALE above 1), where that was run.
+The second file is of the long form (AQUIFER_TEST_SCALE above 1, scripts/fuzz.py), where that was run.
 """
 import json
 import subprocess
@@ -12,7 +12,7 @@ WHAT = {
     "crash states in memory": "Random lives of an overlay cut at every write and sync, with any subset of what was not synced lost or torn at 512 bytes; recovery cut in the same way. Each state is recovered by the real code and compared sector by sector.",
     "calls failed in memory": "Every read, write, punch, reserve and sync of a history fails once: EIO, ENOSPC, EINTR, half a write. Then the next process, and a loss of power.",
     "damages of an overlay": "A bit in every byte that map and journal say, and in a sample of the guest's bytes; ends cut off.",
-    "damages of a native layer": "Bits flipped all over a sealed layer; whole blocks put in the place of others.",
+    "damages of a native layer": "Bits flipped all over a sealed layer; whole blocks put in the place of others; blocks and whole layers of an older time put back; ends cut off or blank, and what is salvaged then.",
     "crash images of a guest's file system": "ext4, XFS and Btrfs on a served overlay under a loop device; the power is cut at syncs and between; our recovery, then theirs: every synced file is there, and their own checker is content.",
     "kills while serving, hydrating and resuming": "kill -9 of a process that writes beside a hydrator, and of the processes that resume it.",
     "kills while draining and handing over": "kill -9 around the pivot, twice on each overlay.",
@@ -26,6 +26,8 @@ def fold(path):
     out = {}
     for line in open(path, encoding="utf-8"):
         entry = json.loads(line)
+        if "target" in entry:
+            continue
         proof = out.setdefault(entry["proof"], {"counts": {}, "seeds": [], "seconds": 0.0, "runs": 0})
         for name, count in entry["counts"].items():
             proof["counts"][name] = proof["counts"].get(name, 0) + count
@@ -48,6 +50,26 @@ def table(folded):
     return "\n".join(rows)
 
 
+def fuzzed(paths):
+    """The runs under libFuzzer, one row for each target: sums over runs, the highest of memory, the last of coverage."""
+    targets = {}
+    for entry in (json.loads(line) for path in paths for line in open(path, encoding="utf-8")):
+        if "target" in entry:
+            targets.setdefault(entry["target"], []).append(entry)
+    if not targets:
+        return None
+    rows = ["| Target | Executions | Wall minutes | Processor minutes | Peak memory, MiB | Edges | Inputs | Findings | Commits |",
+            "|---|---|---|---|---|---|---|---|---|"]
+    for name, runs in sorted(targets.items()):
+        total = lambda key: sum(run[key] for run in runs)
+        cells = [name, f"{sum(run['counts']['executions'] for run in runs):,}", f"{total('seconds') / 60:.0f}",
+                 f"{total('cpu_seconds') / 60:.1f}", f"{max(run['peak_rss_bytes'] for run in runs) / (1 << 20):.0f}",
+                 f"{runs[-1]['edges']:,}", f"{runs[-1]['corpus']:,}", str(total("findings")),
+                 ", ".join(dict.fromkeys(run["commit"] for run in runs))]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def main():
     if len(sys.argv) < 2:
         sys.exit(__doc__)
@@ -63,6 +85,10 @@ def main():
     if len(sys.argv) > 2:
         print("## Long form\n")
         print(table(fold(sys.argv[2])) + "\n")
+    if table_of_targets := fuzzed(sys.argv[1:]):
+        print("## Fuzz targets under libFuzzer\n")
+        print("`make fuzz-long`; 16 targets side by side where few processors were at hand, hence both times.\n")
+        print(table_of_targets + "\n")
     print("## What each of them does\n")
     for name, what in WHAT.items():
         print(f"- **{name}**: {what}")

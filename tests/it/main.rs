@@ -9,6 +9,7 @@ mod chain;
 mod chain_files;
 mod confine;
 mod crash;
+mod doors_agree;
 mod filesystems;
 mod first_minutes;
 mod foreign;

@@ -4,9 +4,12 @@
 //! `tests/it/fuzz_smoke.rs`. They may only panic where the parser broke a promise.
 
 mod overlay;
+mod runner;
+mod seeds;
+mod sparse;
 mod vhost_user;
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 use aquifer_formats::{
     Codec, Content, Layer,
@@ -23,13 +26,54 @@ use aquifer_formats::{
 };
 
 pub use self::{
-    overlay::{overlay, overlay_seeds},
-    vhost_user::{vhost_user, vhost_user_seeds},
+    overlay::overlay,
+    runner::{control, machine, partitions, qmp},
+    vhost_user::vhost_user,
 };
 use crate::{door, mend, rng::Rng};
 
 /// Most blocks that are decoded of one input; one hostile table can name the same one a thousand times.
 const UNPACKS_MAX: usize = 64;
+
+/// A target with what it needs to be run.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    /// Its name, also that of its file in `fuzz/fuzz_targets`.
+    pub name: &'static str,
+    /// Judges one input; panics where a promise is broken.
+    pub run: fn(&[u8]),
+    /// Writes its seeds into a folder.
+    pub seeds: fn(&Path),
+    /// Mutations in the short form: as many as take a second or two.
+    pub mutations: u32,
+}
+
+/// All targets.
+pub const TARGETS: [Target; 18] = {
+    const fn target(name: &'static str, run: fn(&[u8]), seeds: fn(&Path), mutations: u32) -> Target {
+        Target { name, run, seeds, mutations }
+    }
+    [
+        target("aql", aql, seeds::aql, 2_100),
+        target("archive", archive, seeds::archive, 400),
+        target("codec", codec, seeds::codec, 7_500),
+        target("control", control, seeds::control, 15_000),
+        target("hyperv", hyperv, seeds::hyperv, 600),
+        target("machine", machine, seeds::machine, 10_000),
+        target("nbd_client", |data| _ = nbd_client(data), seeds::nbd_client, 15_000),
+        target("nbd_server", |data| _ = nbd_server(data), seeds::nbd_server, 20_000),
+        target("overlay", overlay, seeds::overlay, 6_000),
+        target("partitions", partitions, seeds::partitions, 1_000),
+        target("qcow2", qcow2, seeds::qcow2, 7_500),
+        target("qmp", qmp, seeds::qmp, 10_000),
+        target("record", record, seeds::record, 20_000),
+        target("session", session, seeds::session, 10_000),
+        target("trace", trace, seeds::trace, 20_000),
+        target("unused", unused, seeds::unused, 1_000),
+        target("vhost_user", vhost_user, seeds::vhost_user, 10_000),
+        target("vmdk", vmdk, seeds::vmdk, 6_000),
+    ]
+};
 
 /// Any bytes as a stored block: the first says how it is encoded, the next two how it is asked for.
 pub fn codec(data: &[u8]) {
@@ -95,14 +139,17 @@ pub fn vmdk(data: &[u8]) {
     }
 }
 
-/// Any bytes as a Hyper-V or VirtualBox disk: as they are, and with the checksums on the way made right.
+/// Any sectors ([`sparse`]) as a Hyper-V or VirtualBox disk: as they are, and with the checksums on the way made right.
 pub fn hyperv(data: &[u8]) {
-    tables(data);
-    tables(&mend::hyperv(data));
+    let file = sparse::unpack(data);
+    let mended = mend::hyperv(&file);
+    tables(file);
+    tables(mended);
 }
 
-fn tables(data: &[u8]) {
-    let storage = || -> Arc<dyn aquifer_formats::Storage> { Arc::new(MemoryStorage::new("fuzz", data.to_vec())) };
+fn tables(file: Vec<u8>) {
+    let storage: Arc<dyn aquifer_formats::Storage> = Arc::new(MemoryStorage::new("fuzz", file));
+    let storage = || Arc::clone(&storage);
     if let Ok(disk) = Vhdx::open(storage()) {
         let _ = disk.check_parent(&disk);
         if let Ok(layer) = disk.layer() {
@@ -390,8 +437,15 @@ pub fn trace(data: &[u8]) {
     }
 }
 
-/// Any bytes as a disk whose unused space is looked for.
+/// Any sectors ([`sparse`]) as a disk whose unused space is looked for: as they are, and with a GPT's checksums made right.
 pub fn unused(data: &[u8]) {
+    let mut file = sparse::unpack(data);
+    look_for_unused(&file);
+    mend::gpt(&mut file);
+    look_for_unused(&file);
+}
+
+fn look_for_unused(data: &[u8]) {
     let size = data.len() as u64;
     let read = |at: u64, buf: &mut [u8]| -> aquifer_vdisk::Result<()> {
         let at = usize::try_from(at).expect("inside");

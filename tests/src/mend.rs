@@ -147,6 +147,29 @@ pub fn hyperv(data: &[u8]) -> Vec<u8> {
     out
 }
 
+/// Makes the checksums of a disk's GPT and of its copy right, where they lie with sectors of 512 bytes.
+pub fn gpt(disk: &mut [u8]) {
+    let sum = |bytes: &[u8]| {
+        let mut crc = flate2::Crc::new();
+        crc.update(bytes);
+        crc.sum().to_le_bytes()
+    };
+    for at in [512, disk.len().saturating_sub(512)] {
+        if disk.get(at..at + 92).is_none_or(|head| !head.starts_with(b"EFI PART")) {
+            continue;
+        }
+        let entries = word(disk, at + 72).and_then(|lba| usize::try_from(lba.checked_mul(512)?).ok());
+        let len = half(disk, at + 80).zip(half(disk, at + 84)).map(|(count, each)| count as usize * each as usize);
+        let table = entries.zip(len).and_then(|(start, len)| disk.get(start..start.checked_add(len)?));
+        if let Some(crc) = table.map(sum) {
+            put(disk, at + 88, &crc);
+        }
+        put(disk, at + 16, &[0; 4]);
+        let crc = sum(&disk[at..at + 92]);
+        put(disk, at + 16, &crc);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     //! A mended layer opens: else the fuzzer would never get past the first check.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use aquifer_formats::{
     Layer,
-    aql::{Compression, ContentKey, NewLayer, Reader, Resolver, Writer, WriterOptions},
+    aql::{Compression, ContentKey, NewLayer, Reader, Resolver, Unseen, Writer, WriterOptions, salvage},
     storage::MemoryStorage,
 };
 use aquifer_vdisk::{BlockCache, Chain};
@@ -18,10 +18,12 @@ use crate::{
 
 const BLOCK: usize = 16 << 10;
 const BLOCKS: usize = 12;
+/// A stored block with its header.
+const FRAME: usize = BLOCK + 64;
 
-/// A sealed layer of raw blocks, in memory, and its disk.
-fn layer() -> (Vec<u8>, Vec<u8>) {
-    let mut dice = Rng::new(3);
+/// A sealed layer of raw blocks, in memory, and its disk; those of other numbers are laid out alike.
+fn layer(number: u64) -> (Vec<u8>, Vec<u8>) {
+    let mut dice = Rng::new(number);
     let disk: Vec<u8> = (0..BLOCK * BLOCKS).map(|_| dice.below(256) as u8).collect();
     let options = WriterOptions { block_log2: 14, compression: Compression::Raw, threads: 0, ..Default::default() };
     let storage = Arc::new(MemoryStorage::new("layer", Vec::new()));
@@ -57,7 +59,7 @@ fn read(file: Vec<u8>, disk: &[u8]) -> Result<bool, String> {
 /// # Errors
 /// Wrong bytes.
 pub fn flips(step: usize) -> Result<(u64, u64), String> {
-    let (file, disk) = layer();
+    let (file, disk) = layer(3);
     let (mut tried, mut refused) = (0, 0);
     for at in (0..file.len()).step_by(step) {
         let mut damaged = file.clone();
@@ -73,19 +75,98 @@ pub fn flips(step: usize) -> Result<(u64, u64), String> {
 /// # Errors
 /// Wrong bytes, or no error.
 pub fn swaps() -> Result<u64, String> {
-    let (file, disk) = layer();
-    let len = BLOCK + 64;
-    let frames: Vec<usize> = (0..file.len() - len).filter(|at| file[*at..].starts_with(b"AQF1")).take(BLOCKS).collect();
-    let mut tried = 0;
+    let (file, disk) = layer(3);
+    let (frames, mut tried) = (frames(&file), 0);
     for (from, to) in frames.iter().flat_map(|from| frames.iter().map(move |to| (*from, *to))).filter(|(a, b)| a != b) {
         let mut damaged = file.clone();
-        damaged.copy_within(from..from + len, to);
+        damaged.copy_within(from..from + FRAME, to);
         if !read(damaged, &disk).map_err(|e| format!("frame {from} at {to}: {e}"))? {
             return Err(format!("frame {from} is accepted at {to}"));
         }
         tried += 1;
     }
     Ok(tried)
+}
+
+/// Where the frames of the blocks of [`layer`] are, all of them of [`FRAME`] bytes.
+fn frames(file: &[u8]) -> Vec<usize> {
+    (0..file.len() - FRAME).filter(|at| file[*at..].starts_with(b"AQF1")).take(BLOCKS).collect()
+}
+
+/// Puts blocks of an older layer back where those of the newer one are, each alone and all of them; then the older layer
+/// as a whole under an increment that stands on the newer one.
+///
+/// # Errors
+/// Wrong bytes, or no error.
+pub fn stale() -> Result<u64, String> {
+    let ((old, _), (new, disk)) = (layer(4), layer(3));
+    let places = frames(&new);
+    if frames(&old) != places || places.len() != BLOCKS {
+        return Err("two layers of one form are not laid out alike".into());
+    }
+    let mut tried = 0;
+    for put_back in places.chunks(1).chain([&places[..]]) {
+        let mut damaged = new.clone();
+        put_back.iter().for_each(|at| damaged[*at..at + FRAME].copy_from_slice(&old[*at..at + FRAME]));
+        if !read(damaged, &disk).map_err(|e| format!("old frames at {put_back:?}: {e}"))? {
+            return Err(format!("old frames are accepted at {put_back:?}"));
+        }
+        tried += 1;
+    }
+    let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
+    let (below, above) = (folder.path().join("below.aql"), folder.path().join("above.aql"));
+    let put = |bytes: &[u8]| std::fs::write(&below, bytes).map_err(|e| e.to_string());
+    put(&new)?;
+    let parent = Arc::new(Reader::open_path(&below).map_err(|e| e.to_string())?);
+    let options = WriterOptions { block_log2: 14, threads: 0, ..Default::default() };
+    let child = NewLayer::increment(parent, "below.aql", ContentKey::new([7; 32]));
+    let mut writer = Writer::create_file(&above, child, options).map_err(|e| e.to_string())?;
+    writer.put(0, &[1; BLOCK]).map_err(|e| e.to_string())?;
+    writer.finish().map_err(|e| e.to_string())?;
+    let open = || crate::chains::open(&crate::chains::image(&above), &Arc::new(BlockCache::new(1 << 20)));
+    let mut block = [0; BLOCK];
+    let read = |block: &mut [u8]| open().and_then(|chain| chain.read(BLOCK as u64, block));
+    read(&mut block).map_err(|e| format!("an increment on the right layer: {e}"))?;
+    put(&old)?;
+    match read(&mut block) {
+        Ok(()) => Err("an increment accepts another layer below it".into()),
+        Err(_) => Ok(tried + 1),
+    }
+}
+
+/// Cuts the end of a sealed layer off in steps, and makes zeros of it in the same steps. Returns how many, and of those
+/// that no longer open how many salvage gave back in part.
+///
+/// # Errors
+/// Wrong bytes, from the layer or from what was salvaged of it; an end that is gone and not missed.
+pub fn tails(step: usize) -> Result<(u64, u64), String> {
+    let (file, disk) = layer(3);
+    let (mut tried, mut salvaged) = (0, 0);
+    for end in (0..file.len()).step_by(step) {
+        let (cut, mut blank) = (file[..end].to_vec(), file.clone());
+        blank[end..].fill(0);
+        for damaged in [cut, blank] {
+            tried += 1;
+            let same = damaged == file;
+            let refused = read(damaged.clone(), &disk).map_err(|e| format!("without its end from {end}: {e}"))?;
+            if !refused && !same && end < file.len() - 2 * 4096 {
+                return Err(format!("its end from {end} is gone, and is not missed"));
+            }
+            let storage = Arc::new(MemoryStorage::new("damaged", damaged));
+            let Ok(found) = salvage(storage, None, Resolver::none(), Unseen::Error) else { continue };
+            let chain = Chain::of_point(Arc::new(found.reader), Arc::new(BlockCache::new(1 << 20)));
+            let mut some = false;
+            for (number, block) in disk.chunks(BLOCK).enumerate() {
+                let mut out = vec![0; block.len()];
+                match chain.read((number * BLOCK) as u64, &mut out) {
+                    Ok(()) if out != block => return Err(format!("cut at {end}: block {number} is salvaged wrongly")),
+                    read => some |= read.is_ok(),
+                }
+            }
+            salvaged += u64::from(some);
+        }
+    }
+    Ok((tried, salvaged))
 }
 
 /// Two chains of random layers, laid out alike and of different bytes, under one cache, read in random pieces.

@@ -107,7 +107,7 @@ fn mend_entries(file: &Image, at: u64, head: &mut [u8; PAGE]) {
 }
 
 /// Files of overlays with something in them, as inputs.
-pub fn overlay_seeds() -> Vec<Vec<u8>> {
+pub(super) fn overlay_seeds() -> Vec<Vec<u8>> {
     (1..6).map(seed).collect()
 }
 

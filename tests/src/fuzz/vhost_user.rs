@@ -74,7 +74,7 @@ fn one(memory: &Memory, layout: &Layout) {
 }
 
 /// Memories of honest guests: requests of each kind, direct and in a table.
-pub fn vhost_user_seeds() -> Vec<Vec<u8>> {
+pub(super) fn vhost_user_seeds() -> Vec<Vec<u8>> {
     let kinds: [(u32, Vec<u8>, u32); 6] = [
         (0, Vec::new(), 512),
         (1, vec![7; 512], 0),

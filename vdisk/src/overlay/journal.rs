@@ -30,7 +30,9 @@ use zerocopy::{
 
 use super::{
     failure::{io_failed, wrong},
-    layout::{ENTRY_DATA, JOURNAL_MAGIC, JournalHeader, OVERLAY_VERSION, RECORD_MAGIC, RecordEntry, RecordHead},
+    layout::{
+        ENTRY_DATA, JOURNAL_MAGIC, JournalHeader, OVERLAY_VERSION, RECORD_MAGIC, RecordEntry, RecordHead, SEQUENCE_END,
+    },
     region::Page,
 };
 use crate::{Error, Result};
@@ -308,7 +310,8 @@ impl Journal {
         let mut bytes = vec![0; 4096];
         self.read(self.offset(half, at), &mut bytes)?;
         let Ok((head, _)) = RecordHead::read_from_prefix(&bytes) else { return Ok(None) };
-        if head.magic != RECORD_MAGIC || head.id != self.id {
+        let counted = head.sequence.get().max(head.synced.get()) < SEQUENCE_END;
+        if head.magic != RECORD_MAGIC || head.id != self.id || !counted {
             return Ok(None);
         }
         let entries = u64::from(head.entries.get());

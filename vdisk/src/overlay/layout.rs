@@ -21,6 +21,10 @@ pub(super) const RECORD_MAGIC: [u8; 8] = *b"AQREC\r\n\x1A";
 /// Version of map and journal.
 pub(super) const OVERLAY_VERSION: u32 = 1;
 
+/// Sequences and floors stay below this: at a million a second it takes 146,000 years to get there. What claims to be
+/// beyond is damage, whatever its checksum says, and counting on from it could overflow.
+pub(super) const SEQUENCE_END: u64 = 1 << 62;
+
 /// Flag of [`MapHeader::flags`]: somebody else writes `disk.raw`, the marks no longer tell what is dirty.
 pub(super) const FLAG_HANDED_OVER: u32 = 1;
 

@@ -32,7 +32,7 @@ use super::{
     failure::{io_failed, wrong},
     layout::{
         FLAG_HANDED_OVER, MAP_IMAGES_MAX, MAP_LIST_MAGIC, MAP_MAGIC, MAP_PAGE_MAGIC, MapHeader, MapList, MapPageHead,
-        OVERLAY_VERSION,
+        OVERLAY_VERSION, SEQUENCE_END,
     },
     region::{LINE_BYTES, Line, Page, REGION_BYTES},
 };
@@ -117,7 +117,8 @@ impl MapFile {
             let mut page = [0; size_of::<MapHeader>()];
             storage.read_at(at, &mut page).map_err(|e| io_failed(&*storage, "read", at, e))?;
             let Ok(header) = MapHeader::read_from_bytes(&page) else { continue };
-            let whole = header.magic == MAP_MAGIC && header.crc.get() == header_crc(&header);
+            let counted = header.sequence.get().max(header.floor.get()) < SEQUENCE_END;
+            let whole = header.magic == MAP_MAGIC && header.crc.get() == header_crc(&header) && counted;
             if whole && best.is_none_or(|b| b.sequence.get() < header.sequence.get()) {
                 best = Some(header);
             }
@@ -217,7 +218,8 @@ impl MapFile {
         self.storage.read_at(IMAGES_AT, &mut images).map_err(|e| io_failed(&*self.storage, "read", IMAGES_AT, e))?;
         let heads = images.chunks_exact(4096).filter_map(|image| MapPageHead::read_from_prefix(image).ok());
         let ours = heads.filter(|(head, _)| head.magic == MAP_PAGE_MAGIC && head.id == self.header.id);
-        Ok(ours.map(|(head, _)| head.sequence.get()).max().unwrap_or(0))
+        let counts = ours.map(|(head, _)| head.sequence.get()).filter(|sequence| *sequence < SEQUENCE_END);
+        Ok(counts.max().unwrap_or(0))
     }
 
     fn load_page(&mut self, at: u64, repaired: &[u32], each: &mut dyn FnMut(u32, Line)) -> Result<()> {
@@ -241,6 +243,7 @@ impl MapFile {
     fn page_head(&self, index: u32, page: &Page) -> Option<MapPageHead> {
         let (head, _) = MapPageHead::read_from_prefix(page).ok()?;
         let ours = head.magic == MAP_PAGE_MAGIC && head.id == self.header.id && head.index.get() == index;
+        let ours = ours && head.sequence.get() < SEQUENCE_END;
         (ours && (head.crc.get() == page_crc(page) || planted(Bug::MapPageUnchecked))).then_some(head)
     }
 
@@ -259,7 +262,7 @@ impl MapFile {
         self.storage.read_at(LIST_AT, &mut bytes).map_err(|e| io_failed(&*self.storage, "read", LIST_AT, e))?;
         let Ok(list) = MapList::read_from_bytes(&bytes) else { return Ok(BTreeMap::new()) };
         let ours = list.magic == MAP_LIST_MAGIC && list.id == self.header.id && list.crc.get() == list_crc(&list);
-        if !ours {
+        if !ours || list.sequence.get() >= SEQUENCE_END {
             return Ok(BTreeMap::new());
         }
         let mut images = BTreeMap::new();

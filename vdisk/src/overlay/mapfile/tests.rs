@@ -47,6 +47,36 @@ fn an_image_of_an_interrupted_batch_never_passes_for_one_of_the_next() {
     assert_eq!(open(&second).2, vec![Line::uniform(BlockState::Written)]);
 }
 
+/// Found by fuzzing: a count at its end made the next one overflow.
+#[test]
+fn counts_that_nobody_reaches_are_damage() {
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new("map", Vec::new()));
+    MapFile::create(storage.clone(), &OF, [9; 16]).expect("create");
+    let good = after_batch(&contents(&*storage), BlockState::Written);
+    let headers = |change: &dyn Fn(&mut MapHeader), copies: &[u64]| {
+        let mut bytes = good.clone();
+        for at in copies.iter().map(|copy| narrow(copy * PAGE)) {
+            let (header, _) = MapHeader::mut_from_prefix(&mut bytes[at..]).expect("a header");
+            change(header);
+            header.crc = U32::new(header_crc(header));
+        }
+        bytes
+    };
+    for count in [SEQUENCE_END, u64::MAX] {
+        for change in [|h: &mut MapHeader, n| h.sequence = U64::new(n), |h: &mut MapHeader, n| h.floor = U64::new(n)] {
+            let change = |header: &mut MapHeader| change(header, count);
+            let both = Arc::new(MemoryStorage::new("map", headers(&change, &[0, 1])));
+            assert!(MapFile::open(both, &OF).is_err(), "{count} in both copies");
+            let again = after_batch(&headers(&change, &[0]), BlockState::Hydrated);
+            assert_eq!(open(&again).2, vec![Line::uniform(BlockState::Hydrated)], "{count} in one copy");
+        }
+        let mut image = good.clone();
+        let (head, _) = MapPageHead::mut_from_prefix(&mut image[narrow(IMAGES_AT)..]).expect("a head");
+        head.sequence = U64::new(count);
+        assert_eq!(open(&after_batch(&image, BlockState::Trimmed)).2, vec![Line::uniform(BlockState::Trimmed)]);
+    }
+}
+
 fn narrow(at: u64) -> usize {
     usize::try_from(at).expect("small")
 }
