@@ -138,20 +138,26 @@ def keep(target):
     corpus, seeds, small = WORK / "corpus" / target, WORK / "seeds" / target, WORK / "minimised" / target
     shutil.rmtree(small, ignore_errors=True)
     small.mkdir(parents=True)
-    subprocess.run([BUILT / target, "-merge=1", "-timeout=60", small, corpus], check=True,
+    subprocess.run([BUILT / target, "-merge=1", "-timeout=600", f"-max_len={KEPT_INPUT_MAX}", small, corpus], check=True,
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # What was found once, and is repaired by now, stays an input of every test.
+    for kind in ("crash", "oom", "timeout"):
+        for found in (WORK / "artifacts" / target).glob(f"{kind}-*"):
+            shutil.copy(found, small)
     inputs = sorted((path for path in small.iterdir() if path.stat().st_size <= KEPT_INPUT_MAX), key=lambda p: (p.stat().st_size, p.name))
     CORPORA.mkdir(exist_ok=True)
     packed = CORPORA / f"{target}.tar.gz"
-    while inputs:
-        names = "\n".join(sorted(path.name for path in inputs))
+    always = [path for path in inputs if path.name.startswith(("crash-", "oom-", "timeout-"))]
+    inputs = [path for path in inputs if path not in always]
+    while inputs or always:
+        names = "\n".join(sorted(path.name for path in always + inputs))
         run("tar", "-C", small, "--sort=name", "--mtime=@0", "--owner=0", "--group=0", "--numeric-owner", "-czf", packed,
             "--files-from=-", input=names.encode())
         size = packed.stat().st_size
-        if size <= KEPT_CORPUS_MAX:
+        if size <= KEPT_CORPUS_MAX or not inputs:
             break
         inputs = inputs[: int(len(inputs) * min(0.9, KEPT_CORPUS_MAX / size))]
-    print(f"{target}: {len(inputs)} inputs kept of {len(list(small.iterdir()))}, {packed.stat().st_size} bytes; seeds {len(list(seeds.iterdir()))}")
+    print(f"{target}: {len(always) + len(inputs)} inputs kept of {len(list(small.iterdir()))}, {packed.stat().st_size} bytes; seeds {len(list(seeds.iterdir()))}")
 
 
 def main():

@@ -288,7 +288,7 @@ pub fn nbd_server(data: &[u8]) -> usize {
         request.put(rules.mode, &mut again);
         assert_eq!(again, input[..again.len()], "a header says what was read from it");
         let payload = request.payload_len(rules.mode);
-        let filter = request.command == cmd::BLOCK_STATUS && payload > 0;
+        let filter = request.command == cmd::BLOCK_STATUS && request.has(wire::command_flag::PAYLOAD_LEN);
         if request.validate(&rules).is_ok() {
             let inside = request.offset.checked_add(request.len).is_some_and(|end| end <= rules.size);
             assert!(filter || inside, "{request:?} is said to be legal");
