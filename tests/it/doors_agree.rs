@@ -117,6 +117,9 @@ fn joined(runs: impl IntoIterator<Item = (u64, u64, u64)>, size: u64, what: &str
     for (offset, len, state) in runs {
         assert_eq!(offset, end, "{what}: a gap");
         end += len;
+        if offset >= size {
+            continue;
+        }
         match out.last_mut() {
             Some(last) if last.1 == state => last.0 = end.min(size),
             _ => out.push((end.min(size), state)),

@@ -104,7 +104,8 @@ impl Target {
             OutFormat::Qcow2 => {
                 let storage = target.file.try_clone().and_then(ImagoFile::try_from).map_err(failed)?;
                 let image = Qcow2::<ImagoFile>::create_builder(storage)
-                    .size(size)
+                    // QEMU counts in sectors and leaves out what is less than one at the end.
+                    .size(size.next_multiple_of(512))
                     .create_open(DenyImplicitOpenGate::default(), |file| {
                         Ok(Qcow2::<ImagoFile>::builder(file).backing(None).write(true))
                     })
