@@ -69,7 +69,7 @@ class Run:
     """One target at work."""
 
     def __init__(self, target, args):
-        self.target, self.began = target, time.monotonic()
+        self.target, self.began, self.commit = target, time.monotonic(), commit()
         corpus, seeds = prepare(target)
         self.log = WORK / f"{target}.log"
         words = [BUILT / target, corpus, seeds, f"-max_total_time={args.seconds}", f"-rss_limit_mb={args.memory}",
@@ -93,7 +93,7 @@ class Run:
         covered = re.findall(r"cov: (\d+) ft: (\d+) corp: (\d+)", said) or [(0, 0, 0)]
         code = os.waitstatus_to_exitcode(status)
         line = {
-            "proof": "fuzzing by coverage", "target": self.target, "seeds": str(seed), "commit": commit(),
+            "proof": "fuzzing by coverage", "target": self.target, "seeds": str(seed), "commit": self.commit,
             "seconds": round(time.monotonic() - self.began, 1),
             "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1), "peak_rss_bytes": usage.ru_maxrss * 1024,
             "counts": {"executions": executions}, "edges": int(covered[-1][0]), "corpus": int(covered[-1][2]),

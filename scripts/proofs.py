@@ -58,12 +58,12 @@ def fuzzed(paths):
             targets.setdefault(entry["target"], []).append(entry)
     if not targets:
         return None
-    rows = ["| Target | Executions | Wall minutes | Processor minutes | Peak memory, MiB | Edges | Inputs | Findings | Commits |",
+    rows = ["| Target | Executions | Wall seconds | Processor seconds | Peak memory, MiB | Edges | Inputs | Findings | Commits |",
             "|---|---|---|---|---|---|---|---|---|"]
     for name, runs in sorted(targets.items()):
         total = lambda key: sum(run[key] for run in runs)
-        cells = [name, f"{sum(run['counts']['executions'] for run in runs):,}", f"{total('seconds') / 60:.0f}",
-                 f"{total('cpu_seconds') / 60:.1f}", f"{max(run['peak_rss_bytes'] for run in runs) / (1 << 20):.0f}",
+        cells = [name, f"{sum(run['counts']['executions'] for run in runs):,}", f"{total('seconds'):,.0f}",
+                 f"{total('cpu_seconds'):.0f}", f"{max(run['peak_rss_bytes'] for run in runs) / (1 << 20):.0f}",
                  f"{runs[-1]['edges']:,}", f"{runs[-1]['corpus']:,}", str(total("findings")),
                  ", ".join(dict.fromkeys(run["commit"] for run in runs))]
         rows.append("| " + " | ".join(cells) + " |")
@@ -87,7 +87,7 @@ def main():
         print(table(fold(sys.argv[2])) + "\n")
     if table_of_targets := fuzzed(sys.argv[1:]):
         print("## Fuzz targets under libFuzzer\n")
-        print("`make fuzz-long`; 16 targets side by side where few processors were at hand, hence both times.\n")
+        print("`make fuzz-long`. Side by side on few processors the targets share them, hence both times.\n")
         print(table_of_targets + "\n")
     print("## What each of them does\n")
     for name, what in WHAT.items():
