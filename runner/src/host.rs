@@ -12,6 +12,7 @@
 pub mod error;
 pub mod firmware;
 pub mod partition;
+pub mod placed;
 pub mod process;
 pub mod qemu;
 pub mod qmp;

@@ -14,6 +14,8 @@ pub mod confirm;
 pub mod context;
 pub mod copy;
 pub mod fail;
+pub mod failback;
+pub mod failover;
 pub mod host;
 pub mod job;
 pub mod machine;

@@ -16,7 +16,12 @@
 //! Not here: taking over and coming home (`failover`, `failback`).
 
 pub mod build;
+pub mod desk;
 pub mod digests;
+pub mod images;
+pub mod keep;
 pub mod layers;
 pub mod model;
+pub mod recover;
+pub mod run;
 pub mod state;

@@ -142,6 +142,16 @@ codes! {
         "A job was due while its last run had not ended. It is not doubled: the next due time counts."
     WarnSession "W_SESSION" 1 never
         "The session reached its end, but something in it wants a look: a machine that was skipped, a point that could not be made application-consistent, an increment that became a full. `aquifer sessions ID` says which."
+    WarnNoNewPoint "W_NO_NEW_POINT" 1 never
+        "The newest backup is one that the replica has already. Nothing was copied and no restore point was added."
+    WarnStale "W_STALE_SOURCE" 1 never
+        "The backups that feed a replica are older than they should be: the job that makes them may have stopped. The replica is as new as the newest of them."
+    WarnOnHold "W_ON_HOLD" 1 never
+        "The replica is not replicated at present: it serves, is on its way home, or was given up. Replication goes on when it is ready again."
+    WarnResync "W_RESYNC" 1 never
+        "The digests of a replica were missing, damaged or no longer to be trusted. They were made anew from the replica's own disks; nothing was copied for that."
+    WarnTakenBack "W_TAKEN_BACK" 1 never
+        "An earlier operation had been cut short, by a crash or a lost lease. What could not be finished was taken back before this one began."
     WarnHost "W_HOST" 1 never
         "The host could not do everything that was asked for; the message says what was done instead."
 }

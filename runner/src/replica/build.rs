@@ -150,6 +150,7 @@ impl DiskBuild {
             (None, Some((base, _))) => Digests::of(&Disk::read_only("base", base.clone()), self.block)?,
         };
         digests.resize(size);
+        let block = digests.block();
         let files = Files::of(&self.path);
         let (image, mark) = self.begin(&files, &mut digests)?;
         let work = Work {
@@ -164,7 +165,7 @@ impl DiskBuild {
         let mut mark = mark;
         let source = Disk::read_only("source", self.source.clone());
         for part in cut(&self.ranges(), mark.done_until, self.mark_bytes.max(1 << 20)) {
-            let read = sweep(&source, &part, work.digests.lock().block(), &|offset, piece| work.take(offset, piece))?;
+            let read = sweep(&source, &part, block, &|offset, piece| work.take(offset, piece))?;
             mark.carried.bytes_read += read;
             mark.carried.bytes_written += work.written.swap(0, Ordering::Relaxed);
             mark.carried.blocks_equal += work.equal.swap(0, Ordering::Relaxed);

@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::state::State;
+use super::{run::RunWork, state::State};
 use crate::{
     fail::{Code, Fail, Result},
     host::Running,
@@ -54,6 +54,9 @@ pub struct ReplicaRecord {
     /// The job leaves the machine out from now on.
     #[serde(default)]
     pub excluded: bool,
+    /// A run that was interrupted: the next one finishes it first.
+    #[serde(default)]
+    pub unfinished: Option<Box<RunWork>>,
     /// While it serves.
     #[serde(default)]
     pub failover: Option<FailoverRecord>,

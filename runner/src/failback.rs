@@ -1,0 +1,642 @@
+//! The way home: production gets what the replica has, in two passes, and serves again; until that is made final it can
+//! be taken back.
+//!
+//! ```text
+//! 1  production off            5  the replica's state becomes a restore point
+//! 2  difference                6  second pass: only what was written since the first
+//! 3  first pass, replica on    7  the sides are changed
+//! 4  replica off               8  production on, if wanted
+//! ```
+//!
+//! Invariants
+//! - What is sent lands in a working layer; production's own image changes only when a pass is whole.
+//! - Before the first pass the replica's machine gets a new layer, so that what is compared stands still and what is
+//!   written meanwhile is known without a second look at the disk.
+//! - From step 4 until the way home is made final or taken back the replica stays off.
+//!
+//! Not here: how a disk is compared and sent ([`pass`]).
+
+pub mod pass;
+
+use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
+
+use aquifer_formats::{probe::Format, repo::record::MachineDescription};
+use aquifer_vdisk::{Chain, Delta};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use self::pass::{Pass, working_of};
+use crate::{
+    fail::{Code, Fail, Result},
+    failover::{GRACE, describe_latest, power_off, put_layers, start},
+    host::{Running, placed},
+    replica::{
+        build::discard,
+        desk::{Desk, Went, Work},
+        digests::Digests,
+        images, keep, layers,
+        model::{
+            Carried, FailbackRecord, FailoverRecord, Home, HomeDisk, HomeKind, Origin, PointRecord, ReplicaRecord,
+            Switch, Top, VERSION,
+        },
+        run::describe,
+        state::{Op, State},
+    },
+    step::{AfterCrash, Plan},
+};
+
+/// What production has changed since it looked like a restore point, by disk: from a map that can be trusted.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Changed {
+    /// The restore point of the replica that production looked like when the maps began.
+    pub since: Option<Uuid>,
+    /// What was written since, by disk.
+    pub disks: BTreeMap<String, Delta>,
+}
+
+/// The first pass under way.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BackWork {
+    kind: String,
+    name: String,
+    home: Home,
+    switch: Switch,
+    changed: Changed,
+    description: MachineDescription,
+    number: u64,
+    /// What the machine wrote to until now; it stands still from the second step on.
+    sent: Vec<Top>,
+    tops: Vec<Top>,
+    /// How many disks have their new layer.
+    layered: usize,
+    since: Timestamp,
+    carried: Carried,
+}
+
+/// Sends home what differs; the replica goes on serving.
+///
+/// # Errors
+/// [`Code::State`]; a target that does not fit; what failed: production is as it was.
+pub fn failback(desk: &Desk<'_>, name: &str, home: Home, switch: Switch, changed: Changed) -> Result<Carried> {
+    let record = desk.ready_for(name, Op::Failback)?.record;
+    let failover = record.failover.clone().ok_or_else(|| Fail::new(Code::Bug, "a takeover without a record"))?;
+    check_home(desk, &record, &failover, &home)?;
+    let points = desk.points(name)?;
+    let point = points.iter().find(|point| point.id == failover.point);
+    let number = record.next_layer;
+    let tops =
+        failover.tops.iter().map(|top| Top { file: ReplicaRecord::layer_name(&top.disk, number), ..top.clone() });
+    let work = BackWork {
+        kind: BackWork::KIND.into(),
+        name: name.into(),
+        description: point.map(|point| point.description.clone()).unwrap_or_default(),
+        number,
+        tops: tops.collect(),
+        sent: failover.tops,
+        home,
+        switch,
+        changed,
+        layered: 0,
+        since: Timestamp::now(),
+        carried: Carried::default(),
+    };
+    Ok(desk.carry_out(name, work, None)?.carried)
+}
+
+/// Refuses a target before anything is turned off.
+fn check_home(desk: &Desk<'_>, record: &ReplicaRecord, failover: &FailoverRecord, home: &Home) -> Result<()> {
+    let at = |fail: Fail| Err(fail.at(home.folder.display()));
+    if home.folder == record.folder {
+        return at(Fail::new(Code::Refused, "a replica cannot come home to itself"));
+    }
+    if home.kind == HomeKind::New {
+        return match home.folder.join(placed::DESCRIPTION).exists() {
+            true => at(Fail::new(Code::Exists, format!("there is a machine in {} already", home.folder.display()))),
+            false => Ok(()),
+        };
+    }
+    for top in &failover.tops {
+        let Some(disk) = home.disks.iter().find(|disk| disk.disk == top.disk) else {
+            let what = format!("{} has no disk {}", home.machine, top.disk);
+            return at(Fail::new(Code::NotFound, what));
+        };
+        layers::open(&disk.path, disk.format, desk.cache)?;
+        let need = top.size / 64;
+        let folder = disk.path.parent().unwrap_or(Path::new("/"));
+        let stat = rustix::fs::statvfs(folder).map_err(|e| Fail::io(folder.display(), "look at", &e.into()))?;
+        if stat.f_bavail.saturating_mul(stat.f_frsize) < need.min(1 << 20) {
+            return at(Fail::new(Code::Capacity, format!("no space is left in {}", folder.display())));
+        }
+    }
+    Ok(())
+}
+
+/// Disks of a takeover with those of the target.
+fn pairs<'w>(home: &'w Home, tops: &'w [Top]) -> impl Iterator<Item = (&'w Top, &'w HomeDisk)> {
+    tops.iter().filter_map(|top| Some((top, home.disks.iter().find(|disk| disk.disk == top.disk)?)))
+}
+
+impl BackWork {
+    /// Lets the machine write to new layers. Done again it goes on.
+    fn freeze(&mut self, desk: &Desk<'_>) -> Result<()> {
+        let record = desk.load(&self.name)?.record;
+        put_layers(&record.folder, &self.sent, &self.tops)?;
+        let running = desk.running(&record.folder);
+        for (index, top) in self.tops.iter().enumerate() {
+            if let Some(running) = &running {
+                desk.host.layer(running, index, &record.folder.join(&top.file))?;
+            }
+            self.layered = self.layered.max(index + 1);
+        }
+        describe(&record.folder, &self.description, &self.tops)
+    }
+
+    fn compare(&mut self, desk: &Desk<'_>) -> Result<()> {
+        let record = desk.load(&self.name)?.record;
+        let points = desk.points(&self.name)?;
+        let failover = record.failover.clone().ok_or_else(|| Fail::new(Code::Bug, "a takeover without a record"))?;
+        let point = points.iter().find(|point| point.id == failover.point);
+        self.carried = Carried::default();
+        for (top, disk) in pairs(&self.home, &self.sent) {
+            let from = layers::open(&record.folder.join(&top.file), Format::Qcow2, desk.cache)?;
+            if self.home.kind == HomeKind::New {
+                let working = disk.path.clone();
+                let pass =
+                    Pass { from, have: None, backing: None, digests: None, ranges: None, working, pace: desk.pace };
+                self.carried.add(pass.run()?);
+                continue;
+            }
+            let ranges = match self.changed.disks.get(&disk.disk) {
+                Some(changed) => {
+                    changed_since(desk, &record, &points, &self.changed, top, &from)?.map(|on| on.union(changed))
+                }
+                None => None,
+            };
+            let digests = match (&ranges, point) {
+                (None, Some(point)) => Some(digests_of(&record, point, top, &from)?),
+                _ => None,
+            };
+            let pass = Pass {
+                from,
+                have: Some(layers::open(&disk.path, disk.format, desk.cache)?),
+                backing: Some(layers::backing(&disk.path, disk.format)?),
+                digests: digests.as_ref(),
+                ranges,
+                working: working_of(&disk.path, 1),
+                pace: desk.pace,
+            };
+            self.carried.add(pass.run()?);
+        }
+        Ok(())
+    }
+
+    fn forget_compared(&self) -> Result<()> {
+        pairs(&self.home, &self.sent).try_for_each(|(_, disk)| match self.home.kind {
+            HomeKind::New => discard(&disk.path),
+            _ => discard(&working_of(&disk.path, 1)),
+        })
+    }
+}
+
+/// Where the replica's disk differs from what it was at the point that production's map begins with: the layers of both
+/// above what they have in common.
+fn changed_since(
+    desk: &Desk<'_>,
+    record: &ReplicaRecord,
+    points: &[PointRecord],
+    changed: &Changed,
+    top: &Top,
+    from: &Chain,
+) -> Result<Option<Delta>> {
+    let since = points.iter().find(|point| Some(point.id) == changed.since);
+    let Some(since) = since.and_then(|point| point.disks.iter().find(|disk| disk.disk == top.disk)) else {
+        return Ok(None);
+    };
+    let (theirs, ours) = (record.folder.join(&since.file), record.folder.join(&top.file));
+    let ours = layers::files(&ours)?;
+    let Some(common) = layers::files(&theirs)?.into_iter().find(|file| ours.contains(file)) else { return Ok(None) };
+    let then = layers::open(&theirs, Format::Qcow2, desk.cache)?;
+    let (a, b) = (layers::said_above(&then, &common)?, layers::said_above(from, &common)?);
+    Ok(a.zip(b).map(|(a, b)| a.union(&b)))
+}
+
+/// Digests of a replica's disk with what its machine wrote.
+fn digests_of(record: &ReplicaRecord, point: &PointRecord, top: &Top, chain: &Arc<Chain>) -> Result<Digests> {
+    let disk = aquifer_vdisk::Disk::read_only(&top.disk, chain.clone());
+    let below = point.disks.iter().find(|below| below.disk == top.disk);
+    if let Some(below) = below
+        && let Some(mut digests) = Digests::load(&keep::digest_file(record, point, &top.disk), below.size)?
+        && let Some(written) = layers::said_above(chain, &record.folder.join(&below.file))?
+    {
+        digests.resize(chain.size());
+        let edge = below.size.min(chain.size()).saturating_sub(1);
+        let mut written = written;
+        if below.size != chain.size() {
+            written.insert(edge..chain.size());
+        }
+        digests.refresh(&disk, &written)?;
+        return Ok(digests);
+    }
+    Digests::of(&disk, record.digest_block)
+}
+
+impl Work for BackWork {
+    const OP: Op = Op::Failback;
+    const KIND: &'static str = "failback";
+
+    fn plan<'a>(desk: &'a Desk<'a>) -> Plan<'a, Self> {
+        Plan::new(AfterCrash::Back)
+            .step("home_off", |work: &mut Self| power_off(desk, &work.home.folder, GRACE).map(drop), |_| Ok(()))
+            // The machine may be on its new layers already, so the way back leads over them.
+            .step("freeze", |work: &mut Self| work.freeze(desk), |work: &mut Self| work.freeze(desk))
+            .step("first_pass", |work: &mut Self| work.compare(desk), |work: &mut Self| work.forget_compared())
+            .final_step("write_home", |work: &mut Self| {
+                if work.home.kind == HomeKind::New {
+                    return describe_home(&work.home, &work.description, &work.sent);
+                }
+                write_home(&work.home, &work.sent, 1)
+            })
+    }
+
+    fn settle(&self, record: &mut ReplicaRecord, went: &Went) {
+        if self.layered > 0 {
+            record.next_layer = record.next_layer.max(self.number + 1);
+            if let Some(failover) = &mut record.failover {
+                for (now, top) in failover.tops.iter_mut().zip(&self.tops).take(self.layered) {
+                    now.clone_from(top);
+                }
+            }
+        }
+        if *went == Went::Done {
+            record.state = State::ReadyToSwitch;
+            record.failback = Some(FailbackRecord {
+                home: self.home.clone(),
+                since: self.since,
+                switch: self.switch,
+                sent: self.sent.clone(),
+                first: self.carried,
+                second: None,
+                protective: None,
+                running: None,
+                off_since: None,
+                on_since: None,
+            });
+        }
+    }
+}
+
+/// Writes the working layers of a pass down into production's images. Done again it goes on.
+fn write_home(home: &Home, tops: &[Top], pass: u32) -> Result<()> {
+    pairs(home, tops).try_for_each(|(_, disk)| {
+        let working = working_of(&disk.path, pass);
+        if working.exists() {
+            images::merge_down(&working, &disk.path)?;
+        }
+        layers::remove(&working)
+    })
+}
+
+fn describe_home(home: &Home, description: &MachineDescription, tops: &[Top]) -> Result<()> {
+    let disks = pairs(home, tops).map(|(top, disk)| {
+        let file = disk.path.strip_prefix(&home.folder).unwrap_or(&disk.path);
+        (top.disk.clone(), file.display().to_string())
+    });
+    let description = MachineDescription { name: home.machine.clone(), ..description.clone() };
+    placed::write(&home.folder, &description, &disks.collect::<Vec<_>>())
+}
+
+/// The second pass under way.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SwitchWork {
+    kind: String,
+    name: String,
+    home: Home,
+    sent: Vec<Top>,
+    tops: Vec<Top>,
+    base: Uuid,
+    epoch: u64,
+    protective: PointRecord,
+    was_on: bool,
+    power_on: bool,
+    grace_s: u64,
+    carried: Carried,
+    replica_running: Option<Running>,
+    running: Option<Running>,
+    off_since: Option<Timestamp>,
+    on_since: Option<Timestamp>,
+}
+
+/// What a change of sides did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Switched {
+    /// What the second pass moved.
+    pub carried: Carried,
+    /// Milliseconds between the replica's end and production's start, where it was started.
+    pub downtime_ms: Option<i64>,
+}
+
+/// Changes the sides: the replica is turned off, what it wrote since the first pass goes home, production is started if
+/// that is wanted.
+///
+/// # Errors
+/// [`Code::State`]; what failed: the replica serves again.
+pub fn switchover(desk: &Desk<'_>, name: &str, power_on: bool, grace: Duration) -> Result<Switched> {
+    let record = desk.ready_for(name, Op::Switchover)?.record;
+    let missing = || Fail::new(Code::Bug, "a way home without a record");
+    let failover = record.failover.clone().ok_or_else(missing)?;
+    let failback = record.failback.clone().ok_or_else(missing)?;
+    let points = desk.points(name)?;
+    let base = points.iter().find(|point| point.id == failover.point);
+    let number = record.next_layer.max(points.last().map_or(0, |last| last.number + 1));
+    let protective = PointRecord {
+        version: VERSION,
+        id: Uuid::now_v7(),
+        number,
+        taken: Timestamp::now(),
+        made: Timestamp::now(),
+        origin: Origin::PreFailback,
+        source: None,
+        disks: failover.tops.clone(),
+        description: base.map(|point| point.description.clone()).unwrap_or_default(),
+        carried: Carried::default(),
+    };
+    let work = SwitchWork {
+        kind: SwitchWork::KIND.into(),
+        name: name.into(),
+        home: failback.home,
+        sent: failback.sent,
+        tops: failover.tops,
+        base: failover.point,
+        epoch: record.epoch,
+        protective,
+        was_on: desk.running(&record.folder).is_some(),
+        power_on,
+        grace_s: grace.as_secs(),
+        carried: Carried::default(),
+        replica_running: None,
+        running: None,
+        off_since: None,
+        on_since: None,
+    };
+    let work = desk.carry_out(name, work, None)?;
+    let downtime = work.off_since.zip(work.on_since).map(|(off, on)| on.as_millisecond() - off.as_millisecond());
+    Ok(Switched { carried: work.carried, downtime_ms: downtime.filter(|_| work.was_on) })
+}
+
+impl SwitchWork {
+    /// Makes the replica's present state a restore point, with its digests.
+    fn protect(&mut self, desk: &Desk<'_>) -> Result<()> {
+        let record = desk.load(&self.name)?.record;
+        let points = desk.points(&self.name)?;
+        let base = points.iter().find(|point| point.id == self.base);
+        for top in &self.tops {
+            let chain = layers::open(&record.folder.join(&top.file), Format::Qcow2, desk.cache)?;
+            let digests = match base {
+                Some(base) => digests_of(&record, base, top, &chain)?,
+                None => Digests::of(&aquifer_vdisk::Disk::read_only(&top.disk, chain), record.digest_block)?,
+            };
+            digests.store(&keep::digest_file(&record, &self.protective, &top.disk))?;
+        }
+        self.protective.taken = Timestamp::now();
+        desk.put_point(&self.name, &self.protective)
+    }
+
+    fn second_pass(&mut self, desk: &Desk<'_>) -> Result<()> {
+        let record = desk.load(&self.name)?.record;
+        self.carried = Carried::default();
+        for ((top, disk), sent) in pairs(&self.home, &self.tops).zip(&self.sent) {
+            let before = record.folder.join(&sent.file);
+            let from = layers::open(&record.folder.join(&top.file), Format::Qcow2, desk.cache)?;
+            let pass = Pass {
+                ranges: layers::said_above(&from, &before)?,
+                from,
+                have: Some(layers::open(&before, Format::Qcow2, desk.cache)?),
+                backing: Some(layers::backing(&disk.path, disk.format)?),
+                digests: None,
+                working: working_of(&disk.path, 2),
+                pace: desk.pace,
+            };
+            self.carried.add(pass.run()?);
+        }
+        Ok(())
+    }
+}
+
+impl Work for SwitchWork {
+    const OP: Op = Op::Switchover;
+    const KIND: &'static str = "switchover";
+
+    fn plan<'a>(desk: &'a Desk<'a>) -> Plan<'a, Self> {
+        Plan::new(AfterCrash::Back)
+            .step(
+                "replica_off",
+                |work: &mut Self| {
+                    let record = desk.load(&work.name)?.record;
+                    work.off_since = Some(Timestamp::now());
+                    power_off(desk, &record.folder, Duration::from_secs(work.grace_s)).map(drop)
+                },
+                |work: &mut Self| {
+                    let record = desk.load(&work.name)?.record;
+                    if work.was_on {
+                        work.replica_running = Some(start(desk, &record.folder, &record.name)?);
+                    }
+                    Ok(())
+                },
+            )
+            .step(
+                "protect",
+                |work: &mut Self| work.protect(desk),
+                |work: &mut Self| desk.drop_point(&work.name, work.protective.number),
+            )
+            .step(
+                "second_pass",
+                |work: &mut Self| work.second_pass(desk),
+                |work: &mut Self| {
+                    pairs(&work.home, &work.tops).try_for_each(|(_, disk)| discard(&working_of(&disk.path, 2)))
+                },
+            )
+            .final_step("write_home", |work: &mut Self| write_home(&work.home, &work.tops, 2))
+            .final_step("stamp", |work: &mut Self| {
+                let record = desk.load(&work.name)?.record;
+                desk.stamp(&record.folder, record.lineage, work.epoch + 1)
+            })
+            .final_step("home_on", |work: &mut Self| {
+                if work.power_on {
+                    match start(desk, &work.home.folder, &work.home.machine) {
+                        Ok(running) => (work.running, work.on_since) = (Some(running), Some(Timestamp::now())),
+                        Err(fail) => (desk.warn)(Code::WarnHost, format!("production did not start: {}", fail.what)),
+                    }
+                }
+                Ok(())
+            })
+    }
+
+    fn settle(&self, record: &mut ReplicaRecord, went: &Went) {
+        if *went != Went::Done {
+            if let (Some(failover), Some(running)) = (&mut record.failover, &self.replica_running) {
+                failover.running = Some(running.clone());
+            }
+            // The point that was made, if it stands, keeps its number.
+            record.next_layer = record.next_layer.max(self.protective.number + 1);
+            return;
+        }
+        record.state = State::Failback;
+        record.epoch = self.epoch + 1;
+        record.next_layer = record.next_layer.max(self.protective.number + 1);
+        if let Some(failover) = &mut record.failover {
+            failover.running = None;
+        }
+        if let Some(failback) = &mut record.failback {
+            failback.second = Some(self.carried);
+            failback.protective = Some(self.protective.id);
+            failback.running.clone_from(&self.running);
+            (failback.off_since, failback.on_since) = (self.off_since, self.on_since);
+        }
+    }
+}
+
+/// A way home being made final.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CommitWork {
+    kind: String,
+    name: String,
+    epoch: u64,
+}
+
+/// Makes the way home final: the replica is a replica again, its last state a restore point that the next run begins with.
+///
+/// # Errors
+/// [`Code::State`], also while production is off and `force` is not given.
+pub fn commit(desk: &Desk<'_>, name: &str, force: bool) -> Result<()> {
+    let record = desk.ready_for(name, Op::Commit)?.record;
+    let home = record.failback.as_ref().map(|failback| &failback.home);
+    if let Some(home) = home.filter(|home| !force && desk.running(&home.folder).is_none()) {
+        let what = format!("{} is off: what came home was not tried yet", home.machine);
+        return Err(Fail::new(Code::State, what).at(home.folder.display()).help_again("--force"));
+    }
+    let work = CommitWork { kind: CommitWork::KIND.into(), name: name.into(), epoch: record.epoch };
+    desk.carry_out(name, work, None)?;
+    let record = desk.load(name)?.record;
+    keep::sweep(desk, &record, &[])
+}
+
+impl Work for CommitWork {
+    const OP: Op = Op::Commit;
+    const KIND: &'static str = "commit";
+
+    fn plan<'a>(desk: &'a Desk<'a>) -> Plan<'a, Self> {
+        Plan::new(AfterCrash::On)
+            .final_step("stamp", |work: &mut Self| {
+                let record = desk.load(&work.name)?.record;
+                desk.stamp(&record.folder, record.lineage, work.epoch + 1)
+            })
+            .final_step("describe", |work: &mut Self| describe_latest(desk, &work.name))
+    }
+
+    fn settle(&self, record: &mut ReplicaRecord, went: &Went) {
+        if *went == Went::Done {
+            record.state = State::Ready;
+            record.epoch = self.epoch + 1;
+            (record.failover, record.failback) = (None, None);
+        }
+    }
+}
+
+/// A way home being taken back.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ReturnWork {
+    kind: String,
+    name: String,
+    home: Home,
+    /// The sides were changed: production is off again, and the replica on.
+    changed: bool,
+    force: bool,
+    epoch: u64,
+    number: u64,
+    point: Option<PointRecord>,
+    tops: Vec<Top>,
+    running: Option<Running>,
+}
+
+/// Takes the way home back: the replica serves as before.
+///
+/// # Errors
+/// [`Code::State`]; what failed: called again, it goes on.
+pub fn give_back(desk: &Desk<'_>, name: &str, force: bool) -> Result<()> {
+    let record = desk.ready_for(name, Op::Undo)?.record;
+    let failback = record.failback.clone().ok_or_else(|| Fail::new(Code::Bug, "a way home without a record"))?;
+    let points = desk.points(name)?;
+    let point = points.into_iter().find(|point| Some(point.id) == failback.protective);
+    let number = record.next_layer;
+    let tops = point.iter().flat_map(|point| &point.disks);
+    let tops = tops.map(|top| Top { file: ReplicaRecord::layer_name(&top.disk, number), ..top.clone() }).collect();
+    let work = ReturnWork {
+        kind: ReturnWork::KIND.into(),
+        name: name.into(),
+        home: failback.home,
+        changed: record.state == State::Failback,
+        force,
+        epoch: record.epoch,
+        number,
+        point,
+        tops,
+        running: None,
+    };
+    desk.carry_out(name, work, None).map(drop)
+}
+
+impl Work for ReturnWork {
+    const OP: Op = Op::Undo;
+    const KIND: &'static str = "give_back";
+
+    fn plan<'a>(desk: &'a Desk<'a>) -> Plan<'a, Self> {
+        Plan::new(AfterCrash::On)
+            .final_step("home_off", |work: &mut Self| {
+                if !work.changed {
+                    return Ok(());
+                }
+                match power_off(desk, &work.home.folder, Duration::ZERO) {
+                    Err(fail) if work.force => {
+                        (desk.warn)(Code::WarnHost, format!("production may still run: {}", fail.what));
+                        Ok(())
+                    }
+                    ended => ended.map(drop),
+                }
+            })
+            .final_step("layer", |work: &mut Self| {
+                let record = desk.load(&work.name)?.record;
+                let Some(point) = work.point.as_ref().filter(|_| work.changed) else { return Ok(()) };
+                put_layers(&record.folder, &point.disks, &work.tops)?;
+                describe(&record.folder, &point.description, &work.tops)?;
+                desk.stamp(&record.folder, record.lineage, work.epoch + 1)
+            })
+            .final_step("start", |work: &mut Self| {
+                if work.changed {
+                    let record = desk.load(&work.name)?.record;
+                    work.running = Some(start(desk, &record.folder, &record.name)?);
+                }
+                Ok(())
+            })
+    }
+
+    fn settle(&self, record: &mut ReplicaRecord, went: &Went) {
+        if *went != Went::Done {
+            // The stamp may be the new one already, and it is ours.
+            return;
+        }
+        record.state = State::Failover;
+        record.failback = None;
+        if let (true, Some(point)) = (self.changed, &self.point) {
+            record.epoch = self.epoch + 1;
+            record.next_layer = record.next_layer.max(self.number + 1);
+            record.failover = Some(FailoverRecord {
+                point: point.id,
+                since: Timestamp::now(),
+                reason: Some("the way home was taken back".into()),
+                tops: self.tops.clone(),
+                running: self.running.clone(),
+            });
+        }
+    }
+}

@@ -1,0 +1,506 @@
+//! Taking over: a replica's machine is started at a restore point, and that is taken back or made final.
+//!
+//! Invariants
+//! - The machine writes to a new layer on the chosen point: O(1), whatever its size, and every point stays as it was.
+//! - The stamp's epoch grows before a machine starts: whoever still has the older one is refused from then on.
+//! - Production is not touched, except by a planned takeover, which turns it off first.
+//!
+//! Not here: the way home (`failback`), plans of several machines (`plan`).
+
+use std::{fs, path::Path, time::Duration};
+
+use aquifer_formats::{probe::Format, repo::record::MachineDescription};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::{
+    fail::{Code, Fail, Result},
+    host::{
+        Running,
+        placed::{self, Placed},
+    },
+    recover::shape::Wishes,
+    replica::{
+        desk::{Desk, Went, Work},
+        images, keep, layers,
+        model::{FailoverRecord, PointRecord, ReplicaRecord, Top},
+        run::{ReplicaSpec, describe, replicate, replicate_images},
+        state::{Op, State},
+    },
+    source::PointRef,
+    step::{AfterCrash, Plan},
+};
+
+/// How long a guest has to turn itself off.
+pub const GRACE: Duration = Duration::from_secs(900);
+
+/// A takeover under way.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FailoverWork {
+    kind: String,
+    /// The replica.
+    pub name: String,
+    point: Uuid,
+    below: Vec<Top>,
+    tops: Vec<Top>,
+    number: u64,
+    epoch: u64,
+    reason: Option<String>,
+    description: MachineDescription,
+    /// Whether the machine is started.
+    start: bool,
+    /// It failed before; its layer is kept.
+    again: bool,
+    /// The machine, once it runs.
+    pub running: Option<Running>,
+}
+
+/// The restore point that is meant.
+///
+/// # Errors
+/// [`Code::NotFound`], [`Code::Ambiguous`].
+pub fn pick<'p>(name: &str, points: &'p [PointRecord], wanted: &PointRef) -> Result<&'p PointRecord> {
+    let none = || {
+        Fail::new(Code::NotFound, format!("{name} has no such restore point")).help(format!("aquifer replicas {name}"))
+    };
+    match wanted {
+        PointRef::Latest(back) => {
+            let at = points.len().checked_sub(1 + usize::try_from(*back).unwrap_or(usize::MAX));
+            at.and_then(|at| points.get(at)).ok_or_else(none)
+        }
+        PointRef::At(time) => {
+            points.iter().filter(|point| point.taken <= *time).max_by_key(|p| p.taken).ok_or_else(none)
+        }
+        PointRef::Id(prefix) => {
+            let fits = |point: &&PointRecord| point.id.to_string().starts_with(&prefix.to_lowercase());
+            match points.iter().filter(fits).collect::<Vec<_>>().as_slice() {
+                [one] => Ok(one),
+                [] => Err(none()),
+                several => {
+                    let ids: Vec<_> = several.iter().map(|point| point.id.to_string()).collect();
+                    Err(Fail::new(Code::Ambiguous, format!("`{prefix}` could be {}", ids.join(", "))))
+                }
+            }
+        }
+    }
+}
+
+/// Lets a replica take over at a restore point.
+///
+/// # Errors
+/// [`Code::State`]; what failed: before the machine was started nothing is left, after it the layer stays and the
+/// replica is in `failed_failover`.
+pub fn failover(
+    desk: &Desk<'_>,
+    name: &str,
+    wanted: &PointRef,
+    reason: Option<String>,
+    start: bool,
+) -> Result<FailoverWork> {
+    let row = desk.ready_for(name, Op::Failover)?;
+    let record = row.record;
+    let points = desk.points(name)?;
+    let work = match &record.failover {
+        Some(failed) => {
+            let point = points.iter().find(|point| point.id == failed.point);
+            let point =
+                point.ok_or_else(|| Fail::new(Code::NotFound, format!("the point {} is gone", failed.point)))?;
+            FailoverWork {
+                again: true,
+                tops: failed.tops.clone(),
+                ..FailoverWork::new(&record, point, reason.clone(), start)
+            }
+        }
+        None => FailoverWork::new(&record, pick(name, &points, wanted)?, reason.clone(), start),
+    };
+    desk.carry_out(name, work, reason)
+}
+
+impl FailoverWork {
+    fn new(record: &ReplicaRecord, point: &PointRecord, reason: Option<String>, start: bool) -> Self {
+        let number = record.next_layer;
+        let tops = point
+            .disks
+            .iter()
+            .map(|below| Top { file: ReplicaRecord::layer_name(&below.disk, number), ..below.clone() });
+        Self {
+            kind: Self::KIND.into(),
+            name: record.name.clone(),
+            point: point.id,
+            below: point.disks.clone(),
+            tops: tops.collect(),
+            number,
+            epoch: record.epoch,
+            reason,
+            description: point.description.clone(),
+            start,
+            again: false,
+            running: None,
+        }
+    }
+}
+
+impl Work for FailoverWork {
+    const OP: Op = Op::Failover;
+    const KIND: &'static str = "failover";
+
+    fn plan<'a>(desk: &'a Desk<'a>) -> Plan<'a, Self> {
+        Plan::new(AfterCrash::Back)
+            .step(
+                "layer",
+                |work: &mut Self| {
+                    let record = desk.load(&work.name)?.record;
+                    put_layers(&record.folder, &work.below, &work.tops)
+                },
+                |work: &mut Self| {
+                    let record = desk.load(&work.name)?.record;
+                    let made = work.tops.iter().filter(|_| !work.again);
+                    made.map(|top| record.folder.join(&top.file))
+                        .try_for_each(|path| super::replica::build::discard(&path))
+                },
+            )
+            .step(
+                "stamp",
+                |work: &mut Self| {
+                    let record = desk.load(&work.name)?.record;
+                    desk.stamp(&record.folder, record.lineage, work.epoch + 1)
+                },
+                |work: &mut Self| {
+                    let record = desk.load(&work.name)?.record;
+                    desk.stamp(&record.folder, record.lineage, work.epoch)
+                },
+            )
+            .step(
+                "describe",
+                |work: &mut Self| {
+                    let record = desk.load(&work.name)?.record;
+                    describe(&record.folder, &work.description, &work.tops)?;
+                    put_variables(desk, &record.folder, &work.description)
+                },
+                |work: &mut Self| describe_latest(desk, &work.name),
+            )
+            .final_step("start", |work: &mut Self| {
+                if work.start {
+                    let record = desk.load(&work.name)?.record;
+                    work.running = Some(start(desk, &record.folder, &record.name)?);
+                }
+                Ok(())
+            })
+    }
+
+    fn settle(&self, record: &mut ReplicaRecord, went: &Went) {
+        record.state = match went {
+            Went::Undone(_) => return,
+            Went::Done => State::Failover,
+            Went::Stuck(_) => State::FailedFailover,
+        };
+        record.epoch = self.epoch + 1;
+        record.next_layer = record.next_layer.max(self.number + 1);
+        record.failover = Some(FailoverRecord {
+            point: self.point,
+            since: record.failover.as_ref().map_or_else(Timestamp::now, |before| before.since),
+            reason: self.reason.clone(),
+            tops: self.tops.clone(),
+            running: self.running.clone(),
+        });
+    }
+}
+
+/// Puts an empty layer on each disk.
+///
+/// # Errors
+/// I/O.
+pub(crate) fn put_layers(folder: &Path, below: &[Top], tops: &[Top]) -> Result<()> {
+    below.iter().zip(tops).try_for_each(|(below, top)| {
+        layers::make_empty(&folder.join(&top.file), &folder.join(&below.file), Format::Qcow2, top.size)
+    })
+}
+
+/// What its firmware remembers, as the restore point has it.
+fn put_variables(desk: &Desk<'_>, folder: &Path, description: &MachineDescription) -> Result<()> {
+    let Some(stored) = &description.variables else { return Ok(()) };
+    let content = stored.content(&folder.display().to_string())?;
+    let path = desk.host.variables(folder);
+    if path.exists() { Ok(()) } else { crate::replica::digests::put_file(&path, &content) }
+}
+
+/// Starts the machine in a folder.
+///
+/// # Errors
+/// The host's.
+pub(crate) fn start(desk: &Desk<'_>, folder: &Path, name: &str) -> Result<Running> {
+    let placed = Placed::read(folder)?;
+    let disks = placed.disks.iter().map(|disk| {
+        let chain = layers::open(&disk.path, images::format(disk.format), desk.cache)?;
+        Ok(aquifer_vdisk::Disk::read_only(&disk.name, chain))
+    });
+    let disks = if placed.described.firmware.is_some() { Vec::new() } else { disks.collect::<Result<Vec<_>>>()? };
+    let wishes = Wishes { network: desk.network, ..Wishes::default() };
+    let mut shape = placed.shape(name, &wishes, &disks)?;
+    shape.variables = fs::metadata(desk.host.variables(folder)).ok().map(|meta| meta.len());
+    let places = desk.places(folder);
+    make_private(&places.runtime_dir)?;
+    Ok(desk.host.start(&shape, &placed.attachments(), &places)?)
+}
+
+fn make_private(dir: &Path) -> Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    made.map_err(|e| Fail::io(dir.display(), "create", &e))
+}
+
+/// Turns the machine in a folder off, if one runs there.
+///
+/// # Errors
+/// It is still there.
+pub(crate) fn power_off(desk: &Desk<'_>, folder: &Path, grace: Duration) -> Result<bool> {
+    let Some(running) = desk.running(folder) else { return Ok(false) };
+    desk.host.power_off(&running, grace)?;
+    Ok(true)
+}
+
+/// Describes the machine as the newest restore point has it.
+pub(crate) fn describe_latest(desk: &Desk<'_>, name: &str) -> Result<()> {
+    let record = desk.load(name)?.record;
+    let points = desk.points(name)?;
+    points.last().map_or(Ok(()), |point| describe(&record.folder, &point.description, &point.disks))
+}
+
+/// A takeover being taken back.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct UndoWork {
+    kind: String,
+    name: String,
+    epoch: u64,
+    /// The host cannot be reached; its machine may still run.
+    force: bool,
+}
+
+/// What taking a takeover back would lose.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Loss {
+    /// Bytes that the machine has written since.
+    pub bytes: u64,
+    /// When it took over.
+    pub since: Timestamp,
+}
+
+/// How much a takeover has written.
+///
+/// # Errors
+/// A layer that cannot be read.
+pub fn loss(desk: &Desk<'_>, record: &ReplicaRecord) -> Result<Option<Loss>> {
+    let Some(failover) = &record.failover else { return Ok(None) };
+    let points = desk.points(&record.name)?;
+    let point = points.iter().find(|point| point.id == failover.point);
+    let mut bytes = 0;
+    for top in &failover.tops {
+        let below = point.and_then(|point| point.disks.iter().find(|below| below.disk == top.disk));
+        let chain = layers::open(&record.folder.join(&top.file), Format::Qcow2, desk.cache)?;
+        let said = below.map(|below| layers::said_above(&chain, &record.folder.join(&below.file))).transpose()?;
+        bytes += said.flatten().map_or(0, |said| said.bytes());
+    }
+    Ok(Some(Loss { bytes, since: failover.since }))
+}
+
+/// Takes a takeover back: the machine is off, what it wrote is gone, replication goes on.
+///
+/// # Errors
+/// [`Code::State`]; the machine cannot be turned off, and `force` was not given.
+pub fn undo(desk: &Desk<'_>, name: &str, force: bool) -> Result<()> {
+    let row = desk.ready_for(name, Op::Undo)?;
+    let work = UndoWork { kind: UndoWork::KIND.into(), name: name.into(), epoch: row.record.epoch, force };
+    desk.carry_out(name, work, None)?;
+    let record = desk.load(name)?.record;
+    keep::sweep(desk, &record, &[])
+}
+
+impl Work for UndoWork {
+    const OP: Op = Op::Undo;
+    const KIND: &'static str = "undo";
+
+    fn plan<'a>(desk: &'a Desk<'a>) -> Plan<'a, Self> {
+        Plan::new(AfterCrash::On)
+            .step(
+                "off",
+                |work: &mut Self| {
+                    let record = desk.load(&work.name)?.record;
+                    match power_off(desk, &record.folder, Duration::ZERO) {
+                        Err(fail) if work.force => {
+                            (desk.warn)(
+                                Code::WarnHost,
+                                format!("the machine of {} may still run: {}", work.name, fail.what),
+                            );
+                            Ok(())
+                        }
+                        ended => ended.map(drop),
+                    }
+                },
+                |_| Ok(()),
+            )
+            .final_step("describe", |work: &mut Self| {
+                let record = desk.load(&work.name)?.record;
+                layers::remove(&desk.host.variables(&record.folder))?;
+                describe_latest(desk, &work.name)
+            })
+            .final_step("stamp", |work: &mut Self| {
+                let record = desk.load(&work.name)?.record;
+                desk.stamp(&record.folder, record.lineage, work.epoch + 1)
+            })
+    }
+
+    fn settle(&self, record: &mut ReplicaRecord, went: &Went) {
+        if *went == Went::Done {
+            record.state = State::Ready;
+            record.epoch = self.epoch + 1;
+            record.failover = None;
+            record.needs_resync |= self.force;
+        }
+    }
+}
+
+/// A takeover being made final.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PermanentWork {
+    kind: String,
+    name: String,
+    tops: Vec<Top>,
+    bases: Vec<Top>,
+    description: MachineDescription,
+}
+
+/// Makes a takeover final: its layers become one image, its points are gone, the machine goes on running.
+///
+/// # Errors
+/// [`Code::State`]; what failed: called again, it goes on.
+pub fn permanent(desk: &Desk<'_>, name: &str) -> Result<()> {
+    let record = desk.ready_for(name, Op::Permanent)?.record;
+    let points = desk.points(name)?;
+    let Some(failover) = record.failover.clone() else {
+        return Err(Fail::new(Code::Bug, "a takeover without a record"));
+    };
+    let description = points.iter().find(|point| point.id == failover.point).map(|point| point.description.clone());
+    let mut bases = Vec::new();
+    for top in &failover.tops {
+        let files = layers::files(&record.folder.join(&top.file))?;
+        let base = files.last().and_then(|path| path.file_name()).and_then(|name| name.to_str()).unwrap_or_default();
+        bases.push(Top { file: format!("{}/{base}", top.disk), ..top.clone() });
+    }
+    let description = description.unwrap_or_else(|| MachineDescription { name: name.to_owned(), ..Default::default() });
+    let kind = PermanentWork::KIND.into();
+    let work = PermanentWork { kind, name: name.into(), tops: failover.tops, bases, description };
+    desk.carry_out(name, work, None).map(drop)
+}
+
+impl Work for PermanentWork {
+    const OP: Op = Op::Permanent;
+    const KIND: &'static str = "permanent";
+
+    fn plan<'a>(desk: &'a Desk<'a>) -> Plan<'a, Self> {
+        Plan::new(AfterCrash::On)
+            .final_step("points", |work: &mut Self| {
+                for point in desk.points(&work.name)? {
+                    desk.drop_point(&work.name, point.number)?;
+                }
+                Ok(())
+            })
+            .final_step("merge", |work: &mut Self| work.merge(desk))
+            .final_step("describe", |work: &mut Self| {
+                let record = desk.load(&work.name)?.record;
+                describe(&record.folder, &work.description, &work.bases)
+            })
+            .final_step("forget", |work: &mut Self| {
+                let record = desk.load(&work.name)?.record;
+                for (top, base) in work.tops.iter().zip(&work.bases).filter(|(top, base)| top.file != base.file) {
+                    let base = record.folder.join(&base.file);
+                    let folder = record.folder.join(&top.disk);
+                    let all = fs::read_dir(&folder).map_err(|e| Fail::io(folder.display(), "list", &e))?;
+                    let others = all.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| *path != base);
+                    others.into_iter().try_for_each(|path| layers::remove(&path))?;
+                }
+                let digests = record.metadata.join(record.lineage.to_string());
+                if digests.exists() {
+                    fs::remove_dir_all(&digests).map_err(|e| Fail::io(digests.display(), "remove", &e))?;
+                }
+                layers::remove(&record.folder.join("replica.json"))
+            })
+    }
+
+    fn settle(&self, record: &mut ReplicaRecord, went: &Went) {
+        if *went == Went::Done {
+            record.state = State::PermanentFailover;
+            record.excluded = true;
+            record.failover = None;
+        }
+    }
+}
+
+impl PermanentWork {
+    fn merge(&self, desk: &Desk<'_>) -> Result<()> {
+        let record = desk.load(&self.name)?.record;
+        let running = desk.running(&record.folder);
+        for (index, (top, base)) in self.tops.iter().zip(&self.bases).enumerate() {
+            let (top, base) = (record.folder.join(&top.file), record.folder.join(&base.file));
+            if top == base || !top.exists() {
+                continue;
+            }
+            // Whatever else stood on the base is given up before the base is written to.
+            let ours = layers::files(&top)?;
+            for stranger in images::beside(&base)?.into_iter().filter(|path| !ours.contains(path)) {
+                layers::remove(&stranger)?;
+            }
+            match &running {
+                Some(running) => desk.host.merge(running, index, &base)?,
+                None => images::merge_down(&top, &base)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a planned takeover did.
+#[derive(Clone, Debug)]
+pub struct Planned {
+    /// The takeover.
+    pub failover: FailoverWork,
+    /// The point that was made of production after it was off.
+    pub last: PointRecord,
+}
+
+/// Takes over without a loss: the replica is brought up to date while production runs, production is turned off, the
+/// rest is copied from its disks, and the replica starts.
+///
+/// # Errors
+/// [`Code::State`]; what failed. Once production is off, it is started again where `restart` asks for that.
+pub fn planned(desk: &Desk<'_>, spec: &ReplicaSpec, home: &Path, restart: bool, start_it: bool) -> Result<Planned> {
+    desk.ready_for(&spec.name, Op::PlannedFailover)?;
+    // What the backups have need not be copied while everybody waits.
+    if !spec.repositories.is_empty() {
+        replicate(desk, spec)?;
+    }
+    let placed = Placed::read(home)?;
+    let was_on = power_off(desk, home, GRACE)?;
+    if desk.running(home).is_some() {
+        return Err(Fail::new(Code::Guest, format!("the machine in {} is not off", home.display())));
+    }
+    let disks = placed.disks.iter().map(images::home_disk).collect();
+    let points = desk.points(&spec.name)?;
+    let description = points.last().map(|point| point.description.clone()).unwrap_or_default();
+    let moved = replicate_images(desk, spec, disks, description).and_then(|last| {
+        let reason = Some("planned".to_owned());
+        Ok(Planned { failover: failover(desk, &spec.name, &PointRef::Latest(0), reason, start_it)?, last })
+    });
+    if moved.is_err() && was_on && restart {
+        let name = placed.described.name.clone().unwrap_or_else(|| spec.machine.clone());
+        if let Err(fail) = start(desk, home, &name) {
+            (desk.warn)(Code::WarnHost, format!("production could not be started again: {}", fail.what));
+        }
+    }
+    moved
+}
+
+/// Whether a folder holds a machine.
+pub fn is_placed(folder: &Path) -> bool {
+    folder.join(placed::DESCRIPTION).is_file()
+}

@@ -1,0 +1,130 @@
+//! Which restore points of a replica stay, and which files.
+//!
+//! Invariants
+//! - Only while the replica is ready or its own run ends: nothing else stands on its layers then.
+//! - A file goes only when no restore point, takeover or way home reaches it.
+//! - Layers below the oldest point are merged by writing a new one in the place of the upper, never by writing into one.
+//!   They are let pile up to [`SQUASH_AT`] first: a merge reads a whole disk.
+
+use std::{
+    collections::HashSet,
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use aquifer_formats::probe::Format;
+
+use super::{
+    build::{DiskBuild, MARK_BYTES},
+    desk::{Desk, in_folder},
+    layers::{self, beside, name_it, part_of, remove},
+    model::{PointRecord, ReplicaRecord, Top},
+};
+use crate::fail::{Fail, Result};
+
+/// So many layers below the oldest point are merged into one.
+pub const SQUASH_AT: usize = 8;
+
+/// Gives up the earliest points beyond `keep` and merges what piled up below the oldest.
+///
+/// # Errors
+/// The catalogue's; I/O.
+pub fn retain(desk: &Desk<'_>, record: &ReplicaRecord, keep: u32, squash_at: usize) -> Result<u64> {
+    let points = desk.points(&record.name)?;
+    let surplus = points.len().saturating_sub(usize::try_from(keep.max(1)).unwrap_or(usize::MAX));
+    let (gone, stay) = points.split_at(surplus);
+    for point in gone {
+        desk.drop_point(&record.name, point.number)?;
+    }
+    if let Some(oldest) = stay.first() {
+        for top in &oldest.disks {
+            squash(desk, record, top, squash_at)?;
+        }
+    }
+    sweep(desk, record, &[])?;
+    Ok(gone.len() as u64)
+}
+
+/// Merges everything below `top` into it, where that are many layers.
+fn squash(desk: &Desk<'_>, record: &ReplicaRecord, top: &Top, squash_at: usize) -> Result<()> {
+    let path = in_folder(&record.folder, &top.file);
+    if layers::files(&path)?.len() <= squash_at.max(1) {
+        return Ok(());
+    }
+    let merged = beside(&path, "merged");
+    super::build::discard(&merged)?;
+    let build = DiskBuild {
+        source: layers::open(&path, Format::Qcow2, desk.cache)?,
+        base: None,
+        digests: None,
+        candidates: None,
+        path: merged.clone(),
+        key: "merge".into(),
+        block: record.digest_block,
+        mark_bytes: MARK_BYTES,
+    };
+    build.run(desk.pace)?;
+    // Whoever has the old file open goes on reading it; whoever opens the name finds the same bytes.
+    name_it(&part_of(&merged), &path)?;
+    super::build::discard(&merged)
+}
+
+/// Removes every file of the replica that nothing needs. `also` are layers that an operation under way needs.
+///
+/// # Errors
+/// The catalogue's; a layer that cannot be read: then nothing is removed.
+pub fn sweep(desk: &Desk<'_>, record: &ReplicaRecord, also: &[Top]) -> Result<()> {
+    let points = desk.points(&record.name)?;
+    let mut needed: HashSet<PathBuf> = HashSet::new();
+    let failover = record.failover.iter().flat_map(|failover| &failover.tops);
+    let failback = record.failback.iter().flat_map(|failback| &failback.sent);
+    let tops = points.iter().flat_map(|point| &point.disks).chain(failover).chain(failback).chain(also);
+    for top in tops {
+        let path = in_folder(&record.folder, &top.file);
+        if needed.contains(&path) {
+            continue;
+        }
+        needed.extend(layers::files(&path)?);
+    }
+    let digests: HashSet<OsString> = points
+        .iter()
+        .flat_map(|point| point.disks.iter().map(|top| digest_file(record, point, &top.disk)))
+        .filter_map(|path| path.file_name().map(OsString::from))
+        .collect();
+    for disk in folders(&record.folder)? {
+        for file in files(&disk)? {
+            let layer = file.extension().is_some_and(|e| e == "qcow2");
+            if layer && !needed.contains(&file) {
+                remove(&file)?;
+            }
+        }
+    }
+    let kept = record.metadata.join(record.lineage.to_string());
+    if kept.is_dir() {
+        for file in files(&kept)? {
+            if !digests.contains(file.file_name().unwrap_or_default()) {
+                remove(&file)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Where the digests of a point's disk are.
+pub fn digest_file(record: &ReplicaRecord, point: &PointRecord, disk: &str) -> PathBuf {
+    record.metadata.join(record.lineage.to_string()).join(format!("{disk}.{}.digests", point.number))
+}
+
+fn folders(folder: &Path) -> Result<Vec<PathBuf>> {
+    Ok(entries(folder)?.into_iter().filter(|path| path.is_dir()).collect())
+}
+
+fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+    Ok(entries(folder)?.into_iter().filter(|path| path.is_file()).collect())
+}
+
+fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    let failed = |e| Fail::io(folder.display(), "list", &e);
+    fs::read_dir(folder).map_err(failed)?.map(|entry| entry.map(|e| e.path()).map_err(failed)).collect()
+}

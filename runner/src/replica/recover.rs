@@ -1,0 +1,48 @@
+//! What is left of operations whose worker died, brought to an end before anything else is done.
+//!
+//! Not here: how an operation goes on (its own steps say so).
+
+use super::{
+    desk::{Desk, Work, object},
+    run::RunWork,
+};
+use crate::{
+    fail::{Code, Fail, Result},
+    failback::{BackWork, CommitWork, ReturnWork, SwitchWork},
+    failover::{FailoverWork, PermanentWork, UndoWork},
+};
+
+/// Ends the open operation of a replica, if there is one that nobody carries out.
+///
+/// # Errors
+/// [`Code::Busy`] while somebody does. That the operation was taken back is no error here.
+pub fn recover(desk: &Desk<'_>, name: &str) -> Result<()> {
+    let open = desk.catalogue.open_operations()?;
+    let Some(open) = open.into_iter().find(|operation| operation.object == object(name)) else { return Ok(()) };
+    let open = desk.catalogue.adopt_operation(desk.fence, open.id)?;
+    let data = if open.data.is_null() { &open.intent } else { &open.data };
+    let kind = data.pointer("/work/kind").and_then(serde_json::Value::as_str).unwrap_or_default().to_owned();
+    let ended = match kind.as_str() {
+        RunWork::KIND => desk.go_on::<RunWork>(name, &open).map(drop),
+        FailoverWork::KIND => desk.go_on::<FailoverWork>(name, &open).map(drop),
+        UndoWork::KIND => desk.go_on::<UndoWork>(name, &open).map(drop),
+        PermanentWork::KIND => desk.go_on::<PermanentWork>(name, &open).map(drop),
+        BackWork::KIND => desk.go_on::<BackWork>(name, &open).map(drop),
+        SwitchWork::KIND => desk.go_on::<SwitchWork>(name, &open).map(drop),
+        CommitWork::KIND => desk.go_on::<CommitWork>(name, &open).map(drop),
+        ReturnWork::KIND => desk.go_on::<ReturnWork>(name, &open).map(drop),
+        other => Err(Fail::new(Code::Unsupported, format!("an operation of kind `{other}` is open"))),
+    };
+    match ended {
+        Err(fail) if still_open(desk, name)? => Err(fail),
+        Err(fail) => {
+            (desk.warn)(Code::WarnTakenBack, format!("{} of {name} had been cut short: {}", open.op, fail.what));
+            Ok(())
+        }
+        Ok(()) => Ok(()),
+    }
+}
+
+fn still_open(desk: &Desk<'_>, name: &str) -> Result<bool> {
+    Ok(desk.catalogue.open_operations()?.iter().any(|operation| operation.object == object(name)))
+}

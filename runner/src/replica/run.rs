@@ -1,0 +1,552 @@
+//! A run of replication: one more restore point of a replica.
+//!
+//! From backups, production is not asked for anything: the newest complete point of any of the named repositories is
+//! read. From images (a machine that is off), those are read.
+//!
+//! Invariants
+//! - What is not newer than what the replica has makes no point; a damaged newest point is told and never replaced by
+//!   one that is older than what the replica has.
+//! - An interrupted run is finished first, into the point it was making, if its source is still there.
+//! - A restore point is known only when all its disks are whole and durable, with their digests.
+//!
+//! Not here: how a disk is built ([`super::build`]); what stays ([`super::keep`]).
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use aquifer_formats::{
+    probe::Format,
+    repo::{Point, PointState, Repository, record::MachineDescription},
+};
+use aquifer_vdisk::{Chain, Delta, delta_between};
+use jiff::Timestamp;
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{
+    build::{Built, DiskBuild, MARK_BYTES},
+    desk::{Desk, Row, Warn, Went, Work},
+    digests::Digests,
+    keep,
+    layers::{self, said_above},
+    model::{Carried, HomeDisk, Origin, PointRecord, ReplicaRecord, SourcePoint, Top, VERSION},
+    state::{Op, State},
+};
+use crate::{
+    catalogue::Stored,
+    fail::{Code, Fail, Result},
+    host::placed,
+    repository::{self, Hold},
+    step::{AfterCrash, Plan},
+};
+
+/// What a job says of one replica.
+#[derive(Clone, Debug)]
+pub struct ReplicaSpec {
+    /// Its name.
+    pub name: String,
+    /// The machine.
+    pub machine: String,
+    /// The job.
+    pub job: Option<String>,
+    /// The host.
+    pub host: String,
+    /// Its folder there.
+    pub folder: PathBuf,
+    /// Folder for its digests.
+    pub metadata: PathBuf,
+    /// Repositories that are read.
+    pub repositories: Vec<PathBuf>,
+    /// How it is done.
+    pub options: RunOptions,
+}
+
+/// How a run is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunOptions {
+    /// Each missed point, in order, instead of the newest.
+    pub catch_up_all: bool,
+    /// Restore points that stay.
+    pub keep: u32,
+    /// Layers below the oldest point before they are merged.
+    pub squash_at: usize,
+    /// Disks at once.
+    pub parallel: usize,
+    /// Bytes of a block of the digests.
+    pub block: u64,
+    /// Bytes between two marks.
+    pub mark_bytes: u64,
+    /// Whether what was written is read back.
+    pub verify: bool,
+}
+
+impl Default for RunOptions {
+    fn default() -> Self {
+        Self {
+            catch_up_all: false,
+            keep: 7,
+            squash_at: keep::SQUASH_AT,
+            parallel: 4,
+            block: super::digests::BLOCK_MIN,
+            mark_bytes: MARK_BYTES,
+            verify: false,
+        }
+    }
+}
+
+/// What content a run reads.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunSource {
+    /// A restore point of a repository.
+    Backup {
+        /// Its folder.
+        repository: PathBuf,
+        /// Which.
+        point: SourcePoint,
+    },
+    /// Images of a machine that is off.
+    Images {
+        /// Its disks.
+        disks: Vec<HomeDisk>,
+    },
+}
+
+/// A run under way.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunWork {
+    kind: String,
+    /// The replica.
+    pub name: String,
+    /// The restore point it makes.
+    pub point: PointRecord,
+    /// What it reads.
+    pub source: RunSource,
+    /// How.
+    pub options: RunOptions,
+    /// Points that were given up.
+    #[serde(default)]
+    pub given_up: u64,
+}
+
+/// What a run did for one replica.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Ran {
+    /// These points were made.
+    Made(Vec<PointRecord>),
+    /// There was nothing newer.
+    NoNewPoint,
+    /// The replica is in use, or given up.
+    OnHold(State),
+}
+
+/// Makes a replica as new as its source.
+///
+/// # Errors
+/// [`Code::NotFound`] where no repository has a usable point; whatever fails on the way: what was copied stays and is
+/// gone on from.
+pub fn replicate(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<Ran> {
+    let row = prepare(desk, spec)?;
+    if row.record.state.holds_replication() || row.record.excluded {
+        return Ok(Ran::OnHold(row.record.state));
+    }
+    let mut made = finish_old(desk, row)?;
+    loop {
+        let points = desk.points(&spec.name)?;
+        let Some((repository, point)) = choose(desk, spec, points.last())? else { break };
+        let work = work_of(desk, spec, &points, &repository, &point)?;
+        desk.ready_for(&spec.name, Op::Replicate)?;
+        made.push(desk.carry_out(&spec.name, work, None)?.point);
+        if !spec.options.catch_up_all {
+            break;
+        }
+    }
+    Ok(if made.is_empty() { Ran::NoNewPoint } else { Ran::Made(made) })
+}
+
+/// Makes a restore point of a machine's images, which nobody writes to meanwhile.
+///
+/// # Errors
+/// As [`replicate`].
+pub fn replicate_images(
+    desk: &Desk<'_>,
+    spec: &ReplicaSpec,
+    disks: Vec<HomeDisk>,
+    description: MachineDescription,
+) -> Result<PointRecord> {
+    prepare(desk, spec)?;
+    let row = desk.ready_for(&spec.name, Op::Replicate)?;
+    let mut tops = Vec::new();
+    for disk in &disks {
+        let size = layers::open(&disk.path, disk.format, desk.cache)?.size();
+        let file = ReplicaRecord::layer_name(&disk.disk, row.record.next_layer);
+        tops.push(Top { disk: disk.disk.clone(), file, size });
+    }
+    let point = PointRecord {
+        version: VERSION,
+        id: Uuid::now_v7(),
+        number: row.record.next_layer,
+        taken: Timestamp::now(),
+        made: Timestamp::now(),
+        origin: Origin::Planned,
+        source: None,
+        disks: tops,
+        description,
+        carried: Carried::default(),
+    };
+    let kind = RunWork::KIND.into();
+    let source = RunSource::Images { disks };
+    let work = RunWork { kind, name: spec.name.clone(), point, source, options: spec.options, given_up: 0 };
+    Ok(desk.carry_out(&spec.name, work, None)?.point)
+}
+
+/// The replica's record, made where there is none, with whatever died before it brought to an end.
+fn prepare(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<Row> {
+    if desk.catalogue.replica::<ReplicaRecord>(&spec.name)?.is_none() {
+        std::fs::create_dir_all(&spec.folder).map_err(|e| Fail::io(spec.folder.display(), "create", &e))?;
+        let folder = std::fs::canonicalize(&spec.folder).map_err(|e| Fail::io(spec.folder.display(), "find", &e))?;
+        if folder.join(placed::DESCRIPTION).exists() {
+            let what = format!("{} holds a machine that is no replica of ours", folder.display());
+            return Err(Fail::new(Code::Exists, what).at(folder.display()));
+        }
+        let record = ReplicaRecord {
+            version: VERSION,
+            name: spec.name.clone(),
+            lineage: Uuid::new_v4(),
+            epoch: 1,
+            machine: spec.machine.clone(),
+            job: spec.job.clone(),
+            host: spec.host.clone(),
+            folder,
+            metadata: spec.metadata.clone(),
+            digest_block: spec.options.block,
+            state: State::Absent,
+            next_layer: 1,
+            needs_resync: false,
+            excluded: false,
+            unfinished: None,
+            failover: None,
+            failback: None,
+        };
+        let (name, source, job) = (spec.name.clone(), spec.machine.clone(), spec.job.clone());
+        let state = record.state.name().into();
+        desk.store(Stored { name, revision: 0, state, source, job, record })?;
+    }
+    super::recover::recover(desk, &spec.name)?;
+    desk.load(&spec.name)
+}
+
+/// Finishes what an earlier run began, if its source is still there.
+fn finish_old(desk: &Desk<'_>, row: Row) -> Result<Vec<PointRecord>> {
+    let Some(work) = row.record.unfinished.clone() else { return Ok(Vec::new()) };
+    let work = *work;
+    let name = work.name.clone();
+    if let Err(fail) = Opened::of(desk, &work.source) {
+        (desk.warn)(Code::WarnInterrupted, format!("what an earlier run of {name} began is dropped: {}", fail.what));
+        for top in &work.point.disks {
+            super::build::discard(&row.record.folder.join(&top.file))?;
+        }
+        let mut row = row;
+        row.record.unfinished = None;
+        desk.store(row)?;
+        return Ok(Vec::new());
+    }
+    desk.ready_for(&name, Op::Replicate)?;
+    Ok(vec![desk.carry_out(&name, work, Some("an earlier run was interrupted".into()))?.point])
+}
+
+/// The point to take: newer than `latest`; the newest, or the first that was missed.
+fn choose(desk: &Desk<'_>, spec: &ReplicaSpec, latest: Option<&PointRecord>) -> Result<Option<(PathBuf, Point)>> {
+    let mut found: Vec<(PathBuf, Point)> = Vec::new();
+    let mut any = false;
+    for dir in &spec.repositories {
+        let repo = Repository::open(dir, desk.me.clone())?;
+        let machine = match repo.machine(&spec.machine) {
+            Ok(machine) => machine,
+            Err(aquifer_formats::repo::Error::NotFound { .. }) => continue,
+            Err(error) => return Err(error.into()),
+        };
+        let points = repo.points(&machine)?;
+        any |= points.iter().any(|point| point.state == PointState::Complete);
+        // From the newest down: what is damaged there is told, what is incomplete is still being made.
+        for point in points.into_iter().rev() {
+            let newer = |point: &Point| match (point.created(), latest) {
+                (Some(created), Some(latest)) => created > latest.taken,
+                (created, _) => created.is_some(),
+            };
+            match &point.state {
+                PointState::Complete if newer(&point) => found.push((dir.clone(), point)),
+                PointState::Complete => break,
+                PointState::Incomplete => {}
+                damaged => {
+                    let what = format!("the point {} of {} is {} and left out", point.id, spec.machine, damaged.name());
+                    (desk.warn)(Code::WarnSkipped, what);
+                }
+            }
+        }
+    }
+    if !any {
+        let what = format!("no backup of {} was found", spec.machine);
+        return Err(Fail::new(Code::NotFound, what).help(format!("aquifer points {}", spec.machine)));
+    }
+    let by_time = |(_, point): &(PathBuf, Point)| point.created();
+    Ok(if spec.options.catch_up_all && latest.is_some() {
+        found.into_iter().min_by_key(by_time)
+    } else {
+        found.into_iter().max_by_key(by_time)
+    })
+}
+
+fn work_of(desk: &Desk<'_>, spec: &ReplicaSpec, points: &[PointRecord], dir: &Path, point: &Point) -> Result<RunWork> {
+    let row = desk.load(&spec.name)?;
+    let number = row.record.next_layer.max(points.last().map_or(0, |last| last.number + 1));
+    let repo = Repository::open(dir, desk.me.clone())?;
+    let stored = point.record.clone().ok_or_else(|| Fail::new(Code::Bug, "a complete point without a record"))?;
+    let disks = stored.disks.iter().map(|disk| {
+        let name = disk.name.as_str().to_owned();
+        Top { file: ReplicaRecord::layer_name(&name, number), disk: name, size: disk.size }
+    });
+    let source = SourcePoint { repository: repo.id(), machine: point.machine, point: point.id };
+    let record = PointRecord {
+        version: VERSION,
+        id: Uuid::now_v7(),
+        number,
+        taken: stored.created,
+        made: Timestamp::now(),
+        origin: Origin::Job,
+        source: Some(source),
+        disks: disks.collect(),
+        description: stored.machine,
+        carried: Carried::default(),
+    };
+    let source = RunSource::Backup { repository: dir.to_path_buf(), point: source };
+    let kind = RunWork::KIND.into();
+    Ok(RunWork { kind, name: spec.name.clone(), point: record, source, options: spec.options, given_up: 0 })
+}
+
+/// The source, open and held.
+struct Opened {
+    repo: Option<(Repository, Point, Option<Hold>)>,
+    images: Vec<HomeDisk>,
+}
+
+impl Opened {
+    fn of(desk: &Desk<'_>, source: &RunSource) -> Result<Self> {
+        match source {
+            RunSource::Images { disks } => Ok(Self { repo: None, images: disks.clone() }),
+            RunSource::Backup { repository, point: wanted } => {
+                let repo = Repository::open(repository, desk.me.clone())?;
+                let machine = repo.machines()?.into_iter().find(|machine| machine.id == wanted.machine);
+                let gone = || Fail::new(Code::NotFound, format!("the point {} is gone", wanted.point)).at(repo.label());
+                let machine = machine.filter(|_| repo.id() == wanted.repository).ok_or_else(gone)?;
+                let point = repo.points(&machine)?.into_iter().find(|point| point.id == wanted.point);
+                let point = point.filter(|point| point.state == PointState::Complete).ok_or_else(gone)?;
+                let hold = Hold::read(&repo, &machine, &point, repository::holder("replicate"))?;
+                Ok(Self { repo: Some((repo, point, Some(hold))), images: Vec::new() })
+            }
+        }
+    }
+
+    fn chain(&self, desk: &Desk<'_>, disk: &str) -> Result<Arc<Chain>> {
+        if let Some((repo, point, _)) = &self.repo {
+            let name = aquifer_formats::repo::DiskName::new(disk)?;
+            return Ok(Arc::new(Chain::of_point(repo.open_disk(point, &name)?, desk.cache.clone())));
+        }
+        let image = self.images.iter().find(|image| image.disk == disk);
+        let image = image.ok_or_else(|| Fail::new(Code::NotFound, format!("there is no disk {disk}")))?;
+        layers::open(&image.path, image.format, desk.cache)
+    }
+
+    /// Where the new content can differ from the replica's newest state, if the tables prove where it cannot: the
+    /// tables of the replica's own layers, down to one that was made of the same chain, and those of that chain.
+    fn candidates(
+        &self,
+        desk: &Desk<'_>,
+        record: &ReplicaRecord,
+        points: &[PointRecord],
+        disk: &str,
+        (base, source): (&Chain, &Chain),
+    ) -> Result<Option<Delta>> {
+        let Some((repo, new, _)) = &self.repo else { return Ok(None) };
+        let Some(machine) = repo.machines()?.into_iter().find(|machine| machine.id == new.machine) else {
+            return Ok(None);
+        };
+        let known = repo.points(&machine)?;
+        for point in points.iter().rev() {
+            let Some(top) = point.disks.iter().find(|top| top.disk == disk) else { continue };
+            let of = point.source.filter(|of| of.repository == repo.id() && of.machine == machine.id);
+            let Some(old) = of.and_then(|of| known.iter().find(|known| known.id == of.point)) else { continue };
+            let Some(above) = said_above(base, &record.folder.join(&top.file))? else { continue };
+            let name = aquifer_formats::repo::DiskName::new(disk)?;
+            // An older point that cannot be read any more costs reading, nothing else.
+            let Ok(reader) = repo.open_disk(old, &name) else { continue };
+            let old = Chain::of_point(reader, desk.cache.clone());
+            return Ok(Some(delta_between(&old, source)?.union(&above)));
+        }
+        Ok(None)
+    }
+}
+
+impl RunWork {
+    fn builds(&self, desk: &Desk<'_>, opened: &Opened) -> Result<Vec<DiskBuild>> {
+        let record = desk.load(&self.name)?.record;
+        let mut points = desk.points(&self.name)?;
+        points.retain(|point| point.number < self.point.number);
+        let newest = points.last();
+        let mut builds = Vec::new();
+        for top in &self.point.disks {
+            let source = opened.chain(desk, &top.disk)?;
+            let below =
+                newest.and_then(|point| point.disks.iter().find(|below| below.disk == top.disk).map(|b| (point, b)));
+            let mut build = DiskBuild {
+                source,
+                base: None,
+                digests: None,
+                candidates: None,
+                path: record.folder.join(&top.file),
+                key: format!("{:?} {} on {:?}", self.source, top.disk, below.map(|(_, below)| &below.file)),
+                block: record.digest_block,
+                mark_bytes: self.options.mark_bytes,
+            };
+            if let Some((point, below)) = below {
+                let file = record.folder.join(&below.file);
+                let base = layers::open(&file, Format::Qcow2, desk.cache)?;
+                if !record.needs_resync {
+                    build.digests = Digests::load(&keep::digest_file(&record, point, &top.disk), base.size())?;
+                    let pair = (&*base, &*build.source);
+                    build.candidates = opened.candidates(desk, &record, &points, &top.disk, pair)?;
+                }
+                if build.digests.is_none() {
+                    resync(desk.warn, &self.name, &top.disk);
+                }
+                build.base = Some((base, layers::backing(&file, Format::Qcow2)?));
+            }
+            builds.push(build);
+        }
+        Ok(builds)
+    }
+
+    fn copy(&mut self, desk: &Desk<'_>) -> Result<()> {
+        let opened = Opened::of(desk, &self.source)?;
+        let record = desk.load(&self.name)?.record;
+        let builds = self.builds(desk, &opened)?;
+        let (next, built) = (Mutex::new(builds.iter().enumerate()), Mutex::new(Vec::new()));
+        let workers = self.options.parallel.clamp(1, builds.len().max(1));
+        std::thread::scope(|scope| {
+            let work = || {
+                loop {
+                    let Some((index, build)) = next.lock().next() else { return Ok(()) };
+                    if build.is_settled() {
+                        continue;
+                    }
+                    let done = build.run(desk.pace)?;
+                    built.lock().push((index, done));
+                }
+            };
+            let threads: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+            let ends = threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|payload| Err(Fail::from_panic(payload.as_ref()))));
+            // All are waited for before the first failure is told.
+            let ends: Vec<Result<()>> = ends.collect();
+            ends.into_iter().collect::<Result<()>>()
+        })?;
+        let production = matches!(self.source, RunSource::Images { .. });
+        let mut carried = Carried::default();
+        for (index, Built { digests, carried: moved }) in built.into_inner() {
+            let (Some(build), Some(top)) = (builds.get(index), self.point.disks.get(index)) else { continue };
+            digests.store(&keep::digest_file(&record, &self.point, &top.disk))?;
+            build.settle()?;
+            if self.options.verify {
+                verify(desk, build, &digests)?;
+            }
+            carried.add(moved);
+        }
+        if production {
+            carried.bytes_read_production = carried.bytes_read;
+        }
+        self.point.carried = carried;
+        self.point.made = Timestamp::now();
+        Ok(())
+    }
+}
+
+fn resync(warn: Warn<'_>, name: &str, disk: &str) {
+    warn(Code::WarnResync, format!("the digests of {name}'s disk {disk} are made anew from the replica's own layers"));
+}
+
+fn verify(desk: &Desk<'_>, build: &DiskBuild, digests: &Digests) -> Result<()> {
+    let disk = layers::disk(&build.path, desk.cache)?;
+    if Digests::of(&disk, digests.block())? == *digests {
+        return Ok(());
+    }
+    Err(Fail::new(Code::BlockCorrupt, "what was written reads back differently").at(build.path.display()))
+}
+
+impl Work for RunWork {
+    const OP: Op = Op::Replicate;
+    const KIND: &'static str = "run";
+
+    fn plan<'a>(desk: &'a Desk<'a>) -> Plan<'a, Self> {
+        Plan::new(AfterCrash::On)
+            .step(
+                "stamp",
+                |work: &mut Self| {
+                    let mut row = desk.load(&work.name)?;
+                    if row.record.state == State::Absent {
+                        desk.stamp(&row.record.folder, row.record.lineage, row.record.epoch)?;
+                    }
+                    if row.record.state != State::Processing {
+                        row.record.state = State::Processing;
+                        desk.store(row)?;
+                    }
+                    Ok(())
+                },
+                |_| Ok(()),
+            )
+            // What was copied is kept: the next run goes on from it.
+            .step("copy", |work: &mut Self| work.copy(desk), |_| Ok(()))
+            .final_step("point", |work: &mut Self| desk.put_point(&work.name, &work.point))
+            .final_step("describe", |work: &mut Self| {
+                let record = desk.load(&work.name)?.record;
+                describe(&record.folder, &work.point.description, &work.point.disks)
+            })
+            .final_step("retain", |work: &mut Self| {
+                let record = desk.load(&work.name)?.record;
+                work.given_up += keep::retain(desk, &record, work.options.keep, work.options.squash_at)?;
+                Ok(())
+            })
+    }
+
+    fn settle(&self, record: &mut ReplicaRecord, went: &Went) {
+        match went {
+            Went::Done => {
+                record.next_layer = record.next_layer.max(self.point.number + 1);
+                (record.unfinished, record.needs_resync) = (None, false);
+                record.state = State::Ready;
+            }
+            // The point stands, only its tidying up was not finished: the next run does that.
+            Went::Stuck(_) => {
+                record.next_layer = record.next_layer.max(self.point.number + 1);
+                record.unfinished = None;
+                record.state = State::Ready;
+            }
+            Went::Undone(_) => {
+                record.unfinished = Some(Box::new(self.clone()));
+                record.state = if self.point.number == 1 { State::Absent } else { State::Ready };
+            }
+        }
+    }
+}
+
+/// Writes what the host starts.
+///
+/// # Errors
+/// I/O.
+pub fn describe(folder: &Path, description: &MachineDescription, tops: &[Top]) -> Result<()> {
+    let disks: Vec<_> = tops.iter().map(|top| (top.disk.clone(), top.file.clone())).collect();
+    placed::write(folder, description, &disks)
+}
