@@ -16,6 +16,7 @@ WHAT = {
     "crash images of a guest's file system": "ext4, XFS and Btrfs on a served overlay under a loop device; the power is cut at syncs and between; our recovery, then theirs: every synced file is there, and their own checker is content.",
     "kills while serving, hydrating and resuming": "kill -9 of a process that writes beside a hydrator, and of the processes that resume it.",
     "kills while draining and handing over": "kill -9 around the pivot, twice on each overlay.",
+    "outages under a writing client": "The source falls silent or dies under a client that writes, flushes and reads back: no error, parked reads are listed and answered by themselves, and all that is fetched a second time is what a reader asked for beside the copy, or what was on its way when the server died.",
     "fuzzing": "Mutated seeds for every parser of foreign bytes, in a process of bounded memory, with a bound on time for each input.",
     "planted bugs": "Bugs compiled in behind a feature of the tests, each of which the tests above must catch.",
 }

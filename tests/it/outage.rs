@@ -18,6 +18,7 @@ use aquifer_mount::session::{
 };
 use aquifer_tests::{
     door::{pattern, scale},
+    ledger::Ledger,
     rng::Rng,
 };
 use aquifer_vdisk::{ChainSpec, Pace};
@@ -298,6 +299,7 @@ fn writes_on(site: &Site, seed: u64, done: &AtomicBool, model: &mut [u8], share:
 #[test]
 fn outages_under_a_writing_client_are_only_waits() {
     const SIZE: usize = 32 << 20;
+    let ledger = Ledger::begin("outages under a writing client");
     let outages = 5 * scale();
     // So that the copy is under way in each of them.
     let rate = (SIZE as u64) / (outages * 2);
@@ -359,8 +361,10 @@ fn outages_under_a_writing_client_are_only_waits() {
     // most a step of each worker.
     let allowed =
         asked.load(Ordering::SeqCst) + lost.load(Ordering::SeqCst) * Pace::default().workers as u64 * (1 << 20);
-    println!("{outages} outages: {again} bytes fetched twice, {allowed} explained");
     assert!(again <= allowed, "{again} bytes fetched twice, {allowed} explained");
+    let counts =
+        [("outages", outages), ("reads parked", asked.load(Ordering::SeqCst) / 4096), ("bytes fetched twice", again)];
+    ledger.tell("71, 72", &counts);
 }
 
 /// What is said of the end comes true within a quarter. A minute long, so only in the long form: predictions begin after
