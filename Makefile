@@ -37,7 +37,7 @@ LEDGER := $(CURDIR)/target/proofs.jsonl
 proofs: setup    ## count what the tests prove, into docs/proofs.md
 	rm -f $(LEDGER)
 	AQUIFER_LEDGER=$(LEDGER) $(CARGO) test -p aquifer-tests --test it --locked --quiet -- \
-		crash:: overlay:: stored:: filesystems:: kill:: outage::outages fuzz_smoke::
+		backups:: crash:: overlay:: stored:: filesystems:: kill:: outage::outages fuzz_smoke::
 	AQUIFER_LEDGER=$(LEDGER) $(CARGO) test -p aquifer-tests --features planted --test planted --locked --quiet
 	scripts/proofs.py $(LEDGER) $(LONG_LEDGER) > target/proofs.md && mv target/proofs.md docs/proofs.md
 

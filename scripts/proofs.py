@@ -14,6 +14,9 @@ WHAT = {
     "damages of an overlay": "A bit in every byte that map and journal say, and in a sample of the guest's bytes; ends cut off.",
     "damages of a native layer": "Bits flipped all over a sealed layer; whole blocks put in the place of others; blocks and whole layers of an older time put back; ends cut off or blank, and what is salvaged then.",
     "crash images of a guest's file system": "ext4, XFS and Btrfs on a served overlay under a loop device; the power is cut at syncs and between; our recovery, then theirs: every synced file is there, and their own checker is content.",
+    "crash images of a host's file system": "An overlay on ext4, XFS and Btrfs whose writes QEMU logs; the power is cut at flushes and between, with any subset of what was not flushed; their recovery, then ours.",
+    "crashes of a repository": "The real calls of real processes that back up, forget and sweep: the power is cut at each of them, with any subset of bytes and names that were not synced lost or torn; processes killed, the next one too; what was announced is there, nothing by half, and the next job goes on.",
+    "calls of a repository failed": "Every call of such a process that makes something durable, and a part of the others, fails once; then the next process, and a loss of power.",
     "kills while serving, hydrating and resuming": "kill -9 of a process that writes beside a hydrator, and of the processes that resume it.",
     "kills while draining and handing over": "kill -9 around the pivot, twice on each overlay.",
     "outages under a writing client": "The source falls silent or dies under a client that writes, flushes and reads back: no error, parked reads are listed and answered by themselves, and all that is fetched a second time is what a reader asked for beside the copy, or what was on its way when the server died.",
@@ -94,8 +97,8 @@ def main():
     for name, what in WHAT.items():
         print(f"- **{name}**: {what}")
     print("\n## To repeat one\n")
-    print("`AQUIFER_TEST_SCALE` multiplies the cases (100 gives 10^8 crash states, 20 gives 2,000 images and 4,000 kills);")
-    print("`AQUIFER_TEST_SEED` names the first seed of the crash states; a failure prints seed, point and cut. Lines of")
+    print("`AQUIFER_TEST_SCALE` multiplies the cases (100 gives 10^8 crash states, 30 gives 3,000 images, 9 gives 2,000 kills);")
+    print("`AQUIFER_TEST_SEED` names the first seed, so that parts of a long form differ; a failure prints seed, point and cut. Lines of")
     print("counts go to the file that `AQUIFER_LEDGER` names.")
 
 

@@ -95,7 +95,16 @@ fn disk(dir: &Path) -> Arc<Disk> {
         ahead_bytes: 32 << 10,
         ..OverlayOptions::default()
     };
-    let overlay = Overlay::open(&dir.join("overlay"), of, options).expect("open");
+    let mut tries = 0..400;
+    let overlay = loop {
+        match Overlay::open(&dir.join("overlay"), of, options) {
+            // A process that the test beside this one is just starting holds whatever is open here, for a moment.
+            Err(aquifer_vdisk::Error::Busy { .. }) if tries.next().is_some() => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            done => break done.expect("open"),
+        }
+    };
     Arc::new(Disk::writable("d", Arc::new(chain), overlay).expect("a disk"))
 }
 
