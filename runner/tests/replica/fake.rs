@@ -76,6 +76,10 @@ impl Host for Fake {
         Ok(running(&places.dir))
     }
 
+    fn keep(&self, _: &Shape, _: &[Attachment], _: &Places) -> Result<()> {
+        Ok(())
+    }
+
     fn find(&self, places: &Places) -> Option<Running> {
         self.on.lock().contains_key(&places.dir).then(|| running(&places.dir))
     }
