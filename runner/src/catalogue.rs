@@ -190,6 +190,15 @@ fn prepare_file(path: &std::path::Path) -> Result<()> {
     let mut log = path.as_os_str().to_owned();
     log.push("-wal");
     let logged = fs::metadata(&log).is_ok_and(|log| log.len() > 0);
+    if ours && !logged {
+        // SQLite takes what is missing of its last page for zeros.
+        let pages = head.get(28..).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_be_bytes(*b));
+        let due = u64::from(pages) * PAGE;
+        if len < due {
+            let what = format!("the file ends at {len}, but its {pages} pages need {due} bytes");
+            return Err(Error::Damaged { url: format!("sqlite:{named}"), what });
+        }
+    }
     if ours || logged || len <= PAGE {
         return Ok(());
     }

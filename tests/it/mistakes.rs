@@ -262,7 +262,7 @@ fn a_disk_that_fills_up_holds_the_copy_and_not_what_the_guest_has() {
     let shown = site.run(&["status", "db01"]);
     assert!(shown.out.contains("waiting for space") && shown.out.contains("last error: "), "{}", shown.out);
     refused(&site.run(&["wait", "db01", "--timeout", "1s"]), 13, "E_TIMEOUT", "aquifer status");
-    mount(&["-o", "remount,size=700m", &small.0]);
+    mount(&["-o", "remount,size=1000m", &small.0]);
     assert_eq!(site.run(&["wait", "db01", "--timeout", "60s"]).code, 0, "space came, and it went on");
     guest.goes_on(3);
     site.json(&["finalize", "db01", "--discard", "--yes"]);

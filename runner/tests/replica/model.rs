@@ -34,7 +34,8 @@ fn act(stage: &Stage, desk: &Desk<'_>, op: Op, dice: &mut Dice) -> Result<bool, 
             Ran::Made(_) | Ran::NoNewPoint => {}
         },
         Op::Failover => {
-            failover(desk, REPLICA, &PointRef::Latest(dice.below(2) as u32), None, true)?;
+            let back = dice.below(2).min((stage.points().len() as u64).saturating_sub(1));
+            failover(desk, REPLICA, &PointRef::Latest(back as u32), None, true)?;
         }
         Op::Undo if matches!(state, State::Failback | State::ReadyToSwitch) => give_back(desk, REPLICA, false)?,
         Op::Undo => undo(desk, REPLICA, false)?,

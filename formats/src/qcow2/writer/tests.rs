@@ -1,3 +1,5 @@
+//! What the writer leaves is an image that our own reader reads; `qemu-img` judges it in `runner/tests/replica`.
+
 use super::*;
 use crate::{Content, Layer, qcow2::Qcow2, storage::MemoryStorage};
 
