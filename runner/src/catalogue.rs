@@ -57,6 +57,8 @@ pub const LEASE: Duration = Duration::from_secs(30);
 const HEADER: u64 = 100;
 /// A page of the SQLite files we make, bytes.
 const PAGE: u64 = 4096;
+/// A new SQLite file that somebody else is making is asked for so often.
+const OPENINGS_MAX: u32 = 250;
 /// A conflict between transactions of PostgreSQL is tried again so often.
 const CONFLICTS_MAX: u32 = 8;
 
@@ -205,16 +207,29 @@ fn prepare_file(path: &std::path::Path) -> Result<()> {
     foreign("it is a database of something else")
 }
 
+/// One connection, begun as all are.
+async fn probe(options: &AnyConnectOptions, first: &[&'static str]) -> Result<(), Fault> {
+    let mut connection = sqlx::AnyConnection::connect_with(options).await?;
+    for statement in first {
+        connection.execute(*statement).await?;
+    }
+    Ok(connection.close().await?)
+}
+
 async fn connect(url: &Url) -> Result<AnyPool, Fault> {
     let options: AnyConnectOptions = url.driver_text().parse()?;
     let postgres = matches!(url, Url::Postgres(_));
     let first = if postgres { migrate::POSTGRES } else { migrate::SQLITE };
     // A pool tries again and again, and hides why; one connection says what is wrong at once.
-    let mut probe = sqlx::AnyConnection::connect_with(&options).await?;
-    for statement in first {
-        probe.execute(*statement).await?;
+    let mut tries = 0;
+    while let Err(fault) = probe(&options, first).await {
+        // The change of a new SQLite file to its log waits for nobody: whoever comes second asks again.
+        if !fault.is_conflict() || tries >= OPENINGS_MAX {
+            return Err(fault);
+        }
+        tries += 1;
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    probe.close().await?;
     let pool = AnyPoolOptions::new()
         .max_connections(if postgres { 6 } else { 4 })
         .acquire_timeout(Duration::from_secs(30))
