@@ -126,16 +126,10 @@ fn a_damaged_one_is_one_error_and_never_a_panic() {
         }
     }
     assert!(refused > 3, "{refused} refused, {read} read");
-    // Cut short, anywhere: an error, or all that was stored. SQLite reads a missing end of the last page as zeros.
+    // Cut short, anywhere.
     for len in [4096, whole.len() / 2, whole.len() - 4096, whole.len() - 1] {
         fs::write(&path, &whole[..len]).expect("cut");
-        match Catalogue::open(&url).and_then(|c| c.events(0, &EventFilter::default())) {
-            Err(Error::Damaged { .. }) => {}
-            Err(other) => panic!("cut to {len}: {other:?}"),
-            Ok(events) => {
-                assert_eq!(len, whole.len() - 1, "a page is missing and nobody noticed");
-                assert_eq!(events.len(), 40, "events were lost in silence");
-            }
-        }
+        let outcome = Catalogue::open(&url).and_then(|c| c.events(0, &EventFilter::default()));
+        assert!(matches!(outcome, Err(Error::Damaged { .. })), "cut to {len}: {outcome:?}");
     }
 }

@@ -1,3 +1,5 @@
+//! Runs fall where the calendar says, in every zone and over every change of the clock.
+
 use std::collections::BTreeMap;
 
 use jiff::civil::date;

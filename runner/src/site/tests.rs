@@ -1,3 +1,5 @@
+//! A whole site is read, and whatever is wrong with one is said with its place.
+
 use std::{path::Path, time::Duration};
 
 use super::{keys::Kind, keys::Shape, *};

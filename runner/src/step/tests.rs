@@ -1,3 +1,5 @@
+//! Whoever dies at any note, the operation comes to an end or back to its beginning.
+
 use std::cell::{Cell, RefCell};
 
 use super::*;

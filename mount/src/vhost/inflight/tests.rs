@@ -1,3 +1,5 @@
+//! What a door had in hand when it died is known to the next one.
+
 use super::*;
 
 const DISK: Identity = [7; 16];

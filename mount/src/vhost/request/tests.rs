@@ -1,3 +1,5 @@
+//! Requests in any pieces mean the same, and hostile ones are refused.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Digests come back as they were stored; damaged ones are not believed.
+
 use std::sync::Arc;
 
 use aquifer_formats::{raw::RawLayer, storage::MemoryStorage};

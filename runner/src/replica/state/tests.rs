@@ -1,3 +1,5 @@
+//! The table of states has no dead end and allows nothing that behaviour does not.
+
 use std::collections::{HashSet, VecDeque};
 
 use super::*;

@@ -1,3 +1,5 @@
+//! Nobody starves, and no slot is taken twice.
+
 use proptest::prelude::*;
 
 use super::*;
