@@ -9,6 +9,7 @@ import signal
 import socket as sockets
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import contextmanager
@@ -35,14 +36,25 @@ def timed(*argv, **kw):
     return time.monotonic() - start
 
 
+# A process inherits the peak of the one that forked it, so a small one stands between.
+PEAK = """
+import os, sys
+sys.stdout.flush()
+child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ,
+    file_actions=[(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_WRONLY, 0) for fd in (1, 2)])
+_, status, used = os.wait4(child, 0)
+print(used.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
 def peak_kib(*argv, env):
-    """The most memory a program had at once."""
-    process = subprocess.Popen([str(a) for a in argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
-        raise RuntimeError(f"{argv[0]} ended with {process.returncode}")
-    return used.ru_maxrss
+    """The most memory a program had at once; a few MiB at least, which is what the process beside it has."""
+    run = [sys.executable, "-S", "-c", PEAK, *[str(a) for a in argv]]
+    done = subprocess.run(run, stdout=subprocess.PIPE, env=env)
+    if done.returncode != 0:
+        raise RuntimeError(f"{argv[0]} ended with {done.returncode}")
+    return int(done.stdout)
 
 
 def synced(path):
