@@ -13,7 +13,7 @@ use crate::{
     context::Context,
     fail::{Code, Fail, Result},
     site::{Job, JobKind, Site},
-    work::{Done, Task},
+    tasks::{Done, Task},
 };
 
 pub use news::newest_points;

@@ -31,9 +31,9 @@ pub mod source;
 pub mod step;
 pub mod stop;
 pub mod strict;
+pub mod tasks;
 pub mod units;
 pub mod verb;
-pub mod work;
 
 use std::{ffi::OsString, panic, process::ExitCode};
 

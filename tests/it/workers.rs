@@ -21,7 +21,7 @@ use aquifer_runner::{
     context::Context,
     fail::Result,
     stop::Stop,
-    work::{Done, Task, Worker},
+    tasks::{Done, Task, Worker},
 };
 use aquifer_tests::postgres::Database;
 use jiff::Timestamp;

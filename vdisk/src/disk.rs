@@ -26,9 +26,10 @@ use arc_swap::ArcSwapOption;
 
 pub use self::source::Parked;
 pub use self::touched::TOUCHED_NAME;
+pub(crate) use self::touched::UNIT_BYTES;
 use self::{
     source::Patience,
-    touched::{Touch, Touched, UNIT_BYTES},
+    touched::{Touch, Touched},
 };
 use crate::{
     Chain, Delta, DemandStats, Error, Extent, ExtentKind, LocalProgress, Overlay, Result, Trace,

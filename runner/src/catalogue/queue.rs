@@ -7,7 +7,7 @@
 //!   [`LOST_MAX`] workers fails instead of being handed out for ever.
 //! - Claims are one after the other (the `dispatch` row): they take milliseconds, work takes minutes.
 //!
-//! Not here: the order in which work is picked (`work::order`).
+//! Not here: the order in which work is picked (`tasks::order`).
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -18,7 +18,7 @@ use super::{
     Catalogue, Error, Event, Need, Result, SessionId, SessionResult, Url, Wish,
     transaction::{Fault, Tx, maybe_time, record, text, time, word, words},
 };
-use crate::work::order::{self, Candidate};
+use crate::tasks::order::{self, Candidate};
 
 /// Work whose workers died so often is not handed out once more: it kills them.
 const LOST_MAX: i64 = 5;

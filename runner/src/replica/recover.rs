@@ -21,7 +21,12 @@ pub fn recover(desk: &Desk<'_>, name: &str) -> Result<()> {
     let Some(open) = open.into_iter().find(|operation| operation.object == object(name)) else { return Ok(()) };
     let open = desk.catalogue.adopt_operation(desk.fence, open.id)?;
     let data = if open.data.is_null() { &open.intent } else { &open.data };
-    let kind = data.pointer("/work/kind").and_then(serde_json::Value::as_str).unwrap_or_default().to_owned();
+    let kind = data
+        .get("work")
+        .and_then(|work| work.get("kind"))
+        .and_then(serde_json::Value::as_str)
+        .unwrap_or_default()
+        .to_owned();
     let ended = match kind.as_str() {
         RunWork::KIND => desk.go_on::<RunWork>(name, &open).map(drop),
         FailoverWork::KIND => desk.go_on::<FailoverWork>(name, &open).map(drop),

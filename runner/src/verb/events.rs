@@ -10,7 +10,7 @@ use crate::{
     catalogue::{EventFilter, EventRecord as Stored, SessionId},
     context::Context,
     fail::Result,
-    work::follow,
+    tasks::follow,
 };
 
 /// Options of `events`.

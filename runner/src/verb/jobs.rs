@@ -9,7 +9,7 @@ use crate::{
     cli::DryRun,
     context::{Context, quoted},
     fail::{Code, Fail, Result},
-    work::follow::at,
+    tasks::follow::at,
 };
 
 /// Options of `jobs`.

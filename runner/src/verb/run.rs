@@ -14,8 +14,8 @@ use crate::{
     job,
     site::{Job, Site},
     stop::Stop,
+    tasks::{Worker, expand, follow::Follow, owner},
     units,
-    work::{Worker, expand, follow::Follow, owner},
 };
 
 /// How often new events are shown.

@@ -16,8 +16,9 @@ use super::worker::Lease;
 use crate::{
     context::Context,
     fail::{Code, Fail, Result},
-    job, units,
-    work::{Planner, Worker, follow::Follow, owner},
+    job,
+    tasks::{Planner, Worker, follow::Follow, owner},
+    units,
 };
 
 /// How often it is looked what is due.

@@ -5,8 +5,8 @@ use crate::{
     cli::DryRun,
     context::Context,
     fail::{Code, Fail, Result},
+    tasks::follow::at,
     units,
-    work::follow::at,
 };
 
 /// Options of `sessions`.

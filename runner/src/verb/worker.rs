@@ -12,7 +12,7 @@ use crate::{
     context::Context,
     fail::{Fail, Result},
     job,
-    work::{Worker, follow::Follow, owner},
+    tasks::{Worker, follow::Follow, owner},
 };
 
 /// How often new events are shown.

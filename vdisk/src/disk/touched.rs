@@ -31,7 +31,7 @@ use parking_lot::Mutex;
 use crate::Result;
 
 /// Bytes of the disk for each bit.
-pub(super) const UNIT_BYTES: u64 = 1 << 20;
+pub(crate) const UNIT_BYTES: u64 = 1 << 20;
 
 /// Name of the file, in the overlay's folder.
 pub const TOUCHED_NAME: &str = "touched";

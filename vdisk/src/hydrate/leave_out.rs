@@ -17,7 +17,7 @@ use super::{
     pace::Blocks,
     worker::{RETRY, Shared, is_transient},
 };
-use crate::{Delta, Error, Result, overlay::Run, unused::Unused};
+use crate::{Delta, Error, Result, disk::UNIT_BYTES, overlay::Run, unused::Unused};
 
 /// How often what is left out is counted anew.
 const COUNT_EVERY: Duration = Duration::from_secs(1);
@@ -133,8 +133,7 @@ impl Shared {
     }
 }
 
-/// End of the MiB `at` lies in: whether it was read is known for each.
+/// End of the unit `at` lies in: whether it was read is known for each.
 fn next_unit(at: u64) -> u64 {
-    const UNIT: u64 = 1 << 20;
-    (at - at % UNIT).saturating_add(UNIT)
+    (at - at % UNIT_BYTES).saturating_add(UNIT_BYTES)
 }
