@@ -101,6 +101,15 @@ impl Described {
     }
 }
 
+/// Names of machines and disks: they become file and export names.
+fn plain_name(text: &str) -> Result<String, String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    match text.chars().all(plain) && !text.is_empty() && text.len() <= 64 && !text.starts_with('.') {
+        true => Ok(text.to_owned()),
+        false => Err(format!("`{text}` is not 1 to 64 of letters, digits, `.`, `_`, `-`")),
+    }
+}
+
 /// A hardware address in its usual form, where `text` is one.
 fn mac_of(text: &str) -> Option<String> {
     let parts: Vec<&str> = text.split([':', '-']).collect();

@@ -37,6 +37,7 @@ const ENTRIES: u64 = CLUSTER_BYTES / 8;
 const COPIED: u64 = 1 << 63;
 const ZERO: u64 = 1;
 const HEADER_BYTES: u32 = 104;
+const SECTOR_BYTES: u64 = 512;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 const BACKING_NAME_MAX: usize = 1023;
 /// Reference counts of 16 bits that fit in a cluster.
@@ -278,7 +279,8 @@ impl NewQcow2 {
         out.extend(name_at.to_be_bytes());
         out.extend(short(name.len() as u64));
         out.extend(CLUSTER_BITS.to_be_bytes());
-        out.extend(self.size.to_be_bytes());
+        // A hypervisor counts a disk in sectors, and would cut one that ends within the last.
+        out.extend(self.size.next_multiple_of(SECTOR_BYTES).to_be_bytes());
         out.extend(0u32.to_be_bytes());
         out.extend(short(l1_entries));
         out.extend((l1_at * CLUSTER_BYTES).to_be_bytes());

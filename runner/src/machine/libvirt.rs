@@ -8,7 +8,7 @@
 
 use roxmltree::{Document, Node, ParsingOptions};
 
-use super::{DEVICES_MAX, Described, DescribedDisk, DescribedNic, FirmwareKind, mac_of};
+use super::{DEVICES_MAX, Described, DescribedDisk, DescribedNic, FirmwareKind, mac_of, plain_name};
 use crate::fail::{Code, Fail, Result};
 
 /// Most nodes of a document; a domain with 64 disks and cards has about 3,000.
@@ -50,6 +50,9 @@ pub(super) fn parse(label: &str, text: &str) -> Result<Described> {
     let Some(devices) = child(domain, "devices") else { return Ok(described) };
     for node in devices.children().filter(|node| node.has_tag_name("disk")) {
         let Some(disk) = disk(node) else { continue };
+        if let Err(what) = plain_name(&disk.name) {
+            return Err(wrong(node, what));
+        }
         if described.disks.iter().any(|known| known.name == disk.name) {
             return Err(wrong(node, format!("two disks are called `{}`", disk.name)));
         }

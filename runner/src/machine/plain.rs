@@ -18,7 +18,7 @@
 //! model = "virtio"
 //! ```
 
-use super::{DEVICES_MAX, Described, DescribedDisk, DescribedNic, FirmwareKind, mac_of};
+use super::{DEVICES_MAX, Described, DescribedDisk, DescribedNic, FirmwareKind, mac_of, plain_name};
 use crate::{fail::Result, strict::Reader, units};
 
 /// Buses a disk can hang on.
@@ -32,7 +32,7 @@ pub(super) fn parse(label: &str, text: &str) -> Result<Described> {
     reader.only(top, "the machine's description", &known);
     reader.integer(top, "version", 1..=1);
     let described = Described {
-        name: reader.parsed(top, "name", name),
+        name: reader.parsed(top, "name", plain_name),
         uuid: reader.parsed(top, "uuid", |text| uuid::Uuid::try_parse(text).map_err(|e| e.to_string())),
         firmware: reader.parsed(top, "firmware", firmware),
         machine_type: reader.string(top, "machine_type"),
@@ -53,7 +53,7 @@ fn disks<'a>(reader: &mut Reader<'a>, top: &toml::de::DeTable<'a>) -> Vec<Descri
     }
     for table in tables.into_iter().take(DEVICES_MAX) {
         reader.only(table, "a disk", &["name", "bus", "source", "boot_order"]);
-        let Some(name) = reader.parsed(table, "name", name) else {
+        let Some(name) = reader.parsed(table, "name", plain_name) else {
             if table.get("name").is_none() {
                 reader.problem(Reader::place_of(top, "disk"), "a disk without a `name`");
             }
@@ -85,15 +85,6 @@ fn nics<'a>(reader: &mut Reader<'a>, top: &toml::de::DeTable<'a>) -> Vec<Describ
         nics.push(DescribedNic { mac, model: reader.string(table, "model"), network: reader.string(table, "network") });
     }
     nics
-}
-
-/// Names of machines and disks: they become file and export names.
-fn name(text: &str) -> Result<String, String> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    match text.chars().all(plain) && !text.is_empty() && text.len() <= 64 && !text.starts_with('.') {
-        true => Ok(text.to_owned()),
-        false => Err(format!("`{text}` is not 1 to 64 of letters, digits, `.`, `_`, `-`")),
-    }
 }
 
 fn firmware(text: &str) -> Result<FirmwareKind, String> {

@@ -75,6 +75,8 @@ fn the_documented_sample_is_read() {
 #[test]
 fn what_is_wrong_is_refused_with_its_place() {
     let wrong = |text: &str| Described::parse("m", text).expect_err(text).what;
+    let escape = "<domain><devices><disk><target dev='../x'/></disk></devices></domain>";
+    assert!(wrong(escape).contains("`../x` is not 1 to 64"), "{}", wrong(escape));
     assert!(wrong("<domain><name>x</domain>").starts_with("m:1:"), "{}", wrong("<domain><name>x</domain>"));
     assert!(wrong("<network/>").contains("is not a libvirt <domain>"));
     assert!(wrong("<domain>\n <uuid>x</uuid></domain>").starts_with("m:2:2: `x` is not a UUID"));

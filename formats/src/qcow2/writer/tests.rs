@@ -42,6 +42,20 @@ fn what_was_written_is_found_and_nothing_else() {
 }
 
 #[test]
+fn a_disk_that_ends_within_a_sector_keeps_its_last_bytes() {
+    let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new("m", Vec::new()));
+    let image = NewQcow2::create(storage.clone(), CLUSTER_BYTES + 100, None).expect("create");
+    image.write(CLUSTER_BYTES, &[7; 100]).expect("the short end");
+    image.finish().expect("finish");
+    let layer = Qcow2::open(storage.clone()).and_then(|q| q.active(None)).expect("an image");
+    assert_eq!(layer.size(), CLUSTER_BYTES + 512);
+    let Content::Plain { offset, .. } = layer.lookup(CLUSTER_BYTES, 512).expect("lookup").0 else { panic!("no bytes") };
+    let mut end = [1; 512];
+    storage.read_at(offset, &mut end).expect("read");
+    assert_eq!((&end[..100], &end[100..]), ([7; 100].as_slice(), [0; 412].as_slice()));
+}
+
+#[test]
 fn a_crash_goes_on_from_the_checkpoint() {
     let storage: Arc<dyn Storage> = Arc::new(MemoryStorage::new("m", Vec::new()));
     let size = 8 * CLUSTER_BYTES;
