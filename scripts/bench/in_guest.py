@@ -52,7 +52,7 @@ def guest(image):
     """A guest with `image` on all three doors."""
     with scratch() as folder, ExitStack() as stack:
         boot = folder / "boot"
-        run(SCRIPTS / "make-vhost-guest.sh", "--out", boot, "--init", SCRIPTS / "guest/fio-init", "--with", "fio")
+        run(SCRIPTS / "make-memory-guest.sh", "--out", boot, "--init", SCRIPTS / "guest/fio-init", "--with", "fio")
         doors, nbd, qsd = folder / "doors", folder / "n.sock", folder / "q.sock"
         ours = [AQUIFER, "-c", site(folder, "64MiB"), "mount", f"raw:{image}", "--nbd", f"unix:{nbd}", "--vhost-user", doors]
         stack.enter_context(running(ours, lambda: nbd.exists() and any(doors.glob("*.sock")), env=environment(folder / "home")))

@@ -48,14 +48,16 @@ fn sha256(path: &Path) -> String {
     tool("sha256sum", &[qemu::text(path)])[..64].to_owned()
 }
 
-/// Kernel and memory of a guest that one of `scripts/` makes of Debian's own packages.
-fn guest_in_memory(script: &str) -> TempDir {
+/// Kernel and memory of a guest made of Debian's own packages, that runs one of `scripts/guest/`.
+fn guest_in_memory(init: &str, with: &[&str]) -> TempDir {
     // Two at once would download the same package twice.
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock();
     let dir = tempfile::tempdir().expect("folder");
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts").join(script);
-    let made = Command::new(script).arg("--out").arg(dir.path()).output().expect("bash");
+    let scripts = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts");
+    let mut make = Command::new(scripts.join("make-memory-guest.sh"));
+    make.arg("--out").arg(dir.path()).arg("--init").arg(scripts.join("guest").join(init)).args(with);
+    let made = make.output().expect("bash");
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     dir
 }
@@ -100,7 +102,7 @@ fn the_kernels_client_in_a_guest_gets_back_what_it_wrote() {
     let (mut door, served) = mount(&site, &[&kept[..], &["--nbd", "tcp:127.0.0.1:0"]].concat());
     let uri = served["uri"].as_str().expect("a URI");
     let port = uri.strip_prefix("nbd://127.0.0.1:").and_then(|rest| rest.split('/').next()).expect(uri);
-    let guest = guest_in_memory("make-nbd-guest.sh");
+    let guest = guest_in_memory("nbd-init", &["--module", "virtio_net", "--module", "nbd", "--with", "nbd-client"]);
     let mut machine = machine_of(&guest, "q35", &format!("door=10.0.2.2:{port}:source"));
     machine.args(["-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n,romfile="]);
     let said = machine.output().expect("QEMU").stdout;
@@ -129,7 +131,7 @@ fn a_guest_on_a_vhost_user_disk_survives_its_doors() {
     let open = || mount(&site, &[&kept[..], &["--vhost-user", &sockets]].concat());
     let (mut door, served) = open();
     let socket = served["vhost_user"].as_str().expect("a socket").to_owned();
-    let guest = guest_in_memory("make-vhost-guest.sh");
+    let guest = guest_in_memory("vhost-init", &[]);
     let mut machine = machine_of(&guest, "q35,memory-backend=m", "");
     machine.args(["-smp", "2", "-object", "memory-backend-memfd,id=m,size=256M,share=on", "-chardev"]);
     machine.arg(format!("socket,id=d,path={socket},reconnect-ms=100"));
