@@ -32,6 +32,7 @@ mod name;
 mod open;
 mod point;
 mod query;
+pub mod rebase;
 pub mod record;
 mod store;
 mod trace;

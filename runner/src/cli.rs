@@ -142,6 +142,9 @@ pub enum Verb {
     /// Be the processes of a recovery
     #[command(hide = true)]
     Door(verb::door::Args),
+    /// Clean up after a backup of a running machine that is killed
+    #[command(hide = true)]
+    Guard(crate::job::backup::guard::Args),
 }
 
 /// Help shows the verbs in these groups.

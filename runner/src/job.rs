@@ -4,7 +4,12 @@
 //! - A body leaves what it has stored where the next attempt finds it, and nothing half visible.
 //! - Every durable effect of a body carries the fence of its task.
 
+pub mod backup;
+pub mod copy;
+pub mod health;
 mod news;
+pub mod place;
+pub mod stored;
 
 use serde::Serialize;
 
@@ -32,8 +37,10 @@ pub struct Step {
 /// # Errors
 /// [`Code::Unsupported`] for a kind that this build does not do; what the body fails with.
 pub fn run(task: &Task<'_>) -> Result<Done> {
-    let kind = &task.work.kind;
-    Err(Fail::new(Code::Unsupported, format!("this build does not know work of the kind `{kind}`")))
+    match task.work.kind.as_str() {
+        "backup" | "copy" | "health" => stored::run(task),
+        kind => Err(Fail::new(Code::Unsupported, format!("this build does not know work of the kind `{kind}`"))),
+    }
 }
 
 /// What a piece of work would do. Changes nothing.

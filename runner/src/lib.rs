@@ -8,6 +8,7 @@
 //!
 //! Not here: bytes of formats, the reading of chains, sockets and mounts (the crates to the left).
 
+pub mod backup;
 pub mod catalogue;
 pub mod cli;
 pub mod confirm;
@@ -25,6 +26,7 @@ pub mod read_ahead;
 pub mod recover;
 pub mod replica;
 pub mod repository;
+pub mod retain;
 pub mod schedule;
 pub mod site;
 pub mod source;

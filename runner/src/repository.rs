@@ -96,6 +96,25 @@ pub fn open_to_change(context: &Context) -> Result<Repository> {
     Ok(Repository::open(&dir, me_for_good(context)?)?)
 }
 
+/// Opens a repository of the site file.
+pub fn open_named(context: &Context, name: &str) -> Result<Repository> {
+    let dir = dir_of(context, name)?;
+    Ok(Repository::open(&dir, me(context)?)?)
+}
+
+/// As [`open_named`], to change it.
+pub fn open_named_to_change(context: &Context, name: &str) -> Result<Repository> {
+    let dir = dir_of(context, name)?;
+    Ok(Repository::open(&dir, me_for_good(context)?)?)
+}
+
+fn dir_of(context: &Context, name: &str) -> Result<PathBuf> {
+    let entry = context.site()?.repositories.get(name);
+    let missing = || Fail::new(Code::NoRepository, format!("the site file has no repository `{name}`"));
+    let dir = &entry.ok_or_else(missing)?.url;
+    Ok(fs::canonicalize(dir).unwrap_or_else(|_| dir.clone()))
+}
+
 /// The machine and point a SOURCE word names.
 pub fn find(repo: &Repository, machine: &str, point: &PointRef) -> Result<(Machine, Point)> {
     let machine = repo.machine(machine)?;

@@ -17,6 +17,7 @@ pub mod explain;
 pub mod export;
 pub mod finalize;
 pub mod forget;
+pub mod guard;
 pub mod info;
 pub mod init;
 pub mod jobs;
@@ -71,6 +72,7 @@ impl Verb {
             Verb::Completions(_) => "completions",
             Verb::Man(_) => "man",
             Verb::Door(_) => "door",
+            Verb::Guard(_) => "guard",
         }
     }
 
@@ -107,6 +109,7 @@ impl Verb {
             Verb::Completions(args) => completions::run(context, args),
             Verb::Man(args) => man::run(context, args),
             Verb::Door(args) => door::run(context, args),
+            Verb::Guard(args) => guard::run(context, args),
         }
     }
 }

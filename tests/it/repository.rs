@@ -89,6 +89,7 @@ fn one_round(repo: &Repository, machine: &Machine) -> Result<()> {
     }
     transaction.sealed(&vda(), Found::Comparison, "raw")?;
     transaction.commit(NewPoint {
+        origin: None,
         created: jiff::Timestamp::from_second(i64::try_from(k * 3600).expect("small")).expect("a time"),
         consistency: Consistency::Crash,
         machine: MachineDescription { name: "m".into(), ..MachineDescription::default() },

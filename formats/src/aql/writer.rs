@@ -340,6 +340,26 @@ impl Writer {
     /// # Errors
     /// I/O; a damaged older file.
     pub fn absorb(&mut self, files: usize) -> Result<()> {
+        self.absorb_excess(files)
+    }
+
+    /// Takes over what the disk still has in the files of these layers, so that the new one does not draw from them.
+    ///
+    /// # Errors
+    /// As [`Writer::absorb`].
+    pub fn absorb_layers(&mut self, layers: &BTreeSet<Uuid>) -> Result<()> {
+        let Some(parent) = self.parent.clone() else { return Ok(()) };
+        let among = parent.root().layers.iter().filter(|(_, record)| layers.contains(&record.layer));
+        let slots: BTreeSet<u16> = among.map(|(slot, _)| *slot).collect();
+        if slots.is_empty() {
+            return Ok(());
+        }
+        self.send_pending()?;
+        self.pipeline.drain()?;
+        self.pipeline.with_appender(|appender| appender.absorb(&parent, &slots)).unwrap_or(Ok(()))
+    }
+
+    fn absorb_excess(&mut self, files: usize) -> Result<()> {
         let Some(parent) = self.parent.clone() else { return Ok(()) };
         let mut older: Vec<(u64, u16)> =
             parent.root().layers.iter().map(|(slot, record)| (record.live.bytes, *slot)).collect();

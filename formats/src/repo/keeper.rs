@@ -333,6 +333,33 @@ pub fn discard(repo: &Repository, machine: &Machine, what: &Interrupted, holder:
     done
 }
 
+/// Deletes what points that were written anew have left behind where that was cut short: folders that no generation
+/// has ever listed, and that are no interrupted backup.
+///
+/// # Errors
+/// [`Error::Locked`] if a backup of this machine runs; [`Error::ForeignOwner`]; I/O.
+pub fn clear(repo: &Repository, machine: &Machine, holder: Holder) -> Result<Swept> {
+    repo.writable()?;
+    let lease = repo.lease_append(machine, None, holder)?;
+    let done = clear_leased(repo, machine);
+    lease.release()?;
+    done
+}
+
+fn clear_leased(repo: &Repository, machine: &Machine) -> Result<Swept> {
+    let store = repo.store();
+    let listed = manifest::latest(store, machine.id)?.map(|m| m.record.points).unwrap_or_default();
+    let mut swept = Swept::default();
+    for folder in store.list(&name::points(machine.id))? {
+        let Ok(point) = folder.parse::<Uuid>() else { continue };
+        let whole = store.len(&name::point(machine.id, point))?.is_some();
+        if whole && listed.iter().all(|known| known.id != point) {
+            sweep_point(store, machine.id, point, &BTreeSet::new(), &BTreeSet::new(), &mut swept)?;
+        }
+    }
+    Ok(swept)
+}
+
 fn discard_leased(repo: &Repository, machine: &Machine, point: Uuid) -> Result<Swept> {
     let store = repo.store();
     let listed = manifest::latest(store, machine.id)?.map(|m| m.record.points).unwrap_or_default();

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::{
     DiskName, Error, Machine, Repository, Result, manifest,
     name::{self, parse_hint},
-    record::{Hash, ManifestPoint, NeededFile, PointDisk, PointRecord, decode},
+    record::{Hash, ManifestPoint, NeededFile, Origin, PointDisk, PointRecord, decode},
 };
 use crate::{
     Layer,
@@ -75,6 +75,12 @@ impl Point {
     /// When the disks looked like this, by the clock of whoever took the backup.
     pub fn created(&self) -> Option<Timestamp> {
         self.record.as_ref().map(|record| record.created)
+    }
+
+    /// What stays the same of it wherever it is copied and however often it is written anew.
+    pub fn identity(&self, repo: &Repository) -> Origin {
+        let known = self.record.as_ref().and_then(|record| record.origin.clone());
+        known.unwrap_or_else(|| Origin { repository: repo.id(), point: self.id })
     }
 }
 

@@ -9,7 +9,7 @@ use std::str::FromStr;
 
 use jiff::Timestamp;
 
-use super::{Error, Machine, Point, PointState, Repository, Result};
+use super::{Error, Machine, Point, PointState, Repository, Result, record::ManifestPoint};
 
 /// Shortest beginning of an id, in characters.
 const ID_CHARS_MIN: usize = 4;
@@ -86,6 +86,20 @@ impl Repository {
         Ok(None)
     }
 
+    /// The point that has taken the place of one whose id begins like this.
+    fn written_anew(&self, machine: &Machine, listed: &[ManifestPoint], wanted: &str) -> Result<Option<Point>> {
+        for listed in listed {
+            let point = self.point_state(machine, listed)?;
+            let origin = point.record.as_ref().and_then(|record| record.origin.as_ref());
+            if origin.is_some_and(|origin| {
+                origin.repository == self.id() && origin.point.simple().to_string().starts_with(wanted)
+            }) {
+                return Ok(Some(point));
+            }
+        }
+        Ok(None)
+    }
+
     fn by_id(&self, machine: &Machine, text: &str, none: impl Fn(String) -> Error) -> Result<Point> {
         let plain = |s: &str| s.replace('-', "");
         let wanted = plain(text);
@@ -93,7 +107,10 @@ impl Repository {
         let found: Vec<_> = listed.iter().filter(|p| p.id.simple().to_string().starts_with(&wanted)).collect();
         match found.as_slice() {
             [one] => self.point_state(machine, one),
-            [] => Err(none(text.to_owned())),
+            [] => match self.written_anew(machine, &listed, &wanted)? {
+                Some(point) => Ok(point),
+                None => Err(none(text.to_owned())),
+            },
             many => Err(Error::Ambiguous {
                 path: self.label().into(),
                 what: format!("point {text} of {}", machine.name),

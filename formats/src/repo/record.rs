@@ -337,6 +337,18 @@ pub struct PointDisk {
     pub source_format: String,
     /// Older files it draws from.
     pub needs: Vec<NeededFile>,
+    /// Bitmap of the source that counts what has changed since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mark: Option<String>,
+}
+
+/// The point whose content a point has: it was copied, or written anew.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Origin {
+    /// The repository it was taken into.
+    pub repository: Uuid,
+    /// Its id there.
+    pub point: Uuid,
 }
 
 /// A layer file of an older point.
@@ -386,6 +398,9 @@ pub struct PointRecord {
     pub machine: MachineDescription,
     /// The disks.
     pub disks: Vec<PointDisk>,
+    /// The point it has its content from, unless it is that itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
 }
 
 /// A point in a manifest.

@@ -22,6 +22,7 @@ mod crash;
 mod fuse;
 mod generations;
 mod keeping;
+mod rebasing;
 
 pub(super) use fuse::Fuse;
 
@@ -61,6 +62,7 @@ fn plan(size: usize) -> DiskPlan {
 
 fn new_point(created: &str) -> NewPoint {
     NewPoint {
+        origin: None,
         created: created.parse().expect("a time"),
         consistency: Consistency::Crash,
         machine: MachineDescription { name: "db01".into(), ..MachineDescription::default() },

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::{
     DiskName, Error, Lease, Machine, Point, Repository, Result, manifest, name,
     record::{
-        BeginRecord, Consistency, Found, Hash, Holder, MachineDescription, ManifestPoint, PointDisk, PointKind,
+        BeginRecord, Consistency, Found, Hash, Holder, MachineDescription, ManifestPoint, Origin, PointDisk, PointKind,
         PointRecord, encode, read,
     },
 };
@@ -38,6 +38,8 @@ pub struct NewPoint {
     pub consistency: Consistency,
     /// The machine.
     pub machine: MachineDescription,
+    /// The point it is a copy of.
+    pub origin: Option<Origin>,
 }
 
 /// A backup that was begun and never committed.
@@ -256,8 +258,57 @@ impl Transaction<'_> {
             found,
             source_format: source_format.to_owned(),
             needs: self.repo.needs_of(self.machine.id, &reader)?,
+            mark: None,
         });
         self.disks.last().ok_or_else(|| Error::not_found(self.repo.label(), "disk"))
+    }
+
+    /// Notes the bitmap of a disk's source that counts what changes from this point on.
+    pub fn mark(&mut self, disk: &DiskName, bitmap: &str) {
+        if let Some(noted) = self.disks.iter_mut().find(|noted| noted.name == *disk) {
+            noted.mark = Some(bitmap.to_owned());
+        }
+    }
+
+    /// Makes the point exist in the place of `old`, which has the same content and is given up in the same generation.
+    /// The record is durable before that: there is no moment at which neither is whole.
+    ///
+    /// # Errors
+    /// As [`Transaction::commit`]; [`Error::NotFound`] if `old` was given up meanwhile.
+    pub fn commit_instead(self, old: &Point) -> Result<PointRecord> {
+        self.repo.writable()?;
+        let gone = || Error::not_found(self.repo.label(), format!("point {} of {}", old.id, self.machine.name));
+        let before = old.record.as_ref().ok_or_else(gone)?;
+        let record = PointRecord {
+            id: self.begin.id,
+            receipt: old.receipt,
+            kind: if self.disks.iter().any(|d| !d.needs.is_empty()) { PointKind::Increment } else { PointKind::Full },
+            disks: self.disks.clone(),
+            origin: Some(old.identity(self.repo)),
+            ..before.clone()
+        };
+        self.check_files(&record)?;
+        let bytes = encode(&record)?;
+        self.repo.store().create(&name::point(self.machine.id, record.id), &bytes)?;
+        manifest::change(self.repo, &self.machine, |manifest| {
+            if self.repo.store().len(&name::lease(self.lease.record().id))?.is_none() {
+                return Err(Error::not_found(self.repo.label(), "append lease: it was reclaimed"));
+            }
+            let place = manifest.points.iter_mut().find(|p| p.id == old.id && p.retained).ok_or_else(gone)?;
+            place.retained = false;
+            let pinned = std::mem::replace(&mut place.pinned, false);
+            manifest.points.push(ManifestPoint {
+                id: record.id,
+                receipt: old.receipt,
+                record: Hash::of(&bytes),
+                retained: true,
+                damaged: None,
+                pinned,
+            });
+            Ok(())
+        })?;
+        self.lease.release()?;
+        Ok(record)
     }
 
     /// Makes the point exist.
@@ -289,6 +340,7 @@ impl Transaction<'_> {
             consistency: new.consistency,
             machine: new.machine,
             disks: self.disks.clone(),
+            origin: new.origin,
         };
         let mut bytes = Vec::new();
         manifest::change(self.repo, &self.machine, |manifest| {

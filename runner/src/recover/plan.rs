@@ -185,7 +185,7 @@ fn find_disks(context: &Context, request: &Request) -> Result<Found> {
 fn variables(request: &Request, point: Option<&SelectedPoint>) -> Result<Option<Vec<u8>>> {
     if let Some(path) = &request.nvram {
         let label = path.display().to_string();
-        return Ok(Some(crate::verb::backup::machine::variables(path)?.content(&label)?));
+        return Ok(Some(crate::backup::describe::variables(path)?.content(&label)?));
     }
     let Some(point) = point else { return Ok(None) };
     let stored = point.record.machine.variables.as_ref();

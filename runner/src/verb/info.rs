@@ -79,7 +79,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
 }
 
 /// The format, as a person names it.
-pub(super) fn kind_of(selected: &SelectedDisk) -> Result<String> {
+pub(crate) fn kind_of(selected: &SelectedDisk) -> Result<String> {
     Ok(match &selected.spec {
         ChainSpec::Image { format: Some(format), .. } => format.to_string(),
         ChainSpec::Image { path, format: None, .. } | ChainSpec::Member { path, .. } => {

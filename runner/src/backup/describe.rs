@@ -7,16 +7,26 @@ use aquifer_formats::repo::{
     record::{DiskDescription, Firmware, MachineDescription, NicDescription},
 };
 
-use super::{Args, Wanted};
+use super::Wanted;
 use crate::{
     context::{Context, quoted},
     fail::{Code, Fail, Result},
     machine::{Described, DescribedDisk, FirmwareKind},
 };
 
+/// Where a machine's description is.
+pub(crate) struct About<'a> {
+    /// Name of the machine.
+    pub(crate) machine: &'a str,
+    /// TOML or libvirt XML.
+    pub(crate) description: Option<&'a Path>,
+    /// File with its UEFI variables.
+    pub(crate) nvram: Option<&'a Path>,
+}
+
 /// Puts together what is known: the file's word where there is one, and the disks that are stored.
-pub(super) fn describe(context: &Context, args: &Args, wanted: &[Wanted]) -> Result<MachineDescription> {
-    let said = match &args.description {
+pub(crate) fn describe(context: &Context, args: &About<'_>, wanted: &[Wanted]) -> Result<MachineDescription> {
+    let said = match args.description {
         Some(path) => Described::read(path)?,
         None => Described::default(),
     };
@@ -33,7 +43,7 @@ pub(super) fn describe(context: &Context, args: &Args, wanted: &[Wanted]) -> Res
     for left in said.disks.iter().filter(|known| wanted.iter().all(|disk| disk.name.as_str() != known.name)) {
         context.out.warn(Code::WarnSkipped, left_out(left), Some(&format!("add --disk {}=SOURCE", left.name)));
     }
-    let variables = match (&args.nvram, &said.nvram) {
+    let variables = match (args.nvram, &said.nvram) {
         (Some(path), _) => Some(variables(path)?),
         (None, Some(path)) => {
             let what = format!("the machine's UEFI variables ({path}) are not backed up");
@@ -44,7 +54,7 @@ pub(super) fn describe(context: &Context, args: &Args, wanted: &[Wanted]) -> Res
     };
     Ok(MachineDescription {
         variables,
-        name: said.name.unwrap_or_else(|| args.machine.clone()),
+        name: said.name.unwrap_or_else(|| args.machine.to_owned()),
         uuid: said.uuid,
         firmware: said.firmware.map(|kind| match kind {
             FirmwareKind::Bios => Firmware::Bios,

@@ -18,11 +18,12 @@ use aquifer_formats::{
 };
 use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Delta, Disk};
 
-use super::{Args, Wanted};
+use super::{Hint, Order, Wanted};
 use crate::{
     context::Context,
     copy,
     fail::{Code, Fail, Result},
+    site::OnImpossible,
     source::connect,
 };
 
@@ -30,27 +31,39 @@ use crate::{
 const SAMPLES: u64 = 128;
 
 /// What to read of a disk.
-pub(super) struct Look {
+pub(crate) struct Look {
     /// How it was found out; travels with the point.
-    pub(super) found: Found,
+    pub(crate) found: Found,
     /// The ranges; everything where there are none.
-    pub(super) ranges: Option<Delta>,
+    pub(crate) ranges: Option<Delta>,
 }
 
 /// Decides what to read of `wanted`, which stands on `parent`.
-pub(super) fn look(context: &Context, args: &Args, wanted: &Wanted, parent: Option<&Reader>) -> Result<Look> {
+pub(super) fn look(order: &Order<'_>, wanted: &Wanted, parent: Option<&Reader>) -> Result<Look> {
+    let context = order.context;
     let Some(parent) = parent else {
         return Ok(Look { found: Found::Everything, ranges: None });
     };
-    let Some(name) = &args.bitmap else {
-        return Ok(Look { found: Found::Comparison, ranges: None });
+    let known = match &wanted.hint {
+        Hint::None => return Ok(Look { found: Found::Comparison, ranges: None }),
+        Hint::Ranges(ranges) => {
+            let block = u64::from(parent.block_bytes());
+            let ranges = ranges.clone().round_out(block).clip(0..wanted.disk.size());
+            return Ok(Look { found: Found::Comparison, ranges: Some(ranges) });
+        }
+        Hint::Bitmap(name) => changed_by(context, wanted, name, parent)?,
+        Hint::Missing(reason) => Err(reason.clone()),
     };
-    match changed_by(context, wanted, name, parent)? {
+    match known {
         Ok(look) => Ok(look),
+        Err(reason) if order.fallback == OnImpossible::Fail => {
+            let what = format!("{}: {reason}, and the job does not compare everything instead", wanted.name);
+            Err(Fail::new(Code::Refused, what))
+        }
         Err(reason) => {
             let size = crate::units::bytes(copy::used_bytes(&wanted.disk)?);
             let what = format!("{}: {reason}; all of it ({size}) is read and compared instead", wanted.name);
-            context.out.warn(Code::WarnFallback, what, Some("aquifer explain W_COMPARED"));
+            order.warn(Code::WarnFallback, what, Some("aquifer explain W_COMPARED"));
             Ok(Look { found: Found::Comparison, ranges: None })
         }
     }
@@ -141,7 +154,7 @@ fn contradiction(context: &Context, wanted: &Wanted, parent: &Reader, ranges: &D
 }
 
 /// The parent's disk, by its own map.
-fn old_disk(context: &Context, parent: &Reader) -> Result<Disk> {
+pub(crate) fn old_disk(context: &Context, parent: &Reader) -> Result<Disk> {
     let path = std::path::PathBuf::from(parent.label());
     let cache: Arc<BlockCache> = context.cache()?;
     let spec = ChainSpec::Native { path };

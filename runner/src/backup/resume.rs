@@ -19,7 +19,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{Args, Wanted};
+use super::{Hint, Order, Wanted};
 use crate::{
     context::Context,
     fail::{Code, Fail, Result},
@@ -53,83 +53,92 @@ pub(super) struct Begun<'r> {
 
 /// Begins a point, or goes on with the one that was interrupted.
 pub(super) fn begin<'r>(
-    context: &Context,
-    args: &Args,
+    order: &Order<'_>,
     repo: &'r Repository,
     machine: &Machine,
     parent: Option<&Point>,
     wanted: &[Wanted],
 ) -> Result<Begun<'r>> {
+    let context = order.context;
     // Whoever was killed while appending still holds its lease.
     let tell = repository::tell(context)?;
     repository::observing(context, |observer| {
         Ok(keeper::reclaim(repo, machine, observer, &tell, LEASE_TTL + LEASE_TTL / 4)?)
     })?;
-    let now = sources_of(args, wanted);
+    let now = sources_of(wanted);
     let parent_id = parent.map(|point| point.id);
     let left = repo.interrupted(machine)?;
     if let Some(what) = left.iter().rev().find(|what| what.record.parent == parent_id) {
         let then = recorded(context, what.record.id);
         let same = matches!((&then, &now), (Some(then), Some(now)) if then.disks == now.disks);
         // What a bitmap mentioned then and does not mention now would keep the content of then.
-        if same || args.bitmap.is_none() {
+        let by_comparison = wanted.iter().all(|disk| matches!(disk.hint, Hint::None | Hint::Missing(_)));
+        if same || by_comparison {
             let options = repo.writer_options();
-            let transaction = match repo.resume(machine, what, repository::holder("backup")) {
+            let transaction = match repo.resume(machine, what, repository::holder(order.by)) {
                 // Another one was at it, and has committed it by now.
-                Err(Error::Exists { .. }) => return afresh(context, repo, machine, parent, now),
+                Err(Error::Exists { .. }) => return afresh(order, repo, machine, parent, now),
                 outcome => outcome?,
             };
             let how = if same { "the source has not changed" } else { "the source is read again" };
             context.out.say(format_args!("going on with the interrupted point {}: {how}", what.record.id));
             return Ok(Begun { transaction, same_since: then.filter(|_| same).map(|then| then.began), options });
         }
-        keeper::discard(repo, machine, what, repository::holder("backup"))?;
+        keeper::discard(repo, machine, what, repository::holder(order.by))?;
         forget(context, what.record.id);
     }
-    afresh(context, repo, machine, parent, now)
+    afresh(order, repo, machine, parent, now)
 }
 
 /// Gives up what an interrupted run has stored, and begins a new point.
 pub(super) fn begin_afresh<'r>(
-    context: &Context,
-    args: &Args,
+    order: &Order<'_>,
     repo: &'r Repository,
     machine: &Machine,
     stale: Transaction<'_>,
     wanted: &[Wanted],
 ) -> Result<Begun<'r>> {
+    let context = order.context;
     let (id, parent) = (stale.id(), stale.parent().cloned());
     stale.interrupt()?;
     context.out.say(format_args!("the interrupted point {id} is of an earlier state of the disks; it is given up"));
     if let Some(what) = repo.interrupted(machine)?.iter().find(|what| what.record.id == id) {
-        keeper::discard(repo, machine, what, repository::holder("backup"))?;
+        keeper::discard(repo, machine, what, repository::holder(order.by))?;
         forget(context, id);
     }
-    afresh(context, repo, machine, parent.as_ref(), sources_of(args, wanted))
+    afresh(order, repo, machine, parent.as_ref(), sources_of(wanted))
 }
 
 fn afresh<'r>(
-    context: &Context,
+    order: &Order<'_>,
     repo: &'r Repository,
     machine: &Machine,
     parent: Option<&Point>,
     now: Option<Sources>,
 ) -> Result<Begun<'r>> {
-    let transaction = repo.begin(machine, parent, repository::holder("backup"))?;
+    let transaction = repo.begin(machine, parent, repository::holder(order.by))?;
     if let Some(now) = now {
-        keep(context, transaction.id(), &now)?;
+        keep(order.context, transaction.id(), &now)?;
     }
     Ok(Begun { transaction, same_since: None, options: repo.writer_options() })
 }
 
 /// The sources' present state, where all of them can be told by their files.
-fn sources_of(args: &Args, wanted: &[Wanted]) -> Option<Sources> {
+fn sources_of(wanted: &[Wanted]) -> Option<Sources> {
     let mut disks = Vec::new();
     for disk in wanted {
         let files = files::of_chain(&disk.chain)?;
-        disks.push(Source { disk: disk.name.as_str().to_owned(), bitmap: args.bitmap.clone(), files });
+        disks.push(Source { disk: disk.name.as_str().to_owned(), bitmap: bitmap_of(disk), files });
     }
     Some(Sources { began: Timestamp::now(), disks })
+}
+
+/// The bitmap a disk is read by.
+fn bitmap_of(disk: &Wanted) -> Option<String> {
+    match &disk.hint {
+        Hint::Bitmap(name) => Some(name.clone()),
+        _ => None,
+    }
 }
 
 fn place(context: &Context, point: Uuid) -> Result<PathBuf> {

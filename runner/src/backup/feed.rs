@@ -13,7 +13,7 @@ use aquifer_formats::{
 };
 use aquifer_vdisk::{Delta, Disk, Extent, ExtentKind};
 
-use super::{Run, Wanted, changed::Look, resume::Begun};
+use super::{Order, Pace, Wanted, changed::Look, resume::Begun};
 use crate::{
     fail::Result,
     output::Progress,
@@ -41,9 +41,9 @@ pub(super) enum Fed {
 }
 
 /// Stores a disk.
-pub(super) fn feed(run: &Run<'_>, begun: &mut Begun<'_>, wanted: &Wanted, look: &Look) -> Result<Fed> {
+pub(super) fn feed(order: &Order<'_>, begun: &mut Begun<'_>, wanted: &Wanted, look: &Look) -> Result<Fed> {
     let same = begun.same_since.is_some();
-    let plan = DiskPlan { size: wanted.disk.size(), sector_bytes: 512, full: run.args.full, options: begun.options };
+    let plan = DiskPlan { size: wanted.disk.size(), sector_bytes: 512, full: order.full, options: begun.options };
     let mut writer = match begun.transaction.disk(&wanted.name, plan)? {
         DiskWork::Sealed if same => return Ok(Fed::Before),
         DiskWork::Sealed => return Ok(Fed::Stale),
@@ -52,12 +52,13 @@ pub(super) fn feed(run: &Run<'_>, begun: &mut Begun<'_>, wanted: &Wanted, look: 
     let block = writer.block_bytes() as u64;
     let from = if same { writer.resume_from() * block } else { 0 };
     let total = look.bytes(&wanted.disk)?;
-    let progress = run.context.out.progress("backup", Some(total));
+    let progress = order.context.out.progress(order.by, Some(total));
     let mut taker = Feeder {
         writer: &mut writer,
         transaction: &mut begun.transaction,
         progress: &progress,
-        stop: run.stop,
+        stop: order.stop,
+        pace: order.pace,
         block,
         marked: Instant::now(),
         beaten: Instant::now(),
@@ -77,6 +78,7 @@ struct Feeder<'a, 'r, 'p> {
     transaction: &'a mut Transaction<'r>,
     progress: &'a Progress<'p>,
     stop: Stop,
+    pace: Pace<'a>,
     block: u64,
     marked: Instant,
     beaten: Instant,
@@ -95,6 +97,7 @@ impl Taker for Feeder<'_, '_, '_> {
             (Step::Read, Some(bytes)) => {
                 self.writer.put_buffer(first, bytes)?;
                 self.progress.add(piece.len);
+                (self.pace)(piece.len)?;
             }
             (Step::Keep, _) => self.writer.keep(blocks)?,
             (Step::Zero | Step::Read, _) => self.writer.zero(blocks)?,

@@ -1,0 +1,257 @@
+//! Work that ends in a repository: backup, copy, health. One machine at a time, at the rates that apply.
+//!
+//! Invariants
+//! - What goes into a repository carries its lease and ownership; the body asks between blocks whether it may go on.
+//! - Trouble with old points never fails a new one; it is noted.
+//!
+//! Not here: the kinds themselves (the modules beside this one), when work is due, who does it.
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    process::Command,
+    sync::{Arc, atomic::Ordering},
+};
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::{backup, copy, health};
+use crate::{
+    backup::Pace,
+    context::Context,
+    fail::{Code, Fail, Result},
+    repository,
+    retain::{self, Merge, Retained},
+    site::{Job, JobKind, Keep, Limits, Site},
+    stop::Stop,
+    work::{Counts, Direction, Done, Rate, Task},
+};
+
+/// One machine of a job in hand.
+pub struct Run<'a> {
+    /// The process's site, repository cache, output.
+    pub context: &'a Context,
+    /// Name of the job.
+    pub job: &'a str,
+    /// The machine.
+    pub machine: &'a str,
+    /// The wish to stop.
+    pub stop: Stop,
+    /// Keeps rates, and the work from going on without its lease.
+    pub pace: Pace<'a>,
+    /// What is to be looked at afterwards.
+    pub notes: Mutex<Vec<String>>,
+}
+
+/// What a run came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// Points that were added.
+    pub points: Vec<Uuid>,
+    /// Bytes read from sources.
+    pub bytes_read: u64,
+    /// Bytes of the new points' files.
+    pub bytes_stored: u64,
+    /// Milliseconds the guest's file systems were frozen.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub frozen_ms: Option<u64>,
+    /// What became of older points.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retained: Option<Retained>,
+    /// Points that were found damaged.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub damaged: Vec<Uuid>,
+    /// Damaged points that were put right from another copy.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub repaired: Vec<Uuid>,
+    /// Whether others needed the chain and the check will go on later.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub gave_way: bool,
+}
+
+/// What such a piece of work is to do.
+#[derive(Debug, Deserialize)]
+struct Spec {
+    job: String,
+    /// None: every machine the job finds.
+    machine: Option<String>,
+}
+
+/// Does a piece of work that ends in a repository.
+///
+/// # Errors
+/// What the kind of job fails with.
+pub fn run(task: &Task<'_>) -> Result<Done> {
+    let spec: Spec = task.spec()?;
+    let site = task.context.site()?;
+    let job = find(site, &spec.job)?;
+    let rates = rates(task, site, &spec.job, job);
+    let production = matches!(job.kind, JobKind::Backup(_));
+    let pace = |bytes: u64| {
+        task.check()?;
+        rates.iter().try_for_each(|rate| rate.take(bytes, task.stop))?;
+        Counts::add(&task.counts.done, bytes);
+        Counts::add(&task.counts.read, bytes);
+        if production {
+            Counts::add(&task.counts.read_production, bytes);
+        }
+        Ok(())
+    };
+    task.counts.phase(&task.work.kind);
+    let machines = spec.machine.map_or_else(|| machines(task.context, job), |machine| Ok(vec![machine]))?;
+    let (mut reports, mut notes) = (BTreeMap::new(), Vec::new());
+    for machine in &machines {
+        let run = Run {
+            context: task.context,
+            job: &spec.job,
+            machine,
+            stop: task.stop,
+            pace: &pace,
+            notes: Mutex::default(),
+        };
+        let report = run.work(job)?;
+        task.counts.written.fetch_add(report.bytes_stored, Ordering::Relaxed);
+        notes.extend(run.notes.into_inner());
+        reports.insert(machine.clone(), report);
+    }
+    let value = serde_json::to_value(&reports).unwrap_or(Value::Null);
+    if notes.is_empty() { Ok(Done::Success(value)) } else { Ok(Done::Warning { why: notes.join("; "), report: value }) }
+}
+
+/// The rates that a job's bytes pass: its own, and those of what it reads and writes.
+fn rates(task: &Task<'_>, site: &Site, name: &str, job: &Job) -> Vec<Arc<Rate>> {
+    let empty = Limits::default();
+    let of = |repository: &str| site.repositories.get(repository).map_or(&empty, |entry| &entry.limits);
+    let rate = |resource: String, direction, limits: &Limits| {
+        let at = jiff::Timestamp::now();
+        task.rates.of(&resource, direction, limit(limits, direction, at, site))
+    };
+    let (reads, writes) = resources(&job.kind);
+    let mut rates = vec![rate(format!("job/{name}"), Direction::Read, &job.limits)];
+    rates.extend(reads.iter().map(|from| rate(format!("repository/{from}"), Direction::Read, of(from))));
+    rates.extend(writes.iter().map(|to| rate(format!("repository/{to}"), Direction::Write, of(to))));
+    rates
+}
+
+/// The lowest limit that applies at a time.
+fn limit(limits: &Limits, direction: Direction, at: jiff::Timestamp, site: &Site) -> Option<u64> {
+    let pick = |read: Option<u64>, write: Option<u64>| match direction {
+        Direction::Read => read,
+        Direction::Write => write,
+    };
+    let hours = limits.hours.iter().filter(|hours| hours.window.is_open(at, &site.zone()));
+    hours.filter_map(|hours| pick(hours.read, hours.write)).chain(pick(limits.read, limits.write)).min()
+}
+
+/// A job of the site.
+///
+/// # Errors
+/// [`Code::NotFound`] names those there are.
+pub fn find<'s>(site: &'s Site, name: &str) -> Result<&'s Job> {
+    site.jobs.get(name).ok_or_else(|| {
+        let names: Vec<&str> = site.jobs.keys().map(String::as_str).collect();
+        let what = format!("the site file has no job `{name}` (there are: {})", names.join(", "));
+        Fail::new(Code::NotFound, what).help("aquifer config check")
+    })
+}
+
+/// The machines a job does, one piece of work each.
+///
+/// # Errors
+/// A repository that cannot be read.
+pub fn machines(context: &Context, job: &Job) -> Result<Vec<String>> {
+    match &job.kind {
+        JobKind::Health(health) if health.machines.is_empty() => {
+            let repo = repository::open_named(context, &health.repository)?;
+            Ok(repo.machines()?.into_iter().map(|machine| machine.name).collect())
+        }
+        kind => Ok(kind.machines().to_vec()),
+    }
+}
+
+/// Repositories that a job reads, and those it writes.
+pub fn resources(kind: &JobKind) -> (Vec<&str>, Vec<&str>) {
+    match kind {
+        JobKind::Backup(job) => (Vec::new(), vec![&job.to]),
+        JobKind::Copy(job) => (job.from.iter().map(String::as_str).collect(), vec![&job.to]),
+        JobKind::Health(job) => (vec![&job.repository], Vec::new()),
+        JobKind::Replication(_) => (Vec::new(), Vec::new()),
+    }
+}
+
+impl Run<'_> {
+    /// Does it.
+    ///
+    /// # Errors
+    /// What the kind of job fails with; [`Code::Unsupported`] for one that does not end in a repository.
+    pub fn work(&self, job: &Job) -> Result<Report> {
+        if let Some(script) = &job.pre {
+            self.script(script, "pre");
+        }
+        let done = match &job.kind {
+            JobKind::Backup(backup) => backup::run(self, backup),
+            JobKind::Copy(copy) => copy::run(self, copy),
+            JobKind::Health(health) => health::run(self, health),
+            JobKind::Replication(_) => Err(Fail::new(Code::Unsupported, "a replication does not end in a repository")),
+        };
+        if let Some(script) = &job.post {
+            self.script(script, "post");
+        }
+        done
+    }
+
+    /// Bytes a run would read now. Changes nothing.
+    ///
+    /// # Errors
+    /// As [`Run::work`].
+    pub fn estimate(&self, job: &Job) -> Result<u64> {
+        match &job.kind {
+            JobKind::Backup(backup) => backup::estimate(self, backup),
+            JobKind::Copy(copy) => copy::estimate(self, copy),
+            JobKind::Health(health) => health::estimate(self, health),
+            JobKind::Replication(_) => Err(Fail::new(Code::Unsupported, "a replication does not end in a repository")),
+        }
+    }
+
+    /// Notes something to be looked at, and says it.
+    pub(crate) fn note(&self, code: Code, what: String) {
+        self.context.out.warn(code, what.clone(), None);
+        self.notes.lock().push(what);
+    }
+
+    /// A program beside a run: if it fails, that is noted.
+    fn script(&self, script: &Path, when: &str) {
+        let status = Command::new(script).env("AQUIFER_JOB", self.job).env("AQUIFER_MACHINE", self.machine).status();
+        let why = match status {
+            Ok(status) if status.success() => return,
+            Ok(status) => status.to_string(),
+            Err(error) => error.to_string(),
+        };
+        self.note(Code::WarnHost, format!("the {when} script {} failed: {why}", script.display()));
+    }
+
+    /// Applies a job's rule to the machine's points. Trouble with old points never fails the new one.
+    pub(super) fn retain(&self, repository: &str, keep: Option<&Keep>) -> Option<Retained> {
+        let keep = keep?;
+        let apply = || {
+            let repo = repository::open_named_to_change(self.context, repository)?;
+            let machine = repo.machine(self.machine)?;
+            retain::apply(self.context, &repo, &machine, Some(keep), &self.context.site()?.zone(), Merge::Worth)
+        };
+        match apply() {
+            Ok(retained) => {
+                let shown = json!({ "machine": self.machine, "kept": retained.kept,
+                    "given_up": retained.given_up, "rebased": retained.rebased, "bytes_freed": retained.bytes_freed });
+                self.context.out.record("retained", &shown);
+                Some(retained)
+            }
+            Err(fail) => {
+                self.note(Code::WarnSkipped, format!("{}: old points stay for now: {}", self.machine, fail.what));
+                None
+            }
+        }
+    }
+}
