@@ -92,6 +92,7 @@ fn commit(mut tx: Transaction<'_>, k: u64) -> Result<uuid::Uuid> {
         created: jiff::Timestamp::from_second(3600 * k as i64).expect("a time"),
         consistency: Consistency::Crash,
         machine: MachineDescription { name: "m".into(), ..MachineDescription::default() },
+        origin: None,
     })?;
     Ok(record.id)
 }

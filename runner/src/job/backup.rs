@@ -200,9 +200,9 @@ fn images(run: &Run<'_>, entry: &site::Machine, points: &[Point]) -> Result<Vec<
 fn files(run: &Run<'_>, entry: &site::Machine, place: &Place, points: &[Point]) -> Result<Vec<Wanted>> {
     let mut wanted = Vec::new();
     for (name, path) in included(entry, place) {
-        let raw = !path.extension().is_some_and(|end| end == "qcow2");
+        let raw = path.extension().is_none_or(|end| end != "qcow2");
         let word = if raw { format!("raw:{}", path.display()) } else { path.display().to_string() };
-        let mut disk = backup::open_source(run.context, &name, &word, &[place.folder.clone()], Hint::None)?;
+        let mut disk = backup::open_source(run.context, &name, &word, std::slice::from_ref(&place.folder), Hint::None)?;
         disk.hint = hint_of_file(&disk, &marks(points, &name))?;
         wanted.push(disk);
     }

@@ -12,6 +12,8 @@ mod kept;
 mod look;
 mod measure;
 mod reclaim;
+mod repo_jobs;
+mod running;
 mod signals;
 mod site_jobs;
 mod whole;

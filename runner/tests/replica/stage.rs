@@ -198,7 +198,7 @@ impl Stage {
                 .collect(),
             ..MachineDescription::default()
         };
-        let new = NewPoint { created, consistency: Consistency::Off, machine: description };
+        let new = NewPoint { created, consistency: Consistency::Off, machine: description, origin: None };
         transaction.commit(new).expect("commit").id
     }
 
