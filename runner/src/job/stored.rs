@@ -27,7 +27,7 @@ use crate::{
     retain::{self, Merge, Retained},
     site::{Job, JobKind, Keep, Limits, Site},
     stop::Stop,
-    work::{Counts, Direction, Done, Rate, Task},
+    tasks::{Counts, Direction, Done, Rate, Task},
 };
 
 /// One machine of a job in hand.

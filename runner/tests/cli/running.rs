@@ -95,7 +95,8 @@ impl Machine {
     }
 
     fn write(&self, disk: &str, pattern: u8, offset: &str, len: &str) {
-        let line = format!("qemu-io -d /machine/peripheral/dev-{disk}/virtio-backend \"write -P {pattern} {offset} {len}\"");
+        let line =
+            format!("qemu-io -d /machine/peripheral/dev-{disk}/virtio-backend \"write -P {pattern} {offset} {len}\"");
         let said = self.qmp().execute("human-monitor-command", json!({ "command-line": line }), WAIT).expect("write");
         let said = said.as_str().unwrap_or_default().to_owned();
         // What it wrote it says on its own standard output; here only what went wrong.
