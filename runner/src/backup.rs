@@ -317,8 +317,9 @@ impl Order<'_> {
         self.context.out.record("disk", &record);
         if let Some(stats) = counted {
             self.context.out.line(format_args!(
-                "{}: {} blocks read, {} zero, {} unchanged, {} shared, {} written ({} in {})",
+                "{}: {} read; {} blocks: {} zero, {} unchanged, {} shared, {} written ({} in {})",
                 wanted.name,
+                units::bytes(bytes_to_read),
                 stats.blocks_given,
                 stats.blocks_zero,
                 stats.blocks_unchanged,

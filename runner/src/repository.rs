@@ -192,7 +192,7 @@ pub(crate) fn host_name() -> String {
 }
 
 /// The computer's name with its boot and the process space: equal only where processes are shared.
-fn host_exactly() -> String {
+pub(crate) fn host_exactly() -> String {
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let boot = boot.trim().split('-').next().unwrap_or_default().to_owned();
     let space = fs::metadata(Path::new("/proc/self/ns/pid")).map(|meta| meta.ino()).unwrap_or_default();

@@ -9,12 +9,14 @@
 pub mod expand;
 pub mod follow;
 pub mod order;
+mod owner;
 pub mod planner;
 pub mod rate;
 mod task;
 mod worker;
 
+pub use owner::{is_gone, owner};
 pub use planner::Planner;
 pub use rate::{Direction, Rate, Rates};
 pub use task::{Counts, Done, Task};
-pub use worker::{Body, Worker, owner};
+pub use worker::{Body, Worker};

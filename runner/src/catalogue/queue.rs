@@ -367,6 +367,37 @@ impl Catalogue {
         })
     }
 
+    /// Takes work away from owners that are known to be gone, without waiting for their leases: it is ready again under
+    /// a new epoch. Answers how many pieces.
+    pub fn settle_gone(&self, is_gone: impl Fn(&str) -> bool) -> Result<usize> {
+        let in_hand = self.read("list owners", async |pool| {
+            let rows = sqlx::query("SELECT id, owner FROM work WHERE state = 'running'").fetch_all(pool).await?;
+            let of = |row: &AnyRow| Ok((row.try_get::<i64, _>("id")?, row.try_get::<Option<String>, _>("owner")?));
+            rows.iter().map(of).collect::<Result<Vec<_>, Fault>>()
+        })?;
+        let gone: Vec<WorkId> = in_hand
+            .into_iter()
+            .filter(|(_, owner)| owner.as_deref().is_some_and(&is_gone))
+            .map(|(id, _)| WorkId(id))
+            .collect();
+        if gone.is_empty() {
+            return Ok(0);
+        }
+        self.write("take work from whoever is gone", async |tx| {
+            tx.next("dispatch").await?;
+            let rows = tx.in_hand().await?;
+            for row in &rows {
+                let work = read(row)?;
+                // Somebody else may have it by now.
+                if gone.contains(&work.id) && work.owner.as_deref().is_some_and(&is_gone) {
+                    tx.settle_one(row, &work, "its process has ended").await?;
+                }
+            }
+            Ok(())
+        })?;
+        Ok(gone.len())
+    }
+
     fn something_due(&self, now: Timestamp) -> Result<bool> {
         // A shared database has a clock of its own for leases, which a look that costs nothing does not ask.
         let lost_before = match self.url() {
@@ -453,32 +484,40 @@ impl Tx {
     /// workers.
     async fn settle_lost(&mut self) -> Result<(), Fault> {
         let now = self.now;
-        let rows = sqlx::query(
-            "SELECT w.*, s.wish AS asked FROM work w LEFT JOIN session s ON s.id = w.session \
-             WHERE w.state = 'running' AND w.lease_until < $1 ORDER BY w.id",
-        )
-        .bind(now)
-        .fetch_all(self.on())
-        .await?;
-        for row in &rows {
+        for row in &self.in_hand().await? {
             let work = read(row)?;
-            let lost: i64 = row.try_get("lost")?;
-            let asked: Option<String> = row.try_get("asked")?;
-            let owner = work.owner.clone().unwrap_or_default();
-            if asked.as_deref() == Some(Wish::Cancel.word()) {
-                self.settle(&work, &Outcome::Cancelled, None, &owner).await?;
-            } else if lost + 1 >= LOST_MAX {
-                let why = format!("{} workers in a row went away while they did it; the last was {owner}", lost + 1);
-                let outcome = Outcome::Failed { why, code: "E_FAILED".into(), passing: false };
-                self.settle(&work, &outcome, None, &owner).await?;
-            } else {
-                self.lose(&work, &owner).await?;
+            if work.lease_until.is_some_and(|until| until.as_millisecond() < now) {
+                self.settle_one(row, &work, "was silent for too long").await?;
             }
         }
         Ok(())
     }
 
-    async fn lose(&mut self, work: &Work, owner: &str) -> Result<(), Fault> {
+    /// Work in somebody's hands, with what was asked of its session.
+    async fn in_hand(&mut self) -> Result<Vec<AnyRow>, Fault> {
+        let rows = sqlx::query(
+            "SELECT w.*, s.wish AS asked FROM work w LEFT JOIN session s ON s.id = w.session \
+             WHERE w.state = 'running' ORDER BY w.id",
+        );
+        Ok(rows.fetch_all(self.on()).await?)
+    }
+
+    async fn settle_one(&mut self, row: &AnyRow, work: &Work, why: &str) -> Result<(), Fault> {
+        let lost: i64 = row.try_get("lost")?;
+        let asked: Option<String> = row.try_get("asked")?;
+        let owner = work.owner.clone().unwrap_or_default();
+        if asked.as_deref() == Some(Wish::Cancel.word()) {
+            self.settle(work, &Outcome::Cancelled, None, &owner).await
+        } else if lost + 1 >= LOST_MAX {
+            let why = format!("{} workers in a row went away while they did it; the last was {owner}", lost + 1);
+            let outcome = Outcome::Failed { why, code: "E_FAILED".into(), passing: false };
+            self.settle(work, &outcome, None, &owner).await
+        } else {
+            self.lose(work, &owner, why).await
+        }
+    }
+
+    async fn lose(&mut self, work: &Work, owner: &str, why: &str) -> Result<(), Fault> {
         sqlx::query(
             "UPDATE work SET state = 'ready', epoch = epoch + 1, lost = lost + 1, lease_until = NULL WHERE id = $1",
         )
@@ -493,7 +532,7 @@ impl Tx {
             op: "lose".into(),
             session: work.session,
             user: "queue".into(),
-            reason: Some(format!("{owner} was silent for too long")),
+            reason: Some(format!("{owner}: {why}")),
             ..Event::default()
         });
         Ok(())
@@ -554,8 +593,7 @@ impl Tx {
         if let Some(session) = work.session {
             self.session_works(session).await?;
         }
-        let reason =
-            taken_over.then(|| format!("{} was silent for too long", before.owner.as_deref().unwrap_or("its worker")));
+        let reason = taken_over.then(|| format!("{} went away", before.owner.as_deref().unwrap_or("its worker")));
         self.events.push(Event {
             object: format!("work/{}", work.id),
             from: Some(before.state.to_string()),

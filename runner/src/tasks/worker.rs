@@ -4,6 +4,7 @@
 //! - A lease is renewed from a thread of its own, whatever the body does. A worker that could not renew it for its
 //!   whole length stops by itself: by then somebody else may have the work.
 //! - A body that panics fails its work, not the worker.
+//! - Work of a process that is known to have ended is taken over at once; of others when their lease ends.
 //! - An orderly stop gives unfinished work back; who takes it next goes on from what is stored.
 //!
 //! Not here: what work means (`job`), when it is due (`super::planner`).
@@ -22,6 +23,7 @@ use jiff::Timestamp;
 use parking_lot::Mutex;
 
 use super::{
+    owner::is_gone,
     rate::Rates,
     task::{Counts, Done, Task},
 };
@@ -55,13 +57,6 @@ pub struct Worker<'a> {
     pub until_idle: bool,
     /// What does it.
     pub body: Body,
-}
-
-/// Who a worker is: its computer, its process, and a word that no other process ever had.
-pub fn owner(role: &str) -> String {
-    let word = uuid::Uuid::new_v4().simple().to_string();
-    let host = crate::repository::host_name();
-    format!("{role}@{host}:{}:{}", std::process::id(), word.get(..6).unwrap_or_default())
 }
 
 impl Worker<'_> {
@@ -139,6 +134,7 @@ impl Shared<'_> {
 
     fn next(&self) -> Result<Option<(Work, Fence)>, Error> {
         let worker = self.worker;
+        worker.catalogue.settle_gone(is_gone)?;
         // Counted before it is taken: another thread must not think that all is done.
         self.in_hand.fetch_add(1, Ordering::SeqCst);
         let taken = worker.catalogue.claim_of(&worker.owner, &[], worker.only, Timestamp::now());

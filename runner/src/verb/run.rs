@@ -14,7 +14,7 @@ use crate::{
     job,
     site::{Job, Site},
     stop::Stop,
-    tasks::{Worker, expand, follow::Follow, owner},
+    tasks::{Worker, expand, follow::Follow, is_gone, owner},
     units,
 };
 
@@ -115,7 +115,8 @@ fn is_in_hands(catalogue: &Catalogue, id: SessionId) -> Result<bool> {
     let now = jiff::Timestamp::now();
     let held = catalogue.session(id)?.wish != Wish::Run;
     let live = |work: &crate::catalogue::Work| {
-        work.state == WorkState::Running && work.lease_until.is_some_and(|until| until > now)
+        let held = work.lease_until.is_some_and(|until| until > now) && !work.owner.as_deref().is_some_and(is_gone);
+        work.state == WorkState::Running && held
     };
     Ok(held || catalogue.work_of(id)?.iter().any(live))
 }

@@ -49,12 +49,16 @@ impl Agent {
     /// # Errors
     /// Nobody listens, or nobody answers in time.
     pub fn connect(path: &Path) -> io::Result<Self> {
+        Self::connect_within(path, HELLO)
+    }
+
+    fn connect_within(path: &Path, patience: Duration) -> io::Result<Self> {
         let stream = UnixStream::connect(path)?;
         let mut agent = Self { stream, pending: Vec::new(), path: path.to_path_buf() };
         // What an earlier client left unread comes first; the number tells ours from that.
         let number = u64::from(uuid::Uuid::new_v4().as_fields().0);
         agent.send(&json!({ "execute": "guest-sync", "arguments": { "id": number } }))?;
-        let deadline = Instant::now() + HELLO;
+        let deadline = Instant::now() + patience;
         loop {
             match agent.line(deadline)?.get("return").and_then(Value::as_u64) {
                 Some(answer) if answer == number => return Ok(agent),
@@ -151,10 +155,11 @@ impl Drop for Frozen {
     }
 }
 
-/// Thaws a guest that somebody else may have left frozen.
+/// Thaws a guest that somebody else may have left frozen, or in the middle of being frozen: an agent that freezes
+/// answers nobody before it has.
 ///
 /// # Errors
 /// As [`Agent::connect`]; the guest refuses.
 pub fn thaw(path: &Path) -> io::Result<()> {
-    Agent::connect(path)?.call("guest-fsfreeze-thaw", THAW).map(drop)
+    Agent::connect_within(path, FREEZE)?.call("guest-fsfreeze-thaw", THAW).map(drop)
 }

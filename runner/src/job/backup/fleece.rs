@@ -56,6 +56,12 @@ const ORDER: Duration = Duration::from_secs(20);
 /// How long something may take to end.
 const ENDING: Duration = Duration::from_secs(30);
 
+/// How long a guard that cleans up is waited for.
+const TURN: Duration = Duration::from_secs(10);
+
+/// Between two looks.
+const POLL: Duration = Duration::from_millis(20);
+
 /// Below this much room beside the scratch files the backup gives way, bytes.
 const ROOM_BYTES: u64 = 256 << 20;
 
@@ -139,12 +145,17 @@ pub fn claim(sockets: &Sockets) -> Result<Claim> {
     let path = sockets.runtime.join("fleece.lock");
     let opened = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
     let lock = opened.map_err(|e| Fail::io(path.display(), "open", &e))?;
-    match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {}
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            return Err(Fail::new(Code::Busy, "another backup of the running machine is at work").at(path.display()));
+    let deadline = Instant::now() + TURN;
+    loop {
+        match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => break,
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => thread::sleep(POLL),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let what = "another backup of the running machine is at work";
+                return Err(Fail::new(Code::Busy, what).at(path.display()));
+            }
+            Err(error) => return Err(Fail::io(path.display(), "lock", &error.into())),
         }
-        Err(error) => return Err(Fail::io(path.display(), "lock", &error.into())),
     }
     let mut qmp = connect(sockets)?.ok_or_else(|| Fail::new(Code::State, "the machine does not run"))?;
     sweep(&mut qmp, sockets)?;
@@ -489,7 +500,7 @@ fn gone(qmp: &mut Qmp, what: &str, look: impl Fn(&mut Qmp) -> Result<Vec<String>
         if Instant::now() >= deadline {
             return Err(Fail::new(Code::Timeout, format!("{what} of QEMU does not end: {first}")));
         }
-        thread::sleep(Duration::from_millis(20));
+        thread::sleep(POLL);
     }
 }
 

@@ -10,6 +10,7 @@ use std::{
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
+    thread,
 };
 
 use super::{
@@ -91,14 +92,17 @@ pub fn stand(args: &Args) -> Result<()> {
         runtime: args.runtime.clone(),
         scratch: args.scratch.clone(),
     };
-    if let Some(agent) = &sockets.agent {
-        // Without an answer there is nobody to be thawed.
-        let _ = agent::thaw(agent);
-    }
-    // Where the next backup was faster, it has swept already.
-    match fleece::claim(&sockets) {
-        Ok(_) => Ok(()),
-        Err(fail) if fail.code == Code::Busy => Ok(()),
-        Err(fail) => Err(fail),
-    }
+    thread::scope(|scope| {
+        if let Some(agent) = &sockets.agent {
+            // Without an answer there is nobody to be thawed. An answer may take long, and what is to be taken down
+            // must not wait for it.
+            scope.spawn(|| drop(agent::thaw(agent)));
+        }
+        // Where the next backup was faster, it has swept already.
+        match fleece::claim(&sockets) {
+            Ok(_) => Ok(()),
+            Err(fail) if fail.code == Code::Busy => Ok(()),
+            Err(fail) => Err(fail),
+        }
+    })
 }
