@@ -106,9 +106,13 @@ pub enum Error {
 }
 
 impl Error {
-    /// Wraps an I/O error with the place where it happened.
+    /// Wraps an I/O error with the place where it happened. One that holds an error of this kind already (the bytes
+    /// come out of another format) is taken for that: damage further in stays damage.
     pub fn io(path: impl Into<String>, action: &'static str, offset: u64, source: io::Error) -> Self {
-        Self::Io { path: path.into(), action, offset, source }
+        match source.downcast::<Self>() {
+            Ok(inner) => inner,
+            Err(source) => Self::Io { path: path.into(), action, offset, source },
+        }
     }
 
     /// A broken rule of a format.

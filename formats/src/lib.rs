@@ -28,6 +28,7 @@ pub mod repo;
 mod runs;
 pub mod storage;
 mod tables;
+pub mod vbk;
 pub mod vdi;
 pub mod vhd;
 pub mod vhdx;

@@ -19,9 +19,11 @@ mod blob;
 mod index;
 mod layer;
 mod manifest;
+mod store;
 
 pub use layer::PbsLayer;
 pub use manifest::{Manifest, ManifestFile};
+pub use store::{Snapshot, datastore_holding, snapshots};
 
 use std::path::{Path, PathBuf};
 

@@ -40,6 +40,8 @@ pub enum Format {
     Vma,
     /// Proxmox Backup Server fixed index.
     Fidx,
+    /// Veeam backup file: a full (`.vbk`) or an increment (`.vib`).
+    Vbk,
 }
 
 /// Longest head any magic below needs, in bytes.
@@ -50,7 +52,7 @@ const HEAD_BYTES: usize = 512;
 pub const AQL_MAGIC: [u8; 8] = *b"\x89AQL\r\n\x1a\n";
 
 /// A magic number: format, offset in the head, bytes.
-static MAGICS: [(Format, usize, &[u8]); 13] = [
+static MAGICS: [(Format, usize, &[u8]); 14] = [
     (Format::Aql, 0, &AQL_MAGIC),
     (Format::Qcow2, 0, b"QFI\xfb\0\0\0\x02"),
     (Format::Qcow2, 0, b"QFI\xfb\0\0\0\x03"),
@@ -64,11 +66,12 @@ static MAGICS: [(Format, usize, &[u8]); 13] = [
     (Format::Ova, 257, b"ustar"),
     (Format::Vma, 0, b"VMA\0"),
     (Format::Fidx, 0, b"\x2f\x7f\x41\xed\x91\xfd\x0f\xcd"),
+    (Format::Vbk, 4, b"\x01\0\0\0\x03\0\0\0md5\0"),
 ];
 
 impl Format {
     /// Every format, in the order messages list them.
-    pub const ALL: [Format; 10] = [
+    pub const ALL: [Format; 11] = [
         Format::Raw,
         Format::Qcow2,
         Format::Aql,
@@ -79,6 +82,7 @@ impl Format {
         Format::Ova,
         Format::Vma,
         Format::Fidx,
+        Format::Vbk,
     ];
 
     /// The name people type.
@@ -94,6 +98,7 @@ impl Format {
             Format::Ova => "ova",
             Format::Vma => "vma",
             Format::Fidx => "fidx",
+            Format::Vbk => "vbk",
         }
     }
 

@@ -2,6 +2,7 @@
 //!
 //! Grammar, first rule that fits:
 //! 1. `raw:PATH` is a raw image, named as such (a guest could write any format's magic into its disk).
+//!    `pbs:PATH` and `veeam:PATH` are paths too: a datastore or a snapshot, a backup file or a folder of them.
 //! 2. `nbd://`, `nbds://`, `nbd+unix://`, `nbds+unix://` is an NBD URI. Other `scheme://` are refused.
 //! 3. A word with `/`, or the name of an existing file, is a path.
 //! 4. `MACHINE[@POINT][:DISK]`. The first `@` whose rest reads as a POINT ends the machine's name, so
@@ -16,6 +17,7 @@ pub(crate) mod connect;
 pub(crate) mod files;
 mod repository;
 mod select;
+pub(crate) mod store;
 
 use std::path::{Path, PathBuf};
 
@@ -59,6 +61,8 @@ pub enum PointRef {
 }
 
 const POINT_ID_CHARS_MIN: usize = 4;
+/// What a path may begin with, to say which store it leads to.
+const STORES: [&str; 2] = ["pbs:", "veeam:"];
 const SCHEMES: [&str; 4] = ["nbd://", "nbds://", "nbd+unix://", "nbds+unix://"];
 
 impl Source {
@@ -78,6 +82,13 @@ impl Source {
         }
         if let Some(path) = word.strip_prefix("raw:") {
             return if path.is_empty() { Err(refuse(word, "no path after raw:")) } else { Ok(Self::Raw(path.into())) };
+        }
+        if let Some(path) = STORES.iter().find_map(|store| word.strip_prefix(store)) {
+            return if path.is_empty() {
+                Err(refuse(word, "no path after the `:`"))
+            } else {
+                Ok(Self::Path(path.into()))
+            };
         }
         if SCHEMES.iter().any(|scheme| starts_with_ignoring_case(word, scheme)) {
             return Ok(Self::Nbd(word.to_owned()));

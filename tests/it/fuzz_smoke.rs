@@ -189,6 +189,7 @@ survive! {
     records_of_a_session: "session",
     boot_traces: "trace",
     file_systems_with_unused_space: "unused",
+    backup_files: "vbk",
     memories_of_guests: "vhost_user",
     vmware_disks: "vmdk",
 }

@@ -3,6 +3,8 @@
 
 pub mod hyperv;
 pub mod pbs;
+pub mod pypi;
+pub mod vbk;
 pub mod vma;
 pub mod vmdk;
 

@@ -18,6 +18,7 @@ use aquifer_formats::{
     probe::{Format, probe},
     qcow2::{BitmapTrust, Qcow2},
     storage::MemoryStorage,
+    vbk::Vbk,
     vdi::VdiLayer,
     vhd::Vhd,
     vhdx::Vhdx,
@@ -49,7 +50,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 18] = {
+pub const TARGETS: [Target; 19] = {
     const fn target(name: &'static str, run: fn(&[u8]), seeds: fn(&Path), mutations: u32) -> Target {
         Target { name, run, seeds, mutations }
     }
@@ -70,6 +71,7 @@ pub const TARGETS: [Target; 18] = {
         target("session", session, seeds::session, 10_000),
         target("trace", trace, seeds::trace, 20_000),
         target("unused", unused, seeds::unused, 1_000),
+        target("vbk", vbk, seeds::vbk, 500),
         target("vhost_user", vhost_user, seeds::vhost_user, 10_000),
         target("vmdk", vmdk, seeds::vmdk, 6_000),
     ]
@@ -183,6 +185,24 @@ pub fn archive(data: &[u8]) {
         for name in archive.disks().iter().take(4) {
             if let Ok(layer) = archive.disk(name) {
                 walk_layer(&layer, 16);
+            }
+        }
+    }
+}
+
+/// Any sectors ([`sparse`]) as a backup file of Veeam's: as they are, and with the checksums on the way made right.
+pub fn vbk(data: &[u8]) {
+    let file = sparse::unpack(data);
+    let mended = mend::vbk(&file);
+    for bytes in [file, mended] {
+        let Ok(backup) = Vbk::open(Arc::new(MemoryStorage::new("fuzz", bytes))) else { continue };
+        for machine in backup.backups().unwrap_or_default().iter().take(4) {
+            assert!(machine.id().is_none_or(|id| id.len() == 36));
+            for disk in machine.disks.iter().take(4) {
+                if let Ok(layer) = backup.disk(machine, &disk.name) {
+                    assert_eq!(layer.size(), disk.bytes);
+                    walk_layer(&layer, 16);
+                }
             }
         }
     }

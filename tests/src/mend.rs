@@ -147,6 +147,32 @@ pub fn hyperv(data: &[u8]) -> Vec<u8> {
     out
 }
 
+/// A backup file of Veeam's with the checksums of its slots and their banks made right.
+pub fn vbk(data: &[u8]) -> Vec<u8> {
+    let mut out = data.to_vec();
+    let mut at = 0x1000;
+    for _ in 0..2 {
+        let (Some(places), Some(count)) = (half(&out, at + 0x74), half(&out, at + 0x78)) else { break };
+        let covered = 4 + 0x6c + 8 + 16 * places as usize;
+        if places > 0x7f00 || out.len() < at + 4 + covered {
+            break;
+        }
+        for bank in 0..count.min(places) as usize {
+            let place = at + 0x7c + 16 * bank;
+            let (Some(start), Some(len)) = (word(&out, place + 4), half(&out, place + 12)) else { continue };
+            let start = usize::try_from(start).unwrap_or(usize::MAX);
+            let bytes = start.checked_add(len as usize).and_then(|end| out.get(start..end));
+            if let Some(sum) = bytes.map(crc32c::crc32c) {
+                put(&mut out, place, &sum.to_le_bytes());
+            }
+        }
+        let sum = crc32c::crc32c(&out[at + 4..at + 4 + covered]);
+        put(&mut out, at, &sum.to_le_bytes());
+        at += (0x74 + 16 * places as usize).next_multiple_of(4096);
+    }
+    out
+}
+
 /// Makes the checksums of a disk's GPT and of its copy right, where they lie with sectors of 512 bytes.
 pub fn gpt(disk: &mut [u8]) {
     let sum = |bytes: &[u8]| {

@@ -9,6 +9,8 @@
 //!
 //! Not here: the client side of NBD. It lives further up, so whoever opens a chain brings it.
 
+mod veeam;
+
 use std::{
     ffi::OsString,
     path::{Path, PathBuf},
@@ -23,6 +25,7 @@ use aquifer_formats::{
     probe::{Format, head, probe, wrapping},
     qcow2::{Backing, Qcow2},
     raw::RawLayer,
+    vbk::Vbk,
     vdi::VdiLayer,
     vhd::Vhd,
     vhdx::Vhdx,
@@ -50,7 +53,7 @@ pub enum ChainSpec {
         #[serde(default)]
         snapshot: Option<String>,
     },
-    /// A disk inside an archive: an OVA, or a VMA.
+    /// A disk inside an archive: an OVA, a VMA, or a backup file and the ones it stands on.
     Member {
         /// The archive, whose format is probed.
         path: PathBuf,
@@ -84,8 +87,10 @@ pub fn open_chain(spec: &ChainSpec, cache: Arc<BlockCache>, connect: Connect<'_>
             Ok(point(&first, cache)?)
         }
         ChainSpec::Member { path, member } => {
-            let file = Gate::default().enter(path)?;
+            let gate = Gate::default();
+            let file = gate.enter(path)?;
             let layer: Arc<dyn Layer> = match probed(&file)? {
+                Format::Vbk => return veeam::chain(&gate, &file, member, cache),
                 Format::Ova => Arc::new(Ova::open(file.storage())?.disk(member)?),
                 Format::Vma => Arc::new(Vma::open(file.storage())?.disk(member)?),
                 other => return Err(unread(&file, &format!("members of {other}")).into()),
@@ -117,6 +122,7 @@ pub fn members(path: &Path) -> Result<Vec<String>> {
     Ok(match probe(&*file.storage())? {
         Some(Format::Ova) => Ova::open(file.storage())?.disks()?.into_iter().map(str::to_owned).collect(),
         Some(Format::Vma) => Vma::open(file.storage())?.disks().into_iter().map(str::to_owned).collect(),
+        Some(Format::Vbk) => veeam::names(&Vbk::open(file.storage())?)?,
         _ => Vec::new(),
     })
 }
@@ -181,7 +187,7 @@ fn image_layers(
                 (at, format) = below;
             }
             (other, Some(name)) => return Err(unread(&at, &format!("an internal snapshot {name:?} of {other}")).into()),
-            (Format::Ova | Format::Vma, None) => {
+            (Format::Ova | Format::Vma | Format::Vbk, None) => {
                 return Err(unread_as(&at, "an archive as one disk; its disks have names".into()).into());
             }
             (other, None) => return Err(unread(&at, other.name()).into()),

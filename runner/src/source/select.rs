@@ -125,9 +125,14 @@ fn images(path: &Path, options: &SourceOptions) -> Result<Vec<SelectedDisk>> {
     if options.snapshot.is_some() {
         return Err(Fail::new(Code::Source, format!("{} is an archive and has no snapshots", path.display())));
     }
-    let disk = |member: String| SelectedDisk {
-        name: name_from(Path::new(&member).file_stem().and_then(|s| s.to_str()).unwrap_or_default()),
-        spec: ChainSpec::Member { path: path.clone(), member },
+    let short = |member: &str| name_from(Path::new(member).file_stem().and_then(|s| s.to_str()).unwrap_or_default());
+    let shorts: Vec<String> = members.iter().map(|member| short(member)).collect();
+    let disk = |member: String| {
+        let name = short(&member);
+        // Machines in one file may call their disks alike.
+        let several = shorts.iter().filter(|other| **other == name).count() > 1;
+        let name = if several { name_from(&member) } else { name };
+        SelectedDisk { name, spec: ChainSpec::Member { path: path.clone(), member } }
     };
     Ok(members.into_iter().map(disk).collect())
 }
@@ -154,6 +159,9 @@ fn folder(path: &Path) -> Fail {
     let fail = Fail::new(Code::Source, format!("{} is a folder", path.display())).at(path.display());
     if path.join("aquifer.json").is_file() {
         return fail.help(format!("aquifer -r {} points", quoted(&path.display().to_string())));
+    }
+    if super::store::list(path).is_ok() {
+        return fail.help(format!("aquifer points {}/", quoted(path.display().to_string().trim_end_matches('/'))));
     }
     fail.help(format!("aquifer info {}/FILE", quoted(path.display().to_string().trim_end_matches('/'))))
 }

@@ -1,4 +1,4 @@
-//! `points`: the machines of the repository and their restore points.
+//! `points`: machines and their restore points, of the repository or of another product's store.
 
 use aquifer_formats::repo::{
     Machine, Point, PointState,
@@ -8,17 +8,21 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
-    context::Context,
+    context::{Context, quoted},
     fail::{Code, Fail, Result},
     repository,
-    source::Source,
+    source::{
+        Source,
+        store::{self, StorePoint, StoreState},
+    },
     units,
 };
 
 /// Options of `points`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Only this machine, as MACHINE, or this point, as MACHINE@POINT
+    /// Only this machine, as MACHINE, or this point, as MACHINE@POINT; or a store of another product: a folder of
+    /// Veeam's backup files, a datastore of Proxmox Backup Server (pbs:DIR)
     #[arg(value_name = "SOURCE")]
     pub source: Option<String>,
 }
@@ -40,6 +44,28 @@ struct PointRecord<'a> {
     allowed_operations: &'static [&'static str],
 }
 
+/// A point of another product's store.
+#[derive(Serialize)]
+struct StoredRecord<'a> {
+    machine: &'a str,
+    point: &'a str,
+    created: Option<Timestamp>,
+    state: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    why: Option<&'a str>,
+    kind: &'static str,
+    parent: Option<&'a str>,
+    /// What to name as SOURCE.
+    source: &'a str,
+    disks: Vec<StoredDisk<'a>>,
+}
+
+#[derive(Serialize)]
+struct StoredDisk<'a> {
+    disk: &'a str,
+    size: u64,
+}
+
 #[derive(Serialize)]
 struct DiskRecord<'a> {
     disk: &'a str,
@@ -49,8 +75,12 @@ struct DiskRecord<'a> {
 }
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
+    let source = args.source.as_deref().map(Source::parse).transpose()?;
+    if let Some(Source::Path(path)) = &source {
+        return stored(context, &store::list(path)?);
+    }
     let repo = repository::open(context)?;
-    let (machines, only) = match args.source.as_deref().map(Source::parse).transpose()? {
+    let (machines, only) = match source {
         None => (repo.machines()?, None),
         Some(Source::Point { machine, point, .. }) if names_a_point(args) => {
             let (machine, point) = repository::find(&repo, &machine, &point)?;
@@ -83,6 +113,44 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     }
     context.out.closing("machines", machines.len());
     context.out.closing("points", shown);
+    Ok(())
+}
+
+/// The points of another product's store.
+fn stored(context: &Context, points: &[StorePoint]) -> Result<()> {
+    let mut machines = 0;
+    for group in points.chunk_by(|a, b| a.machine == b.machine) {
+        let Some(first) = group.first() else { continue };
+        machines += 1;
+        context.out.line(format_args!("{}  ({})", first.machine, units::count(group.len(), "point")));
+        for point in group {
+            let (source, size) = (point.source.display().to_string(), point.disks.iter().map(|(_, size)| size).sum());
+            let record = StoredRecord {
+                machine: &point.machine,
+                point: &point.id,
+                created: point.created,
+                state: point.state.name(),
+                why: point.state.why(),
+                kind: point.kind.name(),
+                parent: point.parent.as_deref(),
+                source: &source,
+                disks: point.disks.iter().map(|(disk, size)| StoredDisk { disk, size: *size }).collect(),
+            };
+            context.out.record("stored_point", &record);
+            let created =
+                point.created.map_or_else(|| "unknown".to_owned(), |at| at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string());
+            let (kind, state) = (point.kind.name(), point.state.name());
+            context.out.line(format_args!("  {created}  {kind:<9} {:>9}  {state}  {source}", units::bytes(size)));
+            if let Some(why) = point.state.why() {
+                context.out.line(format_args!("    {why}"));
+            }
+        }
+    }
+    if let Some(last) = points.iter().rev().find(|point| point.state == StoreState::Complete) {
+        context.out.next(format!("aquifer info {}", quoted(&last.source.display().to_string())));
+    }
+    context.out.closing("machines", machines);
+    context.out.closing("points", points.len());
     Ok(())
 }
 

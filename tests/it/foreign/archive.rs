@@ -40,18 +40,18 @@ pub(super) const SAMPLES: [Sample; 4] = [
     },
 ];
 
-fn member(lab: &Lab, path: &Path, member: &str) -> Result<aquifer_vdisk::Chain, Error> {
+pub(super) fn member(lab: &Lab, path: &Path, member: &str) -> Result<aquifer_vdisk::Chain, Error> {
     open(&ChainSpec::Member { path: path.into(), member: member.into() }, &lab.cache)
 }
 
-fn compare(lab: &Lab, path: &Path, name: &str, truth: &[u8]) {
+pub(super) fn compare(lab: &Lab, path: &Path, name: &str, truth: &[u8]) {
     let raw = lab.write("truth.raw", truth);
     let chain = member(lab, path, name).unwrap_or_else(|e| panic!("{name}: {e}"));
     assert!(assert_same(&chain, &raw, name) > 0);
     check_reads(&chain, &mut Rng::new(1));
 }
 
-fn content(lab: &Lab, size: usize, seed: u64) -> Vec<u8> {
+pub(super) fn content(lab: &Lab, size: usize, seed: u64) -> Vec<u8> {
     let pattern = fs::read(lab.path("pattern")).expect("pattern");
     let mut rng = Rng::new(seed);
     let mut bytes = vec![0u8; size];

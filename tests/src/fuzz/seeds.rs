@@ -484,6 +484,25 @@ pub(super) fn archive(folder: &Path) {
     assert!(packed.expect("tar runs").success());
 }
 
+/// A full and an increment in both layouts of lists, with each encoding.
+pub(super) fn vbk(folder: &Path) {
+    use crate::foreign::vbk::{Body, Encoding, File, Machine, changes};
+    let disk: Vec<u8> = (0..150_000u32).map(|i| if i % 50_000 < 9000 { (i / 300) as u8 } else { 0 }).collect();
+    let disk = &disk[..292 * 512];
+    let mut later = disk.to_vec();
+    later[40_000..60_000].fill(7);
+    let encodings = [Encoding::Lz4, Encoding::Plain, Encoding::Zlib, Encoding::Zstd];
+    for version in [9, 13] {
+        for (below, body) in [(0, Body::Whole(disk)), (1, changes(disk, &later, 4096))] {
+            let files = vec![("DEV__dev_sda", body), ("x.vmx", Body::Whole(b"x"))];
+            let machines = vec![Machine { folder: "f", name: "m", id: below + 1, below, files }];
+            let file = File { version, block: 4096, encodings: &encodings, machines };
+            fs::write(folder.join(format!("{version}-{below}")), file.bytes()).expect("write");
+        }
+    }
+    pack(folder);
+}
+
 /// Memories of honest guests.
 pub(super) fn vhost_user(folder: &Path) {
     for (number, seed) in super::vhost_user::vhost_user_seeds().iter().enumerate() {

@@ -1,0 +1,126 @@
+//! Every verb that reads a source, on a disk of each product that boots: looked at, checked, copied, mounted, and run
+//! by `recover` until it stands on its own disk.
+
+use std::{fs, path::Path};
+
+use aquifer_tests::{
+    boot_sector,
+    foreign::{
+        pbs,
+        vbk::{Body, Encoding, File, Machine, changes},
+        vma,
+    },
+    qemu,
+    rng::Rng,
+    site::{Guest, Site, eventually},
+};
+
+const MIB: usize = 1 << 20;
+
+/// A disk that boots, and what it is one point later.
+fn states() -> [Vec<u8>; 2] {
+    let first = boot_sector::disk(24, 12);
+    let mut second = first.clone();
+    second[9 * MIB..9 * MIB + 300_000].fill(0x5a);
+    second[10 * MIB..11 * MIB].fill(0);
+    [first, second]
+}
+
+/// Runs every verb on `source`, whose bytes are `expected`.
+fn every_verb(site: &Site, source: &[&str], format: &str, expected: &[u8]) {
+    let with = |verb: &[&str], more: &[&str]| site.json(&[verb, source, more].concat());
+    let disk = with(&["info"], &[]).record("disk");
+    assert_eq!((disk["kind"].as_str(), disk["size"].as_u64()), (Some(format), Some(expected.len() as u64)), "{disk}");
+    assert!(with(&["map"], &[]).records("range").iter().any(|range| range["kind"] == "data"));
+    assert_eq!(with(&["verify"], &[]).code, 0);
+    let (truth, copy) = (site.word("truth.raw"), site.word("copy.raw"));
+    fs::write(&truth, expected).expect("write");
+    site.json(&[&["export", source[0], &copy], &source[1..]].concat());
+    assert!(fs::read(&copy).expect("the copy") == expected, "export");
+    let compare = format!("qemu-img compare -f raw -F raw \"$uri\" {truth}");
+    let served = site.run(&[&["mount"], source, &["--run", &compare]].concat());
+    assert!(served.code == 0 && served.out.contains("Images are identical"), "{served:#?}");
+
+    let into = site.word("m");
+    with(&["recover"], &["--into", &into, "--memory", "64MiB", "--network", "none"]);
+    let guest = Guest::of(&site.session("m"));
+    eventually("the guest speaks", || (guest.starts() == 1).then_some(()));
+    assert_eq!(site.run(&["wait", "m", "--for", "local", "--timeout", "60s"]).code, 0);
+    guest.whole_round();
+    let disk = site.json(&["finalize", "m", "--keep"]).record("disk");
+    guest.whole_round();
+    guest.turn_off();
+    let path = disk["path"].as_str().expect("a path");
+    eventually("the machine is off", || {
+        let done = fs::read(Path::new(path)).expect("disk") == boot_sector::after_a_round(expected);
+        done.then_some(())
+    });
+}
+
+#[test]
+fn a_vmware_chain_boots_and_becomes_local() {
+    let (site, [first, _]) = (Site::new(), states());
+    fs::write(site.path("content.raw"), first).expect("write");
+    let [raw, base, top, flat] = ["content.raw", "base.vmdk", "top.vmdk", "flat.raw"].map(|name| site.word(name));
+    qemu::img(&["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", &raw, &base]);
+    qemu::img(&["create", "-q", "-f", "vmdk", "-F", "vmdk", "-b", &base, &top]);
+    qemu::io(Path::new(&top), "vmdk", &["write -P 90 9M 300k".into()]);
+    qemu::img(&["convert", "-f", "vmdk", "-O", "raw", &top, &flat]);
+    every_verb(&site, &[&top], "vmdk", &fs::read(&flat).expect("read"));
+}
+
+#[test]
+fn a_vhdx_boots_and_becomes_local() {
+    let (site, [_, second]) = (Site::new(), states());
+    fs::write(site.path("content.raw"), &second).expect("write");
+    let (raw, disk) = (site.word("content.raw"), site.word("disk.vhdx"));
+    qemu::img(&["convert", "-f", "raw", "-O", "vhdx", "-o", "block_size=1M", &raw, &disk]);
+    every_verb(&site, &[&disk], "vhdx", &second);
+}
+
+#[test]
+fn a_vma_boots_and_becomes_local() {
+    let (site, [_, second]) = (Site::new(), states());
+    let archive = vma::archive(&[("drive-scsi0", &second)], &mut Rng::new(5));
+    fs::write(site.path("m.vma"), archive).expect("write");
+    every_verb(&site, &[&site.word("m.vma")], "vma", &second);
+}
+
+#[test]
+fn a_snapshot_of_a_datastore_boots_and_becomes_local() {
+    let (site, [first, second]) = (Site::new(), states());
+    let store = site.path("store");
+    pbs::snapshot(&store, "2026-11-01T00:00:00Z", 1_793_491_200, MIB, &[("drive-scsi0", &first)]);
+    pbs::snapshot(&store, "2026-11-02T00:00:00Z", 1_793_577_600, MIB, &[("drive-scsi0", &second)]);
+    let points = site.json(&["points", &format!("pbs:{}", site.word("store"))]).records("stored_point");
+    let seen: Vec<_> = points.iter().map(|p| (p["machine"].as_str(), p["state"].as_str(), &p["created"])).collect();
+    assert_eq!(seen[0], (Some("vm/100"), Some("complete"), &"2026-11-01T00:00:00Z".into()), "{points:?}");
+    assert_eq!(points.len(), 2);
+    let newest = points[1]["source"].as_str().expect("a path").to_owned();
+    every_verb(&site, &[&newest], "fidx", &second);
+}
+
+#[test]
+fn an_increment_of_veeams_boots_and_becomes_local() {
+    let (site, [first, second]) = (Site::new(), states());
+    let folder = site.path("backups");
+    fs::create_dir(&folder).expect("a folder");
+    for (name, id, body) in [("a.vbk", 1, Body::Whole(&first)), ("b.vib", 2, changes(&first, &second, MIB))] {
+        let files = vec![("DEV__dev_sda", body)];
+        let machines = vec![Machine { folder: "db01", name: "db01", id, below: id - 1, files }];
+        let file = File { version: 13, block: MIB, encodings: &[Encoding::Lz4, Encoding::Zstd], machines };
+        fs::write(folder.join(name), file.bytes()).expect("write");
+    }
+    let points = site.json(&["points", &site.word("backups")]).records("stored_point");
+    let seen: Vec<_> =
+        points.iter().map(|p| (p["machine"].as_str(), p["kind"].as_str(), p["state"].as_str())).collect();
+    let complete = |kind| (Some("db01"), Some(kind), Some("complete"));
+    assert_eq!(seen, [complete("full"), complete("increment")], "{points:?}");
+    let newest = points[1]["source"].as_str().expect("a path").to_owned();
+    every_verb(&site, &[&newest], "vbk", &second);
+    // Without its full it is listed as what it is.
+    fs::remove_file(folder.join("a.vbk")).expect("remove");
+    let points = site.json(&["points", &site.word("backups")]).records("stored_point");
+    assert_eq!((points.len(), points[0]["state"].as_str()), (1, Some("missing")));
+    assert_ne!(site.run(&["info", &newest]).code, 0);
+}
