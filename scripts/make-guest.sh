@@ -67,6 +67,8 @@ make_user_space() {
     install -m 755 "$here/guest/rcS" "$tree/etc/init.d/rcS"
     install -m 644 "$here/guest/inittab" "$tree/etc/inittab"
     install -m 755 "$here/guest/churn" "$tree/usr/sbin/churn"
+    mkdir -p "$tree/etc/acpi/PWRF"
+    printf '#!/bin/sh\npoweroff\n' > "$tree/etc/acpi/PWRF/00000080"; chmod 755 "$tree/etc/acpi/PWRF/00000080"
     cp -a "$scratch/kernel/lib/modules" "$tree/lib/"
     depmod -b "$tree" "$release"
     cp "$scratch/kernel/boot/vmlinuz-$release" "$tree/boot/vmlinuz"

@@ -129,6 +129,18 @@ pub enum Verb {
     Jobs(verb::jobs::Args),
     /// Check or show the site file
     Config(verb::config::Args),
+    /// Let a replica take over at a restore point
+    Failover(verb::failover::Args),
+    /// Bring production back to what the replica has, and change the sides
+    Failback(verb::failback::Args),
+    /// Make a failback final
+    Commit(verb::commit::Args),
+    /// Take the last step of a replica back: a failover, or a failback
+    Undo(verb::undo::Args),
+    /// Make a failover final: the replica becomes an ordinary machine
+    Permanent(verb::permanent::Args),
+    /// Show, check and run failover plans of the site file
+    Plan(verb::plan::Args),
     /// Measure a disk behind any path or NBD URI, and peers in the same run
     Bench(verb::bench::Args),
     /// Check what this machine needs, and print commands that repair it
@@ -153,6 +165,7 @@ pub const GROUPS: &[(&str, &[&str])] = &[
     ("Protect", &["init", "backup", "points", "forget", "verify"]),
     ("Look", &["map", "diff", "export", "leases", "events"]),
     ("Site", &["config", "run", "serve", "worker", "jobs", "sessions"]),
+    ("Replicas", &["failover", "failback", "commit", "undo", "permanent", "plan"]),
     ("Tools", &["bench", "doctor", "explain", "completions", "man"]),
 ];
 

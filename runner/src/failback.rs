@@ -16,7 +16,10 @@
 //!
 //! Not here: how a disk is compared and sent ([`pass`]).
 
+pub mod estimate;
 pub mod pass;
+
+pub use estimate::{Estimate, estimate};
 
 use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
 
@@ -29,7 +32,7 @@ use uuid::Uuid;
 use self::pass::{Pass, working_of};
 use crate::{
     fail::{Code, Fail, Result},
-    failover::{GRACE, describe_latest, power_off, put_layers, start},
+    failover::{describe_latest, power_off, put_layers, start},
     host::{Running, placed},
     replica::{
         build::discard,
@@ -72,6 +75,9 @@ pub struct BackWork {
     layered: usize,
     since: Timestamp,
     carried: Carried,
+    /// Milliseconds that comparing and sending took.
+    #[serde(default)]
+    took_ms: Option<u64>,
 }
 
 /// Sends home what differs; the replica goes on serving.
@@ -100,6 +106,7 @@ pub fn failback(desk: &Desk<'_>, name: &str, home: Home, switch: Switch, changed
         layered: 0,
         since: Timestamp::now(),
         carried: Carried::default(),
+        took_ms: None,
     };
     Ok(desk.carry_out(name, work, None)?.carried)
 }
@@ -158,6 +165,7 @@ impl BackWork {
         let failover = record.failover.clone().ok_or_else(|| Fail::new(Code::Bug, "a takeover without a record"))?;
         let point = points.iter().find(|point| point.id == failover.point);
         self.carried = Carried::default();
+        let began = std::time::Instant::now();
         for (top, disk) in pairs(&self.home, &self.sent) {
             let from = layers::open(&record.folder.join(&top.file), Format::Qcow2, desk.cache)?;
             if self.home.kind == HomeKind::New {
@@ -188,6 +196,7 @@ impl BackWork {
             };
             self.carried.add(pass.run()?);
         }
+        self.took_ms = u64::try_from(began.elapsed().as_millis()).ok();
         Ok(())
     }
 
@@ -247,7 +256,7 @@ impl Work for BackWork {
 
     fn plan<'a>(desk: &'a Desk<'a>) -> Plan<'a, Self> {
         Plan::new(AfterCrash::Back)
-            .step("home_off", |work: &mut Self| power_off(desk, &work.home.folder, GRACE).map(drop), |_| Ok(()))
+            .step("home_off", |work: &mut Self| power_off(desk, &work.home.folder, desk.grace).map(drop), |_| Ok(()))
             // The machine may be on its new layers already, so the way back leads over them.
             .step("freeze", |work: &mut Self| work.freeze(desk), |work: &mut Self| work.freeze(desk))
             .step("first_pass", |work: &mut Self| work.compare(desk), |work: &mut Self| work.forget_compared())
@@ -276,6 +285,7 @@ impl Work for BackWork {
                 switch: self.switch,
                 sent: self.sent.clone(),
                 first: self.carried,
+                first_ms: self.took_ms,
                 second: None,
                 protective: None,
                 running: None,

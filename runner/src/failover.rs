@@ -7,9 +7,10 @@
 //!
 //! Not here: the way home (`failback`), plans of several machines (`plan`).
 
-use std::{fs, path::Path, time::Duration};
+use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use aquifer_formats::{probe::Format, repo::record::MachineDescription};
+use aquifer_vdisk::BlockCache;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -290,14 +291,13 @@ pub struct Loss {
 ///
 /// # Errors
 /// A layer that cannot be read.
-pub fn loss(desk: &Desk<'_>, record: &ReplicaRecord) -> Result<Option<Loss>> {
+pub fn loss(cache: &Arc<BlockCache>, points: &[PointRecord], record: &ReplicaRecord) -> Result<Option<Loss>> {
     let Some(failover) = &record.failover else { return Ok(None) };
-    let points = desk.points(&record.name)?;
     let point = points.iter().find(|point| point.id == failover.point);
     let mut bytes = 0;
     for top in &failover.tops {
         let below = point.and_then(|point| point.disks.iter().find(|below| below.disk == top.disk));
-        let chain = layers::open(&record.folder.join(&top.file), Format::Qcow2, desk.cache)?;
+        let chain = layers::open(&record.folder.join(&top.file), Format::Qcow2, cache)?;
         let said = below.map(|below| layers::said_above(&chain, &record.folder.join(&below.file))).transpose()?;
         bytes += said.flatten().map_or(0, |said| said.bytes());
     }
@@ -480,7 +480,7 @@ pub fn planned(desk: &Desk<'_>, spec: &ReplicaSpec, home: &Path, restart: bool, 
         replicate(desk, spec)?;
     }
     let placed = Placed::read(home)?;
-    let was_on = power_off(desk, home, GRACE)?;
+    let was_on = power_off(desk, home, desk.grace)?;
     if desk.running(home).is_some() {
         return Err(Fail::new(Code::Guest, format!("the machine in {} is not off", home.display())));
     }

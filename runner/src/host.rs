@@ -16,6 +16,7 @@ pub mod placed;
 pub mod process;
 pub mod qemu;
 pub mod qmp;
+pub mod rooms;
 pub mod shape;
 
 use std::{
@@ -28,6 +29,7 @@ use serde::{Deserialize, Serialize};
 
 pub use error::{Error, Result};
 pub use process::Process;
+pub use rooms::Rooms;
 pub use shape::{Bus, Disk, Network, Nic, Shape};
 
 /// A disk as the machine gets it at its start: an export of an NBD server on a Unix socket.

@@ -17,6 +17,7 @@ use crate::{
     catalogue::NewWork,
     context::Context,
     fail::{Code, Fail, Result},
+    operate, plan,
     site::{Job, JobKind, Site},
     tasks::{Done, Task},
 };
@@ -39,6 +40,8 @@ pub struct Step {
 pub fn run(task: &Task<'_>) -> Result<Done> {
     match task.work.kind.as_str() {
         "backup" | "copy" | "health" => stored::run(task),
+        operate::KIND => operate::run(task),
+        plan::KIND => plan::run(task),
         kind => Err(Fail::new(Code::Unsupported, format!("this build does not know work of the kind `{kind}`"))),
     }
 }

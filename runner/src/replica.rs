@@ -24,4 +24,5 @@ pub mod layers;
 pub mod model;
 pub mod recover;
 pub mod run;
+pub mod seat;
 pub mod state;

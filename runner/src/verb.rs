@@ -6,6 +6,7 @@
 
 pub mod backup;
 pub mod bench;
+pub mod commit;
 pub mod completions;
 pub mod config;
 pub mod demo;
@@ -15,6 +16,8 @@ pub mod door;
 pub mod events;
 pub mod explain;
 pub mod export;
+pub mod failback;
+pub mod failover;
 pub mod finalize;
 pub mod forget;
 pub mod guard;
@@ -25,6 +28,9 @@ pub mod leases;
 pub mod man;
 pub mod map;
 pub mod mount;
+mod ops;
+pub mod permanent;
+pub mod plan;
 pub mod points;
 pub mod recover;
 pub mod run;
@@ -32,6 +38,7 @@ pub mod serve;
 pub mod session;
 pub mod sessions;
 pub mod status;
+pub mod undo;
 pub mod verify;
 pub mod wait;
 pub mod worker;
@@ -66,6 +73,12 @@ impl Verb {
             Verb::Worker(_) => "worker",
             Verb::Sessions(_) => "sessions",
             Verb::Jobs(_) => "jobs",
+            Verb::Failover(_) => "failover",
+            Verb::Failback(_) => "failback",
+            Verb::Commit(_) => "commit",
+            Verb::Undo(_) => "undo",
+            Verb::Permanent(_) => "permanent",
+            Verb::Plan(_) => "plan",
             Verb::Bench(_) => "bench",
             Verb::Doctor(_) => "doctor",
             Verb::Explain(_) => "explain",
@@ -103,6 +116,12 @@ impl Verb {
             Verb::Worker(args) => worker::run(context, args),
             Verb::Sessions(args) => sessions::run(context, args),
             Verb::Jobs(args) => jobs::run(context, args),
+            Verb::Failover(args) => failover::run(context, args),
+            Verb::Failback(args) => failback::run(context, args),
+            Verb::Commit(args) => commit::run(context, args),
+            Verb::Undo(args) => undo::run(context, args),
+            Verb::Permanent(args) => permanent::run(context, args),
+            Verb::Plan(args) => plan::run(context, args),
             Verb::Bench(args) => bench::run(context, args),
             Verb::Doctor(args) => doctor::run(context, args),
             Verb::Explain(args) => explain::run(context, args),

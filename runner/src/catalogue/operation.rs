@@ -214,6 +214,15 @@ impl Catalogue {
         })
     }
 
+    /// The operations of a piece of work, oldest first.
+    pub fn operations_of(&self, work: WorkId) -> Result<Vec<Operation>> {
+        self.read("list operations", async |pool| {
+            let rows =
+                sqlx::query("SELECT * FROM operation WHERE work = $1 ORDER BY id").bind(work.0).fetch_all(pool).await?;
+            rows.iter().map(read).collect()
+        })
+    }
+
     /// One operation.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use sqlx::{Row, any::AnyRow};
 
 use super::{
-    Catalogue, Error, Event, Progress, Result,
+    Catalogue, Error, Event, NewWork, Progress, Result,
     transaction::{Fault, Tx, maybe_time, record, text, time, word, words},
 };
 
@@ -125,6 +125,17 @@ impl Catalogue {
     /// Begins a session that has no work in the queue: something done by the caller itself.
     pub fn begin_session(&self, new: &NewSession) -> Result<SessionId> {
         self.write("begin a session", async |tx| tx.begin_session(new, SessionState::Working).await)
+    }
+
+    /// Begins a session with its work.
+    pub fn begin_work(&self, new: &NewSession, works: &[NewWork]) -> Result<SessionId> {
+        self.write("begin a session", async |tx| {
+            let id = tx.begin_session(new, SessionState::Waiting).await?;
+            for work in works {
+                tx.enqueue(&NewWork { session: Some(id), ..work.clone() }).await?;
+            }
+            Ok(id)
+        })
     }
 
     /// Stores how far such a session is.

@@ -132,7 +132,8 @@ impl Host for Qemu {
     }
 
     fn find(&self, places: &Places) -> Option<Running> {
-        let process = alone::running_in(&places.dir)?;
+        let monitor = socket(places, "qmp.sock");
+        let process = alone::running_in(&places.dir).or_else(|| alone::listening_at(&monitor))?;
         Some(command::running(process, places, accel::probe(), places.dir.join(LOG)))
     }
 

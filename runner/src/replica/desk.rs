@@ -13,6 +13,7 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use aquifer_formats::repo::record::Owner;
@@ -31,7 +32,7 @@ use super::{
 use crate::{
     catalogue::{self, Catalogue, Event, Fence, OperationId, PointRow, Stored},
     fail::{Code, Fail, Result},
-    host::{Host, Network, Places, Running},
+    host::{Host, Network, Places, Rooms, Running},
     step::{End, Journal, Plan, Progress},
 };
 
@@ -53,8 +54,8 @@ pub struct Desk<'a> {
     pub fence: &'a Fence,
     /// The hypervisor of both sides.
     pub host: &'a dyn Host,
-    /// Folder for the sockets of machines.
-    pub runtime: &'a Path,
+    /// Folders for the sockets of machines.
+    pub rooms: &'a Rooms,
     /// This installation.
     pub me: &'a Owner,
     /// Decoded blocks.
@@ -65,6 +66,8 @@ pub struct Desk<'a> {
     pub warn: Warn<'a>,
     /// Where network cards are plugged in.
     pub network: Network,
+    /// How long a guest of production has to turn itself off.
+    pub grace: Duration,
     /// Asked before each note in the journal; a failure ends everything at once, as the death of the process would.
     pub alive: Alive<'a>,
 }
@@ -214,15 +217,7 @@ impl Desk<'_> {
 
     /// Where the files and sockets of the machine in `folder` are.
     pub fn places(&self, folder: &Path) -> Places {
-        let name = folder.file_name().unwrap_or_default();
-        // A socket's path is short; two folders of one name are told apart by a digest of the whole.
-        let digest = blake3::hash(folder.as_os_str().as_encoded_bytes());
-        let mut short = digest.to_hex().to_string();
-        short.truncate(8);
-        let mut part: String = name.to_string_lossy().chars().take(24).collect();
-        part.push('-');
-        part.push_str(&short);
-        Places { dir: folder.to_path_buf(), runtime_dir: self.runtime.join(part) }
+        self.rooms.places(folder)
     }
 
     /// The machine that runs in `folder`.

@@ -176,6 +176,9 @@ pub struct FailbackRecord {
     pub sent: Vec<Top>,
     /// What the first pass moved.
     pub first: Carried,
+    /// Milliseconds that took.
+    #[serde(default)]
+    pub first_ms: Option<u64>,
     /// What the second pass moved.
     #[serde(default)]
     pub second: Option<Carried>,

@@ -44,7 +44,7 @@ use crate::{
 };
 
 /// What a job says of one replica.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ReplicaSpec {
     /// Its name.
     pub name: String,

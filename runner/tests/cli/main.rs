@@ -16,4 +16,5 @@ mod repo_jobs;
 mod running;
 mod signals;
 mod site_jobs;
+mod takeover;
 mod whole;

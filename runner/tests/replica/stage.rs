@@ -18,7 +18,7 @@ use aquifer_formats::{
 use aquifer_runner::{
     catalogue::{Catalogue, Fence},
     fail::{Code, Fail, Result},
-    host::Network,
+    host::{Network, Rooms},
     replica::{
         desk::Desk,
         layers,
@@ -144,7 +144,7 @@ impl Stage {
             None => Ok(()),
         };
         let warn = |code: Code, what: String| self.warnings.lock().push((code, what));
-        let runtime = self.path("run");
+        let rooms = Rooms::only(self.path("run"));
         let alive = || match &mut *self.dies_after.lock() {
             Some(0) => Err(Fail::new(Code::Terminated, "killed")),
             Some(left) => {
@@ -157,12 +157,13 @@ impl Stage {
             catalogue: &self.catalogue,
             fence: &self.fence,
             host: &self.host,
-            runtime: &runtime,
+            rooms: &rooms,
             me: &self.me,
             cache: &self.cache,
             pace: &pace,
             warn: &warn,
             network: Network::None,
+            grace: std::time::Duration::ZERO,
             alive: &alive,
         })
     }

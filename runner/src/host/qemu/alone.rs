@@ -38,6 +38,13 @@ pub(super) fn running_in(dir: &Path) -> Option<Process> {
     (is_machine_in(&command, dir) && process.is_alive()).then_some(process)
 }
 
+/// The process behind a monitor's socket: a machine that somebody started by hand has no number file.
+pub(super) fn listening_at(monitor: &Path) -> Option<Process> {
+    let stream = std::os::unix::net::UnixStream::connect(monitor).ok()?;
+    let peer = rustix::net::sockopt::socket_peercred(stream).ok()?;
+    Process::of(u32::try_from(peer.pid.as_raw_nonzero().get()).ok()?)
+}
+
 /// Whether a command line, its words ended by zero bytes, is that of the machine in `dir`.
 pub(crate) fn is_machine_in(command_line: &[u8], dir: &Path) -> bool {
     let path = number_file(dir);

@@ -36,10 +36,21 @@ fn stand(orders: &mut Qmp, index: usize) -> Result<Stand> {
     };
     let inserted = all.iter().find(ours).and_then(|entry| entry.get("inserted"));
     let text = |key: &str| inserted.and_then(|i| i.get(key)).and_then(Value::as_str).map(str::to_owned);
-    match (text("node-name"), text("file")) {
-        (Some(node), Some(file)) => Ok(Stand { node, file }),
-        _ => Err(observed(&device, "a device with a disk", "none")),
-    }
+    let (Some(node), Some(file)) = (text("node-name"), text("file")) else {
+        return Err(observed(&device, "a device with a disk", "none"));
+    };
+    // A layer that was put on while the machine ran has the whole chain for its name; its file's own node has its path.
+    let nodes = orders.execute("query-named-block-nodes", json!({ "flat": true }), ORDER_TIMEOUT)?;
+    let own = file_node(&node);
+    let all = nodes.as_array().map(Vec::as_slice).unwrap_or_default();
+    let child = all.iter().find(|known| known.get("node-name").and_then(Value::as_str) == Some(&own));
+    let path = child.and_then(|child| child.get("file")).and_then(Value::as_str);
+    Ok(Stand { file: path.map_or(file, str::to_owned), node })
+}
+
+/// The node of the file of a layer that we put on.
+fn file_node(layer: &str) -> String {
+    format!("{layer}-file")
 }
 
 /// Puts an empty layer on top.
@@ -56,7 +67,7 @@ pub(super) fn add(orders: &mut Qmp, index: usize, layer: &Path) -> Result<()> {
     let _ = orders.execute("blockdev-del", json!({ "node-name": node }), ORDER_TIMEOUT);
     let options = json!({
         "driver": "qcow2", "node-name": node, "discard": "unmap", "backing": null,
-        "file": { "driver": "file", "filename": layer, "discard": "unmap" },
+        "file": { "driver": "file", "node-name": file_node(&node), "filename": layer, "discard": "unmap" },
     });
     orders.execute("blockdev-add", options, ORDER_TIMEOUT)?;
     let moved = orders.execute("blockdev-snapshot", json!({ "node": before.node, "overlay": node }), ORDER_TIMEOUT);

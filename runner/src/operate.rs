@@ -1,0 +1,273 @@
+//! What people ask of replicas: taking over, the way home, and back, each as work of the queue.
+//!
+//! Invariants
+//! - What is asked is one piece of work on its replica: one at a time, under a lease, gone on from after a death.
+//! - An operation that an earlier holder of the work brought to its end is not done twice: it is journalled under the
+//!   work.
+//! - What the state forbids is refused before anything is put into the queue, and once more when it begins.
+//!
+//! Not here: what the operations do (`failover`, `failback`); the order of several machines (`plan`).
+
+mod ask;
+pub mod place;
+pub mod report;
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+pub use ask::{Batches, Begun, begin, begin_in, check, interrupted, reports, schedule};
+pub use place::{Production, production, target};
+pub use report::Report;
+
+use crate::{
+    catalogue::Event,
+    fail::{Code, Fail, Result},
+    failback::{self, Changed},
+    failover::{self, planned},
+    host::Network,
+    replica::{
+        desk::{Desk, object},
+        model::{Home, Switch},
+        recover::recover,
+        run::ReplicaSpec,
+        seat::at_desk,
+        state::Op,
+    },
+    site::Fencing,
+    source::PointRef,
+    tasks::{Done, Task},
+};
+
+/// The kind of this work in the queue.
+pub const KIND: &str = "operation";
+
+/// What is asked of a replica.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Ask {
+    /// The replica.
+    pub replica: String,
+    /// Why, for its record.
+    #[serde(default)]
+    pub reason: Option<String>,
+    /// How long a guest has to turn itself off.
+    pub grace: Duration,
+    /// Where network cards of machines that are started are plugged in.
+    #[serde(default)]
+    pub network: Network,
+    /// What.
+    pub act: Act,
+}
+
+/// The operations.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Act {
+    /// Taking over.
+    Failover {
+        /// The restore point, as people write it.
+        point: String,
+        /// Whether the machine is started.
+        start: bool,
+        /// What happens to production's machine first.
+        fence: Fence,
+    },
+    /// Taking over without a loss.
+    Planned {
+        /// The replica, as its job says.
+        spec: Box<PlannedSpec>,
+        /// Whether the machine is started.
+        start: bool,
+        /// Whether production is started again when it fails.
+        restart: bool,
+    },
+    /// The way home.
+    Failback {
+        /// Where to.
+        home: Home,
+        /// When the sides are changed.
+        switch: Switch,
+        /// Whether production is started.
+        power_on: bool,
+    },
+    /// The change of sides.
+    Switchover {
+        /// Whether production is started.
+        power_on: bool,
+    },
+    /// Making the way home final.
+    Commit {
+        /// Also while production is off.
+        force: bool,
+    },
+    /// The last step back.
+    Undo {
+        /// Also where the host does not answer.
+        force: bool,
+    },
+    /// Making the takeover final.
+    Permanent,
+}
+
+/// What happens to production's machine before a replica takes over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Fence {
+    /// It is asked to shut down, and turned off after the grace.
+    Graceful,
+    /// It is turned off at once.
+    Force,
+    /// Nothing.
+    #[default]
+    None,
+}
+
+impl From<Fencing> for Fence {
+    fn from(fencing: Fencing) -> Self {
+        match fencing {
+            Fencing::Graceful => Self::Graceful,
+            Fencing::Force => Self::Force,
+            Fencing::None => Self::None,
+        }
+    }
+}
+
+/// What a planned takeover needs to know of the job.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PlannedSpec {
+    /// The replica, as its job says.
+    pub replica: ReplicaSpec,
+    /// Folder of production's machine.
+    pub home: std::path::PathBuf,
+}
+
+impl Act {
+    /// The operation whose state is looked at.
+    pub fn op(&self) -> Op {
+        match self {
+            Self::Failover { .. } => Op::Failover,
+            Self::Planned { .. } => Op::PlannedFailover,
+            Self::Failback { .. } => Op::Failback,
+            Self::Switchover { .. } => Op::Switchover,
+            Self::Commit { .. } => Op::Commit,
+            Self::Undo { .. } => Op::Undo,
+            Self::Permanent => Op::Permanent,
+        }
+    }
+}
+
+/// Does what is asked.
+///
+/// # Errors
+/// [`Code::State`]; what the operation fails with.
+pub fn run(task: &Task<'_>) -> Result<Done> {
+    let ask: Ask = task.spec()?;
+    let (done, told) = at_desk(task, ask.network, ask.grace, |desk| ask.carry_out(task, desk));
+    let report = serde_json::to_value(done?).map_err(|e| Fail::new(Code::Bug, e.to_string()))?;
+    let why: Vec<String> = told.iter().map(|(code, what)| format!("{}: {what}", code.name())).collect();
+    Ok(if why.is_empty() { Done::Success(report) } else { Done::Warning { why: why.join("; "), report } })
+}
+
+impl Ask {
+    fn carry_out(&self, task: &Task<'_>, desk: &Desk<'_>) -> Result<Report> {
+        recover(desk, &self.replica)?;
+        let ended = task.catalogue.operations_of(task.work.id)?;
+        let is_done = |op: Op| ended.iter().any(|known| known.op == op.name() && known.state == "done");
+        let before = desk.load(&self.replica)?.record.failback;
+        let name = self.replica.as_str();
+        match &self.act {
+            Act::Failover { point, start, fence } if !is_done(Op::Failover) => {
+                self.fence(task, desk, *fence)?;
+                let wanted = PointRef::parse(point)?;
+                failover::failover(desk, name, &wanted, self.reason.clone(), *start)?;
+            }
+            Act::Planned { spec, start, restart } if !is_done(Op::Failover) => {
+                planned(desk, &spec.replica, &spec.home, *restart, *start)?;
+            }
+            Act::Failback { home, switch, power_on } => {
+                if !is_done(Op::Failback) {
+                    failback::failback(desk, name, home.clone(), *switch, Changed::default())?;
+                }
+                match switch {
+                    Switch::Auto if !is_done(Op::Switchover) => {
+                        self.foretell(task, desk)?;
+                        failback::switchover(desk, name, *power_on, self.grace)?;
+                    }
+                    Switch::At(time) => self.switch_at(task, *time, *power_on)?,
+                    Switch::Auto | Switch::Manual => {}
+                }
+            }
+            Act::Switchover { power_on } if !is_done(Op::Switchover) => {
+                self.foretell(task, desk)?;
+                failback::switchover(desk, name, *power_on, self.grace)?;
+            }
+            Act::Commit { force } if !is_done(Op::Commit) => failback::commit(desk, name, *force)?,
+            Act::Undo { force } if !is_done(Op::Undo) => {
+                if desk.load(name)?.record.failback.is_some() {
+                    failback::give_back(desk, name, *force)?;
+                } else {
+                    failover::undo(desk, name, *force)?;
+                }
+            }
+            Act::Permanent if !is_done(Op::Permanent) => failover::permanent(desk, name)?,
+            _ => {}
+        }
+        Report::of(desk, self.act.op(), name, before)
+    }
+
+    /// Sees to it that production's machine does not run beside its replica, where that is wanted; tells where it does.
+    fn fence(&self, task: &Task<'_>, desk: &Desk<'_>, fence: Fence) -> Result<()> {
+        let record = desk.load(&self.replica)?.record;
+        let Some(production) = production(task.context, &record.machine)? else { return Ok(()) };
+        let Some(running) = desk.running(&production.folder) else { return Ok(()) };
+        let grace = match fence {
+            Fence::Graceful => self.grace,
+            Fence::Force => Duration::ZERO,
+            Fence::None => {
+                let what = format!("{} runs still on {}, with the same addresses", production.name, production.host);
+                (desk.warn)(Code::WarnHost, what);
+                return Ok(());
+            }
+        };
+        let ended = desk.host.power_off(&running, grace);
+        let error = ended.as_ref().err().map(ToString::to_string);
+        let reason = Some(format!("{} on {} before its replica takes over", production.name, production.host));
+        task.catalogue.event_of(
+            desk.fence,
+            &Event {
+                object: object(&self.replica),
+                op: "fence".into(),
+                session: desk.fence.session,
+                user: desk.fence.owner.clone(),
+                reason,
+                error: error.clone(),
+                ..Event::default()
+            },
+        )?;
+        if let Some(error) = error {
+            let what = format!("{} could not be turned off and may still run: {error}", production.name);
+            (desk.warn)(Code::WarnHost, what);
+        }
+        Ok(())
+    }
+
+    /// Tells how long the machine will be away, before it is turned off.
+    fn foretell(&self, task: &Task<'_>, desk: &Desk<'_>) -> Result<()> {
+        let record = desk.load(&self.replica)?.record;
+        let estimate = failback::estimate(&record);
+        task.event(&object(&self.replica), "estimate", Some(estimate.to_string()))
+    }
+
+    /// Puts the change of sides into the queue for its time. One that is there stays.
+    fn switch_at(&self, task: &Task<'_>, time: Timestamp, power_on: bool) -> Result<()> {
+        let waiting = task.catalogue.open_work()?.into_iter().any(|work| {
+            work.id != task.work.id && work.object == task.work.object && work.run_at == time && work.kind == KIND
+        });
+        if waiting {
+            return Ok(());
+        }
+        let ask = Self { act: Act::Switchover { power_on }, ..self.clone() };
+        schedule(task.context, task.catalogue, &ask, time).map(drop)
+    }
+}

@@ -1,0 +1,48 @@
+//! `commit`: makes the way home final.
+
+use super::ops::{self, Machines, Manner, Wanted};
+use crate::{
+    cli::{Confirm, DryRun},
+    context::Context,
+    fail::Result,
+    operate::Act,
+    replica::{model::HomeKind, state::Op},
+};
+
+/// Options of `commit`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The replicas
+    #[arg(value_name = "REPLICA", required = true)]
+    pub targets: Vec<String>,
+    /// Also while production is off
+    #[arg(long)]
+    pub force: bool,
+    /// How machines are treated.
+    #[command(flatten)]
+    pub machines: Machines,
+    /// Whether to ask.
+    #[command(flatten)]
+    pub confirm: Confirm,
+    /// Whether only to look.
+    #[command(flatten)]
+    pub dry: DryRun,
+}
+
+pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
+    let manner = Manner { dry: &args.dry, confirm: Some(&args.confirm), cancel_job: false, ops: &[Op::Commit] };
+    ops::carry_out(context, &args.targets, &manner, |_, record| {
+        if let Some(failback) = record.failback.as_ref().filter(|failback| failback.home.kind != HomeKind::Original) {
+            let home = &failback.home;
+            context.out.say(format_args!(
+                "jobs follow {} where the site file says so: machine.{}.from = \"{}:{}\"",
+                record.machine, record.machine, home.host, home.machine
+            ));
+        }
+        let loss = format!(
+            "the way back to {}: from then on undo is not possible, and its writes during the takeover are one of its restore points",
+            record.name
+        );
+        Ok(Wanted { ask: args.machines.ask(&record.name, Act::Commit { force: args.force }), loss: Some(loss) })
+    })
+}

@@ -1,0 +1,155 @@
+//! `failback`: production gets what the replica has, in two passes, and serves again.
+
+use jiff::Timestamp;
+
+use super::ops::{self, Machines, Manner, Wanted};
+use crate::{
+    catalogue::{Catalogue, Wish},
+    cli::{Confirm, DryRun},
+    context::Context,
+    fail::{Code, Fail, Result},
+    failback::estimate,
+    operate::{self, Act, target},
+    replica::{
+        desk::object,
+        model::{HomeKind, ReplicaRecord, Switch},
+        state::{Op, State},
+    },
+    units,
+};
+
+/// Options of `failback`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The replicas
+    #[arg(value_name = "REPLICA", required = true)]
+    pub targets: Vec<String>,
+    /// Home is a machine that was restored elsewhere beforehand
+    #[arg(long, value_name = "HOST:NAME")]
+    pub to: Option<String>,
+    /// Home is a machine that is made there
+    #[arg(long, value_name = "HOST:NAME", conflicts_with = "to")]
+    pub new: Option<String>,
+    /// When the sides are changed: now, manual, or an RFC 3339 time [default: manual]
+    #[arg(long, value_name = "WHEN", value_parser = when)]
+    pub switch: Option<When>,
+    /// Leave production off in the end
+    #[arg(long)]
+    pub no_start: bool,
+    /// How machines are treated.
+    #[command(flatten)]
+    pub machines: Machines,
+    /// Whether to ask.
+    #[command(flatten)]
+    pub confirm: Confirm,
+    /// Whether only to look.
+    #[command(flatten)]
+    pub dry: DryRun,
+}
+
+/// When the sides are changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct When(pub Switch);
+
+fn when(text: &str) -> Result<When, String> {
+    match text {
+        "now" | "auto" => Ok(When(Switch::Auto)),
+        "manual" => Ok(When(Switch::Manual)),
+        time => units::parse_when(time).map(|time| When(Switch::At(time))).map_err(|fail| fail.what),
+    }
+}
+
+pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
+    if let [name] = args.targets.as_slice()
+        && let Some(When(switch)) = args.switch
+        && reschedule(context, args, name, switch)?
+    {
+        return Ok(());
+    }
+    let ops = [Op::Failback, Op::Switchover];
+    let manner = Manner { dry: &args.dry, confirm: Some(&args.confirm), cancel_job: false, ops: &ops };
+    ops::carry_out(context, &args.targets, &manner, |catalogue, record| {
+        if record.state == State::ReadyToSwitch {
+            return switch(context, catalogue, args, record);
+        }
+        begin(context, args, record)
+    })
+}
+
+fn begin(context: &Context, args: &Args, record: &ReplicaRecord) -> Result<Wanted> {
+    // The state is what is wrong first; a target is looked for only where one is needed.
+    record.state.step(Op::Failback).map_err(|refusal| {
+        Fail::from(refusal).at(object(&record.name)).help(format!("aquifer replicas {}", record.name))
+    })?;
+    let (kind, word) = match (&args.to, &args.new) {
+        (Some(word), _) => (HomeKind::Restored, Some(word.as_str())),
+        (_, Some(word)) => (HomeKind::New, Some(word.as_str())),
+        _ => (HomeKind::Original, None),
+    };
+    let home = target(context, record, kind, word)?;
+    let switch = args.switch.map_or(Switch::Manual, |When(switch)| switch);
+    let loss = (kind != HomeKind::New).then(|| {
+        let files: Vec<String> = home.disks.iter().map(|disk| disk.path.display().to_string()).collect();
+        let since = record.failover.as_ref().map(|failover| failover.since.to_string()).unwrap_or_default();
+        format!(
+            "{} of {} becomes what the replica has: what was written there and is not in the replica is lost ({}; the replica serves since {since})",
+            home.machine,
+            home.host,
+            files.join(", "),
+        )
+    });
+    Ok(Wanted { ask: args.machines.ask(&record.name, Act::Failback { home, switch, power_on: !args.no_start }), loss })
+}
+
+/// The second pass of a way home that waits for it.
+fn switch(context: &Context, catalogue: &Catalogue, args: &Args, record: &ReplicaRecord) -> Result<Wanted> {
+    if args.switch != Some(When(Switch::Auto)) {
+        let what = format!("{} waits for the change of sides", record.name);
+        return Err(Fail::new(Code::State, what).at(object(&record.name)).help_again("--switch now"));
+    }
+    let estimate = estimate(record);
+    context.out.record("estimate", &estimate);
+    context.out.say(format_args!("{}: {estimate}", record.name));
+    if !args.dry.dry_run {
+        unschedule(context, catalogue, &record.name)?;
+    }
+    let act = Act::Switchover { power_on: !args.no_start };
+    Ok(Wanted { ask: args.machines.ask(&record.name, act), loss: None })
+}
+
+/// Gives a way home that waits another time. Answers whether that was all there was to do.
+fn reschedule(context: &Context, args: &Args, name: &str, switch: Switch) -> Result<bool> {
+    let catalogue = ops::look(context, name)?;
+    let record = ops::record(&catalogue, name)?;
+    if record.state != State::ReadyToSwitch || switch == Switch::Auto {
+        return Ok(false);
+    }
+    let said = match switch {
+        Switch::At(time) => format!("at {time}, where `aquifer serve` or a worker runs"),
+        Switch::Manual | Switch::Auto => "when somebody says so".to_owned(),
+    };
+    if args.dry.dry_run {
+        context.out.line(format_args!("would change the sides of {name} {said}"));
+        return Ok(true);
+    }
+    unschedule(context, &catalogue, name)?;
+    if let Switch::At(time) = switch {
+        let ask = args.machines.ask(name, Act::Switchover { power_on: !args.no_start });
+        operate::schedule(context, &catalogue, &ask, time)?;
+    }
+    context.out.line(format_args!("the sides of {name} are changed {said}"));
+    context.out.next(format!("aquifer failback {name} --switch now"));
+    Ok(true)
+}
+
+/// Takes back a change of sides that waits for its time.
+pub(super) fn unschedule(context: &Context, catalogue: &Catalogue, name: &str) -> Result<()> {
+    let now = Timestamp::now();
+    let waiting = catalogue.open_work()?.into_iter().filter(|work| {
+        work.object == object(name) && work.kind == operate::KIND && work.run_at > now && work.attempts == 0
+    });
+    for session in waiting.filter_map(|work| work.session) {
+        catalogue.wish(session, Wish::Cancel, &context.user(), Some("somebody decided otherwise"))?;
+    }
+    Ok(())
+}

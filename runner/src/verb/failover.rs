@@ -1,0 +1,105 @@
+//! `failover`: a replica takes over at a restore point.
+
+use super::ops::{self, Machines, Manner, Wanted};
+use crate::{
+    catalogue::Catalogue,
+    cli::DryRun,
+    context::Context,
+    fail::{Code, Fail, Result},
+    failover::pick,
+    operate::{Act, Fence, PlannedSpec, production},
+    replica::{
+        model::{PointRecord, ReplicaRecord},
+        seat,
+        state::Op,
+    },
+    site::JobKind,
+    source::PointRef,
+};
+
+/// Options of `failover`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Replicas, or plan/NAME
+    #[arg(value_name = "TARGET", required_unless_present = "plan")]
+    pub targets: Vec<String>,
+    /// The restore point: latest, latest~2, an RFC 3339 time, or the first characters of a point's id
+    #[arg(long, value_name = "POINT", default_value = "latest")]
+    pub to: String,
+    /// A plan of the site file: its machines take over in its order
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["targets", "planned"])]
+    pub plan: Option<String>,
+    /// Without a loss: bring the replica up to date, turn production off, copy the rest, then take over
+    #[arg(long, conflicts_with = "to")]
+    pub planned: bool,
+    /// With --planned: start production again when it fails after production was turned off
+    #[arg(long, requires = "planned")]
+    pub restart: bool,
+    /// What happens to production's machine first, where its host can be reached
+    #[arg(long, value_enum, default_value_t = Fence::None, conflicts_with = "planned")]
+    pub fence: Fence,
+    /// Make everything ready, and leave the machine off
+    #[arg(long)]
+    pub no_start: bool,
+    /// Stop a run of a job that is writing to the replica
+    #[arg(long)]
+    pub cancel_job: bool,
+    /// How machines are treated.
+    #[command(flatten)]
+    pub machines: Machines,
+    /// Whether only to look.
+    #[command(flatten)]
+    pub dry: DryRun,
+}
+
+pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
+    let plan = args.plan.as_deref().or_else(|| match args.targets.as_slice() {
+        [one] => one.strip_prefix("plan/"),
+        _ => None,
+    });
+    if let Some(plan) = plan {
+        return super::plan::begin(context, plan, &args.to, &args.machines, &args.dry, None);
+    }
+    let manner = Manner {
+        dry: &args.dry,
+        confirm: None,
+        cancel_job: args.cancel_job,
+        ops: &[Op::Failover, Op::PlannedFailover],
+    };
+    ops::carry_out(context, &args.targets, &manner, |catalogue, record| {
+        let act = if args.planned { planned(context, args, record)? } else { at_point(catalogue, args, record)? };
+        Ok(Wanted { ask: args.machines.ask(&record.name, act), loss: None })
+    })
+}
+
+fn at_point(catalogue: &Catalogue, args: &Args, record: &ReplicaRecord) -> Result<Act> {
+    let wanted = PointRef::parse(&args.to)?;
+    let mut points: Vec<PointRecord> =
+        catalogue.points_of::<PointRecord>(&record.name)?.into_iter().map(|row| row.record).collect();
+    points.sort_by_key(|point| point.number);
+    // One that failed stands on its point already. Which point is meant is settled now, not when it begins.
+    let point = match &record.failover {
+        Some(_) => args.to.clone(),
+        None => pick(&record.name, &points, &wanted)?.id.to_string(),
+    };
+    Ok(Act::Failover { point, start: !args.no_start, fence: args.fence })
+}
+
+fn planned(context: &Context, args: &Args, record: &ReplicaRecord) -> Result<Act> {
+    let site = context.site()?;
+    let job = record.job.as_deref().and_then(|name| Some((name, site.jobs.get(name)?)));
+    let Some((name, JobKind::Replication(job))) = job.map(|(name, job)| (name, &job.kind)) else {
+        let what = format!("the site file has no job that makes {}", record.name);
+        return Err(Fail::new(Code::NotFound, what).help("aquifer config show"));
+    };
+    let home = production(context, &record.machine)?.ok_or_else(|| {
+        Fail::new(
+            Code::Unsupported,
+            format!("{} is not a machine of a host, so it cannot be turned off", record.machine),
+        )
+        .help(format!("aquifer failover {}", record.name))
+    })?;
+    let replica = seat::spec(context, name, job, &record.machine)?;
+    let spec = Box::new(PlannedSpec { replica, home: home.folder });
+    Ok(Act::Planned { spec, start: !args.no_start, restart: args.restart })
+}

@@ -1,0 +1,312 @@
+//! `plan`: failover plans of the site file: what they are, whether they could run, running, halting, going on.
+
+use std::os::unix::fs::PermissionsExt;
+
+use clap::ValueEnum;
+use jiff::Timestamp;
+use serde::Serialize;
+use serde_json::json;
+
+use super::ops::{LEASE, Machines};
+use crate::{
+    catalogue::{Catalogue, NewSession, NewWork, Retries, SessionId, SessionResult, Wish},
+    cli::DryRun,
+    context::{Context, quoted},
+    fail::{Code, Fail, Result},
+    host::{Host, qemu::Qemu},
+    plan::{self, EntryRecord, PlanSpec, Run, candidate, find, last_run, object, state},
+    replica::state::State,
+    site::{Gate, Plan},
+    source::PointRef,
+    tasks::follow::at,
+};
+
+/// Before backups and copies: a site waits for it.
+const PRIORITY: i32 = 800;
+
+/// Options of `plan`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// What to do
+    #[arg(value_enum, value_name = "ACTION")]
+    pub action: Action,
+    /// The plan; all with `list`
+    #[arg(value_name = "NAME")]
+    pub name: Option<String>,
+    /// With `run`: `latest`, or the newest points not after this RFC 3339 time
+    #[arg(long, value_name = "POINT", default_value = "latest")]
+    pub to: String,
+    /// How machines are treated.
+    #[command(flatten)]
+    pub machines: Machines,
+    /// Whether only to look.
+    #[command(flatten)]
+    pub dry: DryRun,
+}
+
+/// What to do with a plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Action {
+    /// Name the plans of the site file
+    List,
+    /// Show a plan, its replicas and its last run
+    Show,
+    /// Look whether it could run now
+    Check,
+    /// Let its machines take over
+    Run,
+    /// Let what is under way finish, and begin no other machine
+    Halt,
+    /// Go on with what is left
+    Resume,
+}
+
+pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
+    let site = context.site()?;
+    if args.action == Action::List {
+        for (name, plan) in &site.plans {
+            show_one(context, name, plan)?;
+        }
+        context.out.closing("plans", site.plans.len());
+        return Ok(());
+    }
+    let name = args
+        .name
+        .as_deref()
+        .ok_or_else(|| Fail::new(Code::Usage, "which plan is meant is not said").help("aquifer plan list"))?;
+    let plan = find(site, name)?;
+    match args.action {
+        Action::List => Ok(()),
+        Action::Show => show(context, name, plan),
+        Action::Check => check(context, name, plan, &PointRef::parse(&args.to)?),
+        Action::Run => begin(context, name, &args.to, &args.machines, &args.dry, None),
+        Action::Halt => halt(context, name, &args.dry),
+        Action::Resume => resume(context, name, args),
+    }
+}
+
+#[derive(Serialize)]
+struct Shown<'a> {
+    name: &'a str,
+    machines: Vec<&'a str>,
+    state: String,
+    run: Option<Run>,
+}
+
+fn show_one(context: &Context, name: &str, plan: &Plan) -> Result<Option<Run>> {
+    let run = match context.catalogue_if_there()? {
+        Some(catalogue) => last_run(&catalogue, name)?,
+        None => None,
+    };
+    let state = run.as_ref().map_or_else(|| "ready".to_owned(), |run| run.state.clone());
+    let machines: Vec<&str> = plan.entries.iter().map(|entry| entry.machine.as_str()).collect();
+    let since = run.as_ref().map(|run| format!(", last run at {}", at(run.begun))).unwrap_or_default();
+    context.out.line(format_args!("{name:<16} {state:<12} {}{since}", machines.join(", ")));
+    context.out.record("plan", &Shown { name, machines, state, run: run.clone() });
+    Ok(run)
+}
+
+fn show(context: &Context, name: &str, plan: &Plan) -> Result<()> {
+    let run = show_one(context, name, plan)?;
+    let catalogue = context.catalogue_if_there()?;
+    for entry in &plan.entries {
+        let replica = catalogue.as_ref().and_then(|c| candidate(c, &entry.machine, &PointRef::Latest(0)).ok());
+        let known = run.as_ref().and_then(|run| run.record.entries.iter().find(|e| e.machine == entry.machine));
+        let (replica, newest) = match &replica {
+            Some((record, point)) => (
+                format!("{} is {}", record.name, record.state),
+                point.as_ref().map_or_else(|| "no points".to_owned(), |p| format!("newest {}", at(p.taken))),
+            ),
+            None => ("no replica".to_owned(), String::new()),
+        };
+        context.out.line(format_args!("  {:<16} {replica}, {newest}{}", entry.machine, of_run(known)));
+        context
+            .out
+            .record("entry", &json!({ "machine": entry.machine, "replica": replica, "newest": newest, "run": known }));
+    }
+    Ok(())
+}
+
+fn of_run(known: Option<&EntryRecord>) -> String {
+    let Some(known) = known else { return String::new() };
+    let why = known.why.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
+    let rto = known.rto_ms.map(|ms| format!(" after {}.{:01} s", ms / 1000, ms % 1000 / 100)).unwrap_or_default();
+    format!("; in the last run {}{rto}{why}", format!("{:?}", known.step).to_lowercase())
+}
+
+/// Looks whether a plan could run: what is wrong is a warning each.
+fn check(context: &Context, name: &str, plan: &Plan, wanted: &PointRef) -> Result<()> {
+    let mut wrong: Vec<String> = Vec::new();
+    let programs = plan.pre.iter().chain(&plan.post);
+    let gates = plan.entries.iter().filter_map(|entry| match &entry.gate {
+        Some(Gate::Program(path)) => Some(path),
+        _ => None,
+    });
+    for path in programs.chain(gates) {
+        let runs = std::fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0);
+        if !runs {
+            wrong.push(format!("{} is no program", path.display()));
+        }
+    }
+    let catalogue = context.catalogue_if_there()?;
+    for entry in &plan.entries {
+        let found = catalogue.as_ref().map(|c| candidate(c, &entry.machine, wanted));
+        match found {
+            None => wrong.push(format!("there is no replica of {}", entry.machine)),
+            Some(Err(fail)) => wrong.push(fail.what),
+            Some(Ok((record, _))) if record.state != State::Ready => {
+                wrong.push(format!("{} is {} and would be left out", record.name, record.state));
+            }
+            Some(Ok((record, None))) => wrong.push(format!("{} has no such restore point", record.name)),
+            Some(Ok((record, Some(point)))) => {
+                let shape = crate::host::placed::Placed::read(&record.folder).and_then(|placed| {
+                    let shape = placed.shape(&record.name, &crate::recover::shape::Wishes::default(), &[])?;
+                    Ok(Qemu.check(&shape)?)
+                });
+                if let Err(fail) = shape {
+                    wrong.push(format!("{} could not be started: {}", record.name, fail.what));
+                }
+                let age = Timestamp::now().duration_since(point.taken).unsigned_abs();
+                let rpo = context.site()?.machines.get(&entry.machine).and_then(|machine| machine.rpo);
+                if rpo.is_some_and(|rpo| age > rpo) {
+                    wrong.push(format!("the newest point of {} is of {}", record.name, at(point.taken)));
+                }
+                context.out.line(format_args!("{}: {} at {}", entry.machine, record.name, at(point.taken)));
+            }
+        }
+    }
+    for what in &wrong {
+        context.out.warn(Code::WarnCheck, what.clone(), None);
+    }
+    context.out.closing("ready", wrong.is_empty());
+    context.out.next(format!("aquifer plan run {}", quoted(name)));
+    Ok(())
+}
+
+/// Begins a run of a plan, or goes on with one, and follows it.
+pub(super) fn begin(
+    context: &Context,
+    name: &str,
+    to: &str,
+    machines: &Machines,
+    dry: &DryRun,
+    resumes: Option<i64>,
+) -> Result<()> {
+    let stop = context.stop()?;
+    let plan = find(context.site()?, name)?;
+    let wanted = PointRef::parse(to)?;
+    if dry.dry_run {
+        return check(context, name, plan, &wanted);
+    }
+    let catalogue = context.catalogue_with_lease(LEASE)?;
+    if let Some(open) = open_session(&catalogue, name)? {
+        return follow(context, &catalogue, name, open, stop);
+    }
+    let spec = PlanSpec {
+        plan: name.to_owned(),
+        to: to.to_owned(),
+        grace: machines.grace,
+        network: machines.network.into(),
+        reason: machines.reason.clone(),
+        resumes,
+    };
+    let session = NewSession {
+        kind: plan::KIND.to_owned(),
+        job: None,
+        initiator: context.user(),
+        reason: machines.reason.clone(),
+        retry_of: None,
+    };
+    let work = NewWork {
+        kind: plan::KIND.to_owned(),
+        object: object(name),
+        job: None,
+        session: None,
+        priority: PRIORITY,
+        run_at: Timestamp::UNIX_EPOCH,
+        needs: Vec::new(),
+        retries: Retries::default(),
+        spec: serde_json::to_value(&spec).map_err(|e| Fail::new(Code::Bug, e.to_string()))?,
+    };
+    let session = catalogue.begin_work(&session, &[work])?;
+    follow(context, &catalogue, name, session, stop)
+}
+
+/// The session of a plan that has not ended.
+fn open_session(catalogue: &Catalogue, name: &str) -> Result<Option<SessionId>> {
+    let open = catalogue.open_work()?.into_iter().find(|work| work.object == object(name));
+    Ok(open.and_then(|work| work.session))
+}
+
+fn follow(
+    context: &Context,
+    catalogue: &Catalogue,
+    name: &str,
+    session: SessionId,
+    stop: crate::stop::Stop,
+) -> Result<()> {
+    super::run::follow(context, catalogue, session, stop)?;
+    let plan = find(context.site()?, name)?;
+    let run = show_one(context, name, plan)?;
+    for known in run.iter().flat_map(|run| &run.record.entries) {
+        context.out.record("entry", known);
+        context.out.line(format_args!(
+            "  {:<16} {}{}",
+            known.machine,
+            known.replica.as_deref().unwrap_or("no replica"),
+            of_run(Some(known))
+        ));
+    }
+    let ended = catalogue.session(session)?;
+    context.out.closing("session", session.0);
+    let again = format!("aquifer plan resume {}", quoted(name));
+    match ended.result {
+        SessionResult::Success => {
+            context.out.next(format!("aquifer undo plan/{name}    # or failback, or permanent"));
+            Ok(())
+        }
+        SessionResult::Warning => {
+            context.out.warn(Code::WarnSession, ended.reason.unwrap_or_default(), Some(&again));
+            Ok(())
+        }
+        SessionResult::None => stop.check().map_err(|fail| fail.help(again)),
+        SessionResult::Cancelled | SessionResult::Failed => {
+            let why = ended.reason.unwrap_or_else(|| ended.result.to_string());
+            Err(Fail::new(Code::Failed, format!("plan {name}: {why}")).help(again))
+        }
+    }
+}
+
+fn halt(context: &Context, name: &str, dry: &DryRun) -> Result<()> {
+    let nothing =
+        || Fail::new(Code::State, format!("plan {name} is not under way")).help(format!("aquifer plan show {name}"));
+    let catalogue = context.catalogue_if_there()?.ok_or_else(nothing)?;
+    let open = open_session(&catalogue, name)?.ok_or_else(nothing)?;
+    if dry.dry_run {
+        context.out.line(format_args!("would halt session {open}"));
+        return Ok(());
+    }
+    catalogue.wish(open, Wish::Pause, &context.user(), Some("halted"))?;
+    context.out.line(format_args!("plan {name} begins no other machine; what is under way finishes"));
+    context.out.next(format!("aquifer plan resume {}", quoted(name)));
+    Ok(())
+}
+
+fn resume(context: &Context, name: &str, args: &Args) -> Result<()> {
+    let nothing = || {
+        let fail = Fail::new(Code::State, format!("plan {name} has nothing left to go on with"));
+        fail.help(format!("aquifer plan show {name}"))
+    };
+    let catalogue = context.catalogue_if_there()?.ok_or_else(nothing)?;
+    if let Some(open) = open_session(&catalogue, name)? {
+        if args.dry.dry_run {
+            context.out.line(format_args!("would go on with session {open}"));
+            return Ok(());
+        }
+        catalogue.wish(open, Wish::Run, &context.user(), Some("resumed"))?;
+        let stop = context.stop()?;
+        return follow(context, &context.catalogue_with_lease(LEASE)?, name, open, stop);
+    }
+    let run = last_run(&catalogue, name)?.filter(|run| run.state != state::COMPLETED).ok_or_else(nothing)?;
+    begin(context, name, &args.to, &args.machines, &args.dry, Some(run.id))
+}

@@ -1,0 +1,325 @@
+//! Promise: a replica takes over, its writes come home, and each step is taken back or made final, from the command line,
+//! with machines that really run; what a state forbids is refused without an effect.
+
+use std::{fs, path::PathBuf, process::Command, time::Duration};
+
+use aquifer_runner::{
+    catalogue::{Catalogue, NewWork, Retries, Url},
+    host::{Host, Network, Power, Rooms, qemu::Qemu, qmp::Qmp},
+    replica::{
+        desk::Desk,
+        model::ReplicaRecord,
+        run::{Ran, ReplicaSpec, RunOptions, replicate},
+    },
+    verb::demo::guest::{DISK_BYTES_MIN, put_on},
+};
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use crate::harness::{Outcome, Room};
+
+const WAIT: Duration = Duration::from_secs(20);
+const REPLICA: &str = "db01_replica";
+
+/// Two hosts, a repository, a machine with a guest, and its replica. Ends what runs in it.
+struct Site {
+    room: Room,
+    points: Vec<String>,
+}
+
+fn tool(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output().expect("the tool is installed");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{program} {args:?}: {said}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+impl Site {
+    /// A machine that was backed up `points` times, with changes between, each point replicated.
+    fn new(points: usize) -> Self {
+        let mut site = Self { room: Room::new(), points: Vec::new() };
+        let room = &site.room;
+        fs::create_dir_all(room.path("prod/db01")).expect("folder");
+        fs::create_dir_all(room.path("dr")).expect("folder");
+        let mut disk = vec![0; DISK_BYTES_MIN.max(24 << 20)];
+        disk[12 << 20..13 << 20].fill(7);
+        put_on(&mut disk, "READY\r\n");
+        fs::write(room.path("guest.raw"), disk).expect("disk");
+        tool("qemu-img", &["convert", "-O", "qcow2", "-f", "raw", &room.text("guest.raw"), &site.production()]);
+        let description = "version = 1\nname = \"db01\"\ncpus = 1\nmemory = \"64MiB\"\nfirmware = \"bios\"\n[[disk]]\nname = \"vda\"\n";
+        fs::write(room.path("prod/db01/machine.toml"), description).expect("description");
+        let text = format!(
+            "version = 1\n[repository]\nnas = {{ url = \"{0}/repo\", default = true }}\n[host]\nprod = {{ kind = \"qemu\", images = \"{0}/prod\", runtime = \"{0}/rp\" }}\n\
+             dr = {{ kind = \"qemu\", images = \"{0}/dr\", runtime = \"{0}/rd\" }}\n[machine]\ndb01 = {{ from = \"prod:db01\" }}\n\
+             [job.dr]\nkind = \"replication\"\nmachines = [\"db01\"]\nsource = {{ from = \"backup\", repositories = [\"nas\"] }}\n\
+             target = {{ host = \"dr\" }}\nschedule = {{ on_new_point = true }}\n\
+             [plan.all]\nentries = [{{ machine = \"db01\", gate = \"{0}/gate\", timeout = \"20s\" }}]\npre = [\"{0}/pre\"]\n",
+            room.dir.path().display()
+        );
+        fs::write(room.path("site.toml"), text).expect("site");
+        for (name, script) in [("gate", "grep -q READY \"$AQUIFER_CONSOLE_LOG\""), ("pre", "touch \"$0.done\"")] {
+            fs::write(room.path(name), format!("#!/bin/sh\n{script}\n")).expect("program");
+            tool("chmod", &["755", &room.text(name)]);
+        }
+        room.ok(["init"]);
+        for number in 0..points {
+            let change = format!("write -P {} 14M {}k", 40 + number, 64 * (number + 1));
+            tool("qemu-io", &["-f", "qcow2", "-c", &change, &site.production()]);
+            let vda = format!("vda={}", site.production());
+            let machine = room.text("prod/db01/machine.toml");
+            room.ok(["backup", "db01", "--disk", &vda, "--machine", &machine]);
+            let id = site.replicate();
+            site.points.push(id);
+        }
+        site
+    }
+
+    fn production(&self) -> String {
+        self.room.text("prod/db01/vda.qcow2")
+    }
+
+    /// One run of the job, as a worker does it; the point's id.
+    fn replicate(&self) -> String {
+        let room = &self.room;
+        let catalogue = Catalogue::open(&Url::Sqlite(room.path("home/catalogue.db"))).expect("catalogue");
+        let new = NewWork {
+            kind: "test".into(),
+            object: String::new(),
+            job: None,
+            session: None,
+            priority: 300,
+            run_at: Timestamp::UNIX_EPOCH,
+            needs: Vec::new(),
+            retries: Retries::default(),
+            spec: Value::Null,
+        };
+        catalogue.enqueue(&new).expect("enqueue");
+        let (_, fence) = catalogue.claim("test", &["test"], Timestamp::now()).expect("claim").expect("work");
+        let home: Value = serde_json::from_slice(&fs::read(room.path("home/installation.json")).expect("installation"))
+            .expect("json");
+        let id = home["id"].as_str().and_then(|id| id.parse().ok()).expect("an id");
+        let me = aquifer_formats::repo::record::Owner { id, name: "here".into() };
+        let cache = std::sync::Arc::new(aquifer_vdisk::BlockCache::new(8 << 20));
+        let rooms = Rooms::only(room.path("rd"));
+        let spec = ReplicaSpec {
+            name: REPLICA.into(),
+            machine: "db01".into(),
+            job: Some("dr".into()),
+            host: "dr".into(),
+            folder: room.path("dr").join(REPLICA),
+            metadata: room.path("home/replicas"),
+            repositories: vec![room.repo()],
+            options: RunOptions::default(),
+        };
+        let desk = Desk {
+            catalogue: &catalogue,
+            fence: &fence,
+            host: &Qemu,
+            rooms: &rooms,
+            me: &me,
+            cache: &cache,
+            pace: &|_| Ok(()),
+            warn: &|_, _| {},
+            network: Network::None,
+            grace: Duration::ZERO,
+            alive: &|| Ok(()),
+        };
+        let ran = replicate(&desk, &spec).expect("a run");
+        let Ran::Made(points) = ran else { panic!("{ran:?}") };
+        catalogue
+            .finish(&fence, &aquifer_runner::catalogue::Outcome::Success(Value::Null), None)
+            .expect("the work is done");
+        points.last().expect("a point").id.to_string()
+    }
+
+    fn json(&self, args: &[&str]) -> Outcome {
+        self.room.json(["-c", "site.toml"].iter().chain(args).copied())
+    }
+
+    /// Runs with machines without a network that need not be waited for.
+    fn does(&self, args: &[&str]) -> Value {
+        let outcome = self.json(&[args, &["--grace", "1s", "--network", "none"]].concat());
+        assert!(outcome.code <= 1, "{args:?}: {}\n{}", outcome.stdout, outcome.stderr);
+        outcome.one("replica")
+    }
+
+    fn refused(&self, args: &[&str], code: &str) -> Value {
+        let outcome = self.json(args);
+        let error = outcome.one("error");
+        assert_eq!(error["code"], code, "{args:?}: {}", outcome.stdout);
+        error
+    }
+
+    fn record(&self) -> ReplicaRecord {
+        let catalogue = Catalogue::open(&Url::Sqlite(self.room.path("home/catalogue.db"))).expect("catalogue");
+        catalogue.replica::<ReplicaRecord>(REPLICA).expect("read").expect("a replica").record
+    }
+
+    fn state(&self) -> String {
+        self.record().state.name().to_owned()
+    }
+
+    fn rooms(&self) -> Rooms {
+        let host = |images: &str, run: &str| (self.room.path(images), self.room.path(run));
+        Rooms { hosts: vec![host("prod", "rp"), host("dr", "rd")], others: self.room.path("none") }
+    }
+
+    fn folder(&self, side: &str) -> PathBuf {
+        self.room.path(if side == "prod" { "prod/db01" } else { "dr/db01_replica" })
+    }
+
+    fn running(&self, side: &str) -> Option<aquifer_runner::host::Running> {
+        Qemu.find(&self.rooms().places(&self.folder(side))).filter(|r| Qemu.power(r).is_ok_and(|p| p != Power::Off))
+    }
+
+    /// Writes to a running machine's disk, as its guest would.
+    fn write(&self, side: &str, pattern: u8, at: &str, len: &str) {
+        let running = self.running(side).expect("it runs");
+        let mut qmp = Qmp::connect(&running.orders, WAIT).expect("monitor");
+        let line = format!("qemu-io -d /machine/peripheral/dev0/virtio-backend \"write -P {pattern} {at} {len}\"");
+        let said = qmp.execute("human-monitor-command", json!({ "command-line": line }), WAIT).expect("write");
+        assert!(said.as_str().unwrap_or_default().trim().is_empty(), "{said}");
+    }
+
+    /// What the replica serves from, or served from last, against production, by QEMU's own tool.
+    fn assert_same(&self, file: &str) {
+        let top = self.folder("dr").join(file);
+        tool(
+            "qemu-img",
+            &["compare", "-U", "-f", "qcow2", "-F", "qcow2", &top.display().to_string(), &self.production()],
+        );
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        for side in ["prod", "dr"] {
+            if let Some(running) = self.running(side) {
+                let _ = Qemu.power_off(&running, Duration::ZERO);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_takeover_at_an_older_point_comes_home_and_is_made_final() {
+    let site = Site::new(2);
+    let none = site.refused(&["failover", "nobody"], "E_NOT_FOUND");
+    assert_eq!(none["exit"], 2);
+    site.refused(&["commit", REPLICA, "--yes"], "E_STATE");
+    site.refused(&["failback", REPLICA, "--yes"], "E_STATE");
+    site.refused(&["failover", REPLICA, "--to", "2001-01-01T00:00:00Z"], "E_NOT_FOUND");
+    assert_eq!(site.json(&["failover", REPLICA, "-n"]).one("plan")["to"], "failover");
+    assert_eq!(site.state(), "ready", "who only looks changes nothing");
+
+    let report = site.does(&["failover", REPLICA, "--to", "latest~1", "--reason", "fire"]);
+    assert_eq!((&report["state"], &report["point"]), (&json!("failover"), &json!(site.points[0])));
+    assert!(site.running("dr").is_some() && site.running("prod").is_none());
+    let again = site.refused(&["failover", REPLICA], "E_STATE");
+    assert_eq!(again["exit"], 3);
+    assert!(again["at"]["cause"].as_str().is_some_and(|now| now.contains("undo")), "{again}");
+    site.write("dr", 0x55, "16M", "300k");
+
+    site.refused(&["failback", REPLICA], "E_CONFIRM");
+    // Production comes back diverged.
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 0x99 18M 128k", &site.production()]);
+    let first = site.does(&["failback", REPLICA, "--yes"]);
+    assert_eq!(first["state"], "ready_to_switch");
+    assert!(site.running("dr").is_some(), "it serves while the first pass is made");
+    let moved = first["first"]["bytes_written"].as_u64().expect("bytes");
+    assert!(moved >= 300 << 10 && moved < 1 << 20, "{first}");
+    site.refused(&["failback", REPLICA, "--yes"], "E_STATE");
+    site.write("dr", 0x66, "17M", "100k");
+    let second = site.json(&["failback", REPLICA, "--switch", "now", "--no-start", "--grace", "1s", "--yes"]);
+    assert_eq!(second.code, 0, "{}", second.stdout);
+    assert!(second.one("estimate")["bytes"].as_u64().is_some_and(|bytes| bytes >= 100 << 10));
+    let second = second.one("replica");
+    let moved = second["second"]["bytes_written"].as_u64().expect("bytes");
+    // What the guest itself copies meanwhile is written to both sides alike.
+    assert!(moved >= 100 << 10 && moved < 900 << 10, "{second}");
+    assert!(site.running("dr").is_none() && site.running("prod").is_none());
+    let top = site.record().failover.expect("a takeover").tops[0].file.clone();
+    site.assert_same(&top);
+
+    assert_eq!(site.refused(&["commit", REPLICA, "--yes"], "E_STATE")["exit"], 3);
+    let done = site.does(&["commit", REPLICA, "--force", "--yes"]);
+    assert_eq!(done["state"], "ready");
+    assert_eq!(done["allowed_operations"][0], "replicate");
+}
+
+#[test]
+fn a_takeover_is_taken_back_and_so_is_the_way_home() {
+    let site = Site::new(1);
+    site.does(&["failover", REPLICA]);
+    site.write("dr", 0x55, "16M", "64k");
+    site.does(&["failback", REPLICA, "--switch", "now", "--yes"]);
+    assert_eq!(site.state(), "failback");
+    assert!(site.running("prod").is_some() && site.running("dr").is_none());
+    let back = site.does(&["undo", REPLICA, "--yes"]);
+    assert_eq!(back["state"], "failover");
+    assert!(site.running("dr").is_some() && site.running("prod").is_none());
+    let lost = site.json(&["undo", REPLICA, "-n"]).one("plan");
+    assert!(lost["loss"].as_str().is_some_and(|loss| loss.contains("has written")), "{lost}");
+    let undone = site.does(&["undo", REPLICA, "--yes"]);
+    assert_eq!(undone["state"], "ready");
+    assert!(site.running("dr").is_none());
+}
+
+#[test]
+fn a_takeover_made_final_is_an_ordinary_machine_that_never_stopped() {
+    let site = Site::new(2);
+    site.does(&["failover", REPLICA]);
+    let before = site.running("dr").expect("it runs").process;
+    site.write("dr", 0x44, "15M", "64k");
+    let done = site.does(&["permanent", REPLICA, "--yes"]);
+    assert_eq!(done["state"], "permanent_failover");
+    assert_eq!(site.running("dr").expect("it runs").process, before);
+    let left = fs::read_dir(site.folder("dr").join("vda")).expect("disk").count();
+    assert_eq!(left, 1, "one image, and no file of ours");
+    site.refused(&["undo", REPLICA, "--yes"], "E_STATE");
+}
+
+#[test]
+fn a_change_of_sides_waits_for_its_time_and_for_nobody_who_decides_otherwise() {
+    let site = Site::new(1);
+    site.does(&["failover", REPLICA]);
+    site.does(&["failback", REPLICA, "--switch", "2999-01-01T00:00:00Z", "--yes"]);
+    let waits =
+        |site: &Site| site.json(&["sessions"]).kind("session").iter().filter(|s| s["state"] == "waiting").count();
+    assert_eq!((site.state().as_str(), waits(&site)), ("ready_to_switch", 1));
+    assert_eq!(site.json(&["failback", REPLICA, "--switch", "2998-01-01T00:00:00Z"]).code, 0);
+    assert_eq!(waits(&site), 1, "the other time in place of the first");
+    assert_eq!(site.json(&["failback", REPLICA, "--switch", "manual"]).code, 0);
+    assert_eq!(waits(&site), 0);
+    site.does(&["undo", REPLICA, "--yes"]);
+    assert_eq!(site.state(), "failover");
+}
+
+#[test]
+fn a_plan_runs_its_programs_waits_at_its_gates_and_is_taken_back() {
+    let site = Site::new(1);
+    let ready = site.json(&["plan", "check", "all"]);
+    assert_eq!(ready.code, 0, "{}{}", ready.stdout, ready.stderr);
+    let run = site.json(&["failover", "--plan", "all", "--grace", "1s", "--network", "none"]);
+    assert!(run.code <= 1, "{}{}", run.stdout, run.stderr);
+    assert!(site.room.path("pre.done").exists(), "the program before the machines");
+    let plan = run.one("plan");
+    assert_eq!((&plan["state"], &plan["run"]["record"]["entries"][0]["step"]), (&json!("completed"), &json!("ready")));
+    assert!(plan["run"]["record"]["entries"][0]["rto_ms"].as_i64().is_some_and(|ms| ms > 0), "{plan}");
+    assert!(site.running("dr").is_some());
+    assert_eq!(site.refused(&["plan", "resume", "all"], "E_STATE")["exit"], 3);
+    let again = site.json(&["plan", "check", "all"]);
+    assert_eq!(again.code, 1, "it would be left out");
+    site.does(&["undo", "plan/all", "--yes"]);
+    assert_eq!(site.state(), "ready");
+
+    // A gate that stays shut fails the machine; what is left is gone on with.
+    fs::write(site.room.path("gate"), "#!/bin/sh\nexit 1\n").expect("gate");
+    let text = fs::read_to_string(site.room.path("site.toml")).expect("site").replace("20s", "1s");
+    fs::write(site.room.path("site.toml"), text).expect("site");
+    let shut = site.json(&["plan", "run", "all", "--grace", "1s", "--network", "none"]);
+    assert_eq!(shut.one("error")["code"], "E_FAILED", "{}", shut.stdout);
+    fs::write(site.room.path("gate"), "#!/bin/sh\nexit 0\n").expect("gate");
+    let rest = site.json(&["plan", "resume", "all", "--grace", "1s", "--network", "none"]);
+    assert!(rest.code <= 1, "{}{}", rest.stdout, rest.stderr);
+}
