@@ -21,6 +21,7 @@ mod hydrate_leave_out;
 mod hydrate_trace;
 mod hydrate_unused;
 mod in_guest;
+mod keep_killed;
 mod kill;
 mod licences;
 mod loopdev;
