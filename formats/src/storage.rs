@@ -14,7 +14,7 @@ mod file;
 mod memory;
 mod view;
 
-pub use behind::WriteBehind;
+pub use behind::{Readers, WriteBehind};
 pub use file::{Access, FileStorage};
 pub use memory::MemoryStorage;
 pub(crate) use view::{Patch, View};

@@ -35,7 +35,7 @@ use super::{
 use crate::{
     Codec, Error, Result, Storage,
     planted::{Bug, planted},
-    storage::WriteBehind,
+    storage::{Readers, WriteBehind},
 };
 
 /// Leaves held in memory before they are written: 16 MiB.
@@ -79,7 +79,7 @@ impl Tail {
         let offset = self.offset;
         self.storage.write_at(offset, bytes).map_err(|e| Error::io(self.storage.label(), "write", offset, e))?;
         self.offset += bytes.len() as u64;
-        self.behind.wrote(&*self.storage, offset..self.offset);
+        self.behind.wrote(&*self.storage, offset..self.offset, Readers::None);
         Ok(())
     }
 

@@ -6,6 +6,7 @@
 //!
 //! Invariants
 //! - Hints only: nothing here makes anything durable, or loses it.
+//! - Memory that is to be kept once is not given up later: somebody reads there.
 //! - Nobody waits for the disk: what is not written back yet stays in memory.
 
 use std::{collections::VecDeque, mem, ops::Range};
@@ -18,6 +19,15 @@ const LAG_BYTES: u64 = 16 << 20;
 /// Writes that follow each other are told of together, up to about this many bytes.
 const PIECE_BYTES: u64 = 1 << 20;
 
+/// Who reads what was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readers {
+    /// Nobody soon: its memory is given up.
+    None,
+    /// Somebody: it stays in memory.
+    Some,
+}
+
 /// What one writer wrote lately to one storage.
 #[derive(Debug, Default)]
 pub struct WriteBehind {
@@ -29,14 +39,14 @@ pub struct WriteBehind {
 
 impl WriteBehind {
     /// A range was written: with what was written just before it, it is sent on its way to the disk, and the memory of
-    /// an earlier one is let go.
-    pub fn wrote(&mut self, storage: &dyn Storage, range: Range<u64>) {
+    /// an earlier one is let go where nobody reads it.
+    pub fn wrote(&mut self, storage: &dyn Storage, range: Range<u64>, readers: Readers) {
         if let Some(piece) = self.join(range) {
-            self.send(storage, piece);
+            self.send(storage, piece, readers);
         }
         if len_of(&self.piece) >= PIECE_BYTES {
             let piece = mem::take(&mut self.piece);
-            self.send(storage, piece);
+            self.send(storage, piece, readers);
         }
     }
 
@@ -49,8 +59,13 @@ impl WriteBehind {
         Some(mem::replace(&mut self.piece, range)).filter(|before| !before.is_empty())
     }
 
-    fn send(&mut self, storage: &dyn Storage, piece: Range<u64>) {
+    fn send(&mut self, storage: &dyn Storage, piece: Range<u64>, readers: Readers) {
         let _hint = storage.start_writeback(piece.start, len_of(&piece));
+        if readers == Readers::Some {
+            self.ranges.clear();
+            self.bytes = 0;
+            return;
+        }
         self.note(piece);
         while let Some(old) = self.due() {
             let _hint = storage.forget_cached(old.start, len_of(&old));
@@ -115,7 +130,8 @@ mod tests {
         let pieces = 3 * LAG_BYTES / 300_000;
         for n in 0..pieces {
             file.write_at(n * 300_000, &piece(n)).unwrap();
-            behind.wrote(&file, n * 300_000..(n + 1) * 300_000);
+            let readers = if n % 3 == 0 { Readers::Some } else { Readers::None };
+            behind.wrote(&file, n * 300_000..(n + 1) * 300_000, readers);
         }
         let mut read = piece(0);
         for n in 0..pieces {

@@ -66,6 +66,8 @@ pub(crate) struct Demand {
     recorder: Mutex<Option<Recorder>>,
 }
 
+/// Reads of the last half to whole second from which on copied bytes stay in memory.
+const OFTEN_READS: u64 = 50;
 /// How long one slow read holds the bulk copy back.
 const SLOW_HOLD: Duration = Duration::from_millis(20);
 
@@ -125,6 +127,11 @@ impl Demand {
     pub(crate) fn is_over_target(&self) -> bool {
         let target = Duration::from_nanos(self.target.load(Ordering::Relaxed));
         !target.is_zero() && self.latencies.quantile(99, self.now()).is_some_and(|p99| p99 > target)
+    }
+
+    /// Whether the guest reads so much that one in a hundred of its reads soon meets what has just been copied.
+    pub(crate) fn is_read_often(&self) -> bool {
+        self.latencies.count(self.now()) >= OFTEN_READS
     }
 
     /// What the guest had to wait for, and how its reads fare.

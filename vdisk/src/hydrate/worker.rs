@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aquifer_formats::storage::WriteBehind;
+use aquifer_formats::storage::{Readers, WriteBehind};
 use parking_lot::{Condvar, Mutex};
 
 use super::{
@@ -289,7 +289,11 @@ impl Shared {
     fn send_off(&self, range: Range<u64>, class: Class, desk: &mut Desk) {
         let Ok(overlay) = self.disk.overlay() else { return };
         match class {
-            Class::Bulk => desk.behind.wrote(overlay.raw(), range),
+            Class::Bulk => {
+                // What is let go has to come back through the queue of the very disk that is being written to.
+                let readers = if self.demand.is_read_often() { Readers::Some } else { Readers::None };
+                desk.behind.wrote(overlay.raw(), range, readers);
+            }
             Class::Urgent => {
                 // The guest reads what is beside it next: it stays in memory. A hint; the sync that matters reports.
                 let _hint = overlay.raw().start_writeback(range.start, range.end - range.start);

@@ -68,14 +68,21 @@ impl Latencies {
         }
     }
 
+    /// Reads of the last half to whole second, by bucket.
+    fn sums(&self, now: u64) -> impl Iterator<Item = u64> {
+        self.turn_to(now / TURN_NANOS);
+        let rows = move |at| self.counts.iter().filter_map(move |row: &[AtomicU32; BUCKETS]| row.get(at));
+        (0..BUCKETS).map(move |at| rows(at).map(|count| u64::from(count.load(Ordering::Relaxed))).sum())
+    }
+
+    /// How many reads there were in the last half to whole second.
+    pub(super) fn count(&self, now: u64) -> u64 {
+        self.sums(now).sum()
+    }
+
     /// How long `percent` in a hundred reads of the last half to whole second took at most; `None` without reads.
     pub(super) fn quantile(&self, percent: u64, now: u64) -> Option<Duration> {
-        self.turn_to(now / TURN_NANOS);
-        let sums: Vec<u64> = (0..BUCKETS)
-            .map(|at| {
-                self.counts.iter().filter_map(|row| row.get(at)).map(|c| u64::from(c.load(Ordering::Relaxed))).sum()
-            })
-            .collect();
+        let sums: Vec<u64> = self.sums(now).collect();
         let total: u64 = sums.iter().sum();
         let mut left = (total * percent).div_ceil(100).checked_sub(1)?;
         for (at, count) in sums.iter().enumerate() {
@@ -119,6 +126,8 @@ mod tests {
         assert!(near(latencies.quantile(50, 400_000_000), 100));
         assert!(near(latencies.quantile(99, 400_000_000), 20_000), "two in a hundred are slow");
         assert!(latencies.quantile(99, 900_000_000).is_some(), "the last half second still counts");
+        assert_eq!(latencies.count(450_000_000), 1000);
         assert_eq!(latencies.quantile(99, 2_000_000_000), None, "long ago");
+        assert_eq!(latencies.count(2_000_000_000), 0);
     }
 }
