@@ -127,6 +127,8 @@ pub enum Verb {
     Sessions(verb::sessions::Args),
     /// Show jobs, when they run next and how they ended last; pause or resume one
     Jobs(verb::jobs::Args),
+    /// Show replicas, their state and restore points; give one up
+    Replicas(verb::replicas::Args),
     /// Check or show the site file
     Config(verb::config::Args),
     /// Let a replica take over at a restore point
@@ -165,7 +167,7 @@ pub const GROUPS: &[(&str, &[&str])] = &[
     ("Protect", &["init", "backup", "points", "forget", "verify"]),
     ("Look", &["map", "diff", "export", "leases", "events"]),
     ("Site", &["config", "run", "serve", "worker", "jobs", "sessions"]),
-    ("Replicas", &["failover", "failback", "commit", "undo", "permanent", "plan"]),
+    ("Replicas", &["replicas", "failover", "failback", "commit", "undo", "permanent", "plan"]),
     ("Tools", &["bench", "doctor", "explain", "completions", "man"]),
 ];
 

@@ -39,6 +39,20 @@ pub struct Context {
     cache: OnceLock<Arc<BlockCache>>,
 }
 
+/// A private folder of this process.
+#[derive(Debug)]
+pub struct Scratch {
+    /// Where it is.
+    pub path: PathBuf,
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What cannot be removed now is removed with the other temporary files.
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
 /// Decoded blocks kept in memory where nothing else is said, bytes.
 const CACHE_BYTES: u64 = 256 << 20;
 
@@ -167,6 +181,17 @@ impl Context {
             return Ok("/run/aquifer".into());
         }
         Ok(self.home()?.join("run"))
+    }
+
+    /// A private folder that is gone when it is dropped.
+    ///
+    /// # Errors
+    /// I/O.
+    pub fn scratch_dir(&self) -> Result<Scratch> {
+        let path = env::temp_dir().join(format!("aquifer-{}", uuid::Uuid::new_v4().simple()));
+        let made = std::os::unix::fs::DirBuilderExt::mode(&mut fs::DirBuilder::new(), 0o700).create(&path);
+        made.map_err(|e| Fail::io(path.display(), "create", &e))?;
+        Ok(Scratch { path })
     }
 
     /// The site file that applies, if there is one.

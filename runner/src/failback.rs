@@ -156,7 +156,7 @@ impl BackWork {
             }
             self.layered = self.layered.max(index + 1);
         }
-        describe(&record.folder, &self.description, &self.tops)
+        describe(&record, &self.description, &self.tops)
     }
 
     fn compare(&mut self, desk: &Desk<'_>) -> Result<()> {
@@ -618,7 +618,7 @@ impl Work for ReturnWork {
                 let record = desk.load(&work.name)?.record;
                 let Some(point) = work.point.as_ref().filter(|_| work.changed) else { return Ok(()) };
                 put_layers(&record.folder, &point.disks, &work.tops)?;
-                describe(&record.folder, &point.description, &work.tops)?;
+                describe(&record, &point.description, &work.tops)?;
                 desk.stamp(&record.folder, record.lineage, work.epoch + 1)
             })
             .final_step("start", |work: &mut Self| {

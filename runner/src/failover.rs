@@ -26,7 +26,8 @@ use crate::{
         desk::{Desk, Went, Work},
         images, keep, layers,
         model::{FailoverRecord, PointRecord, ReplicaRecord, Top},
-        run::{ReplicaSpec, describe, replicate, replicate_images},
+        production::replicate_images,
+        run::{ReplicaSpec, describe, replicate},
         state::{Op, State},
     },
     source::PointRef,
@@ -176,7 +177,7 @@ impl Work for FailoverWork {
                 "describe",
                 |work: &mut Self| {
                     let record = desk.load(&work.name)?.record;
-                    describe(&record.folder, &work.description, &work.tops)?;
+                    describe(&record, &work.description, &work.tops)?;
                     put_variables(desk, &record.folder, &work.description)
                 },
                 |work: &mut Self| describe_latest(desk, &work.name),
@@ -265,7 +266,7 @@ pub(crate) fn power_off(desk: &Desk<'_>, folder: &Path, grace: Duration) -> Resu
 pub(crate) fn describe_latest(desk: &Desk<'_>, name: &str) -> Result<()> {
     let record = desk.load(name)?.record;
     let points = desk.points(name)?;
-    points.last().map_or(Ok(()), |point| describe(&record.folder, &point.description, &point.disks))
+    points.last().map_or(Ok(()), |point| describe(&record, &point.description, &point.disks))
 }
 
 /// A takeover being taken back.
@@ -408,7 +409,7 @@ impl Work for PermanentWork {
             .final_step("merge", |work: &mut Self| work.merge(desk))
             .final_step("describe", |work: &mut Self| {
                 let record = desk.load(&work.name)?.record;
-                describe(&record.folder, &work.description, &work.bases)
+                describe(&record, &work.description, &work.bases)
             })
             .final_step("forget", |work: &mut Self| {
                 let record = desk.load(&work.name)?.record;

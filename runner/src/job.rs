@@ -9,6 +9,7 @@ pub mod copy;
 pub mod health;
 mod news;
 pub mod place;
+pub mod replicate;
 pub mod stored;
 
 use serde::Serialize;
@@ -42,6 +43,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
         "backup" | "copy" | "health" => stored::run(task),
         operate::KIND => operate::run(task),
         plan::KIND => plan::run(task),
+        "replication" => replicate::run(task),
         kind => Err(Fail::new(Code::Unsupported, format!("this build does not know work of the kind `{kind}`"))),
     }
 }
@@ -50,7 +52,10 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
 ///
 /// # Errors
 /// What the work itself would be refused for.
-pub fn foresee(_context: &Context, _site: &Site, job: &Job, work: &NewWork) -> Result<Vec<Step>> {
+pub fn foresee(context: &Context, site: &Site, job: &Job, work: &NewWork) -> Result<Vec<Step>> {
+    if matches!(job.kind, JobKind::Replication(_)) {
+        return replicate::foresee(context, site, job, work);
+    }
     let machine = work.spec.get("machine").and_then(|machine| machine.as_str()).unwrap_or("every machine");
     let what = match &job.kind {
         JobKind::Backup(job) => format!("back {machine} up into {}", job.to),

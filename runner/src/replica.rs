@@ -18,11 +18,14 @@
 pub mod build;
 pub mod desk;
 pub mod digests;
+pub mod foresee;
 pub mod images;
 pub mod keep;
 pub mod layers;
 pub mod model;
+pub mod production;
 pub mod recover;
+pub mod rules;
 pub mod run;
 pub mod seat;
 pub mod state;

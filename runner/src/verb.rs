@@ -33,6 +33,7 @@ pub mod permanent;
 pub mod plan;
 pub mod points;
 pub mod recover;
+pub mod replicas;
 pub mod run;
 pub mod serve;
 pub mod session;
@@ -79,6 +80,7 @@ impl Verb {
             Verb::Undo(_) => "undo",
             Verb::Permanent(_) => "permanent",
             Verb::Plan(_) => "plan",
+            Verb::Replicas(_) => "replicas",
             Verb::Bench(_) => "bench",
             Verb::Doctor(_) => "doctor",
             Verb::Explain(_) => "explain",
@@ -122,6 +124,7 @@ impl Verb {
             Verb::Undo(args) => undo::run(context, args),
             Verb::Permanent(args) => permanent::run(context, args),
             Verb::Plan(args) => plan::run(context, args),
+            Verb::Replicas(args) => replicas::run(context, args),
             Verb::Bench(args) => bench::run(context, args),
             Verb::Doctor(args) => doctor::run(context, args),
             Verb::Explain(args) => explain::run(context, args),

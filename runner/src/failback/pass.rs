@@ -26,7 +26,7 @@ use crate::{
     copy::{Piece, is_zero_bytes, sweep},
     fail::{Fail, Result},
     replica::{
-        build::{Pace, discard},
+        build::{Moved, Pace, discard},
         digests::{Digests, each_block, sum_of},
         layers::{name_it, part_of},
         model::Carried,
@@ -103,7 +103,7 @@ impl Sent<'_> {
             each_block(offset, piece, digests.block(), &mut |index, bytes| {
                 let sum = bytes.map_or_else(|| digests.zero_at(index), sum_of);
                 if digests.sum(index) == Some(&sum) {
-                    (self.pass.pace)(digests.block())?;
+                    (self.pass.pace)(Moved::Read(digests.block()))?;
                     self.equal.fetch_add(1, Ordering::Relaxed);
                     return Ok(());
                 }
@@ -149,7 +149,7 @@ impl Sent<'_> {
     }
 
     fn clusters(&self, at: u64, bytes: &[u8]) -> Result<()> {
-        (self.pass.pace)(bytes.len() as u64)?;
+        (self.pass.pace)(Moved::Read(bytes.len() as u64))?;
         let step = usize::try_from(CLUSTER_BYTES).unwrap_or(usize::MAX);
         let mut old = Vec::new();
         for (index, new) in bytes.chunks(step).enumerate() {

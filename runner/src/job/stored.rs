@@ -137,7 +137,7 @@ fn rates(task: &Task<'_>, site: &Site, name: &str, job: &Job) -> Vec<Arc<Rate>> 
 }
 
 /// The lowest limit that applies at a time.
-fn limit(limits: &Limits, direction: Direction, at: jiff::Timestamp, site: &Site) -> Option<u64> {
+pub(super) fn limit(limits: &Limits, direction: Direction, at: jiff::Timestamp, site: &Site) -> Option<u64> {
     let pick = |read: Option<u64>, write: Option<u64>| match direction {
         Direction::Read => read,
         Direction::Write => write,
@@ -182,24 +182,37 @@ pub fn resources(kind: &JobKind) -> (Vec<&str>, Vec<&str>) {
     }
 }
 
+/// A program beside a run: if it fails, that is told.
+pub(super) fn script(
+    (job, machine): (&str, &str),
+    script: Option<&Path>,
+    when: &str,
+    warn: &dyn Fn(Code, String),
+) {
+    let Some(script) = script else { return };
+    let status = Command::new(script).env("AQUIFER_JOB", job).env("AQUIFER_MACHINE", machine).status();
+    let why = match status {
+        Ok(status) if status.success() => return,
+        Ok(status) => status.to_string(),
+        Err(error) => error.to_string(),
+    };
+    warn(Code::WarnHost, format!("the {when} script {} failed: {why}", script.display()));
+}
+
 impl Run<'_> {
     /// Does it.
     ///
     /// # Errors
     /// What the kind of job fails with; [`Code::Unsupported`] for one that does not end in a repository.
     pub fn work(&self, job: &Job) -> Result<Report> {
-        if let Some(script) = &job.pre {
-            self.script(script, "pre");
-        }
+        script((self.job, self.machine), job.pre.as_deref(), "pre", &|code, what| self.note(code, what));
         let done = match &job.kind {
             JobKind::Backup(backup) => backup::run(self, backup),
             JobKind::Copy(copy) => copy::run(self, copy),
             JobKind::Health(health) => health::run(self, health),
             JobKind::Replication(_) => Err(Fail::new(Code::Unsupported, "a replication does not end in a repository")),
         };
-        if let Some(script) = &job.post {
-            self.script(script, "post");
-        }
+        script((self.job, self.machine), job.post.as_deref(), "post", &|code, what| self.note(code, what));
         done
     }
 
@@ -220,17 +233,6 @@ impl Run<'_> {
     pub(crate) fn note(&self, code: Code, what: String) {
         self.context.out.warn(code, what.clone(), None);
         self.notes.lock().push(what);
-    }
-
-    /// A program beside a run: if it fails, that is noted.
-    fn script(&self, script: &Path, when: &str) {
-        let status = Command::new(script).env("AQUIFER_JOB", self.job).env("AQUIFER_MACHINE", self.machine).status();
-        let why = match status {
-            Ok(status) if status.success() => return,
-            Ok(status) => status.to_string(),
-            Err(error) => error.to_string(),
-        };
-        self.note(Code::WarnHost, format!("the {when} script {} failed: {why}", script.display()));
     }
 
     /// Applies a job's rule to the machine's points. Trouble with old points never fails the new one.

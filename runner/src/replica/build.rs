@@ -34,15 +34,40 @@ use super::{
     model::Carried,
 };
 use crate::{
-    copy::{Piece, is_zero_bytes, sweep},
+    copy::{Piece, each_data_range, is_zero_bytes, sweep},
     fail::{Code, Fail, Result},
 };
 
 /// Bytes looked at between two marks.
 pub const MARK_BYTES: u64 = 256 << 20;
 
-/// Told how many bytes were looked at; may hold the work back, or end it.
-pub type Pace<'a> = &'a (dyn Fn(u64) -> Result<()> + Sync);
+/// What is told on the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moved {
+    /// So many bytes are going to be looked at.
+    Ahead(u64),
+    /// Bytes were read.
+    Read(u64),
+    /// Bytes are known to be zero and were not read.
+    Zeros(u64),
+    /// Bytes were written.
+    Written(u64),
+    /// Blocks were found equal.
+    Equal(u64),
+}
+
+impl Moved {
+    /// Bytes that were looked at.
+    pub fn looked_at(self) -> u64 {
+        match self {
+            Self::Read(bytes) | Self::Zeros(bytes) => bytes,
+            Self::Ahead(_) | Self::Written(_) | Self::Equal(_) => 0,
+        }
+    }
+}
+
+/// Told what moves; may hold the work back, or end it.
+pub type Pace<'a> = &'a (dyn Fn(Moved) -> Result<()> + Sync);
 
 /// What a disk's layer is made of.
 #[derive(Clone, Debug)]
@@ -133,9 +158,18 @@ impl DiskBuild {
         self.digests.as_ref().map_or_else(|| Digests::zero(0, self.block).block(), Digests::block)
     }
 
-    /// Bytes that will be looked at, at most.
-    pub fn estimate(&self) -> u64 {
-        self.ranges().bytes()
+    /// Bytes that will be read, at most: reads the source's map, no data.
+    ///
+    /// # Errors
+    /// The source's.
+    pub fn estimate(&self) -> Result<u64> {
+        let mut data = Delta::new();
+        each_data_range(&Disk::read_only("source", self.source.clone()), |extent| {
+            data.insert(extent.offset..extent.offset.saturating_add(extent.len));
+            Ok(())
+        })?;
+        let size = self.source.size();
+        Ok(self.ranges().intersect(&data.round_out(self.block()).clip(0..size)).bytes())
     }
 
     /// Makes the layer, or goes on making it. The finished file still has its temporary name: see [`DiskBuild::settle`].
@@ -164,7 +198,9 @@ impl DiskBuild {
         };
         let mut mark = mark;
         let source = Disk::read_only("source", self.source.clone());
-        for part in cut(&self.ranges(), mark.done_until, self.mark_bytes.max(1 << 20)) {
+        let parts = cut(&self.ranges(), mark.done_until, self.mark_bytes.max(1 << 20));
+        pace(Moved::Ahead(parts.iter().map(Delta::bytes).sum()))?;
+        for part in parts {
             let read = sweep(&source, &part, block, &|offset, piece| work.take(offset, piece))?;
             mark.carried.bytes_read += read;
             mark.carried.bytes_written += work.written.swap(0, Ordering::Relaxed);
@@ -258,11 +294,11 @@ struct Work<'a> {
 impl Work<'_> {
     fn take(&self, offset: u64, piece: Piece<'_>) -> Result<()> {
         let (block, size) = (self.digests.lock().block(), self.build.source.size());
-        let len = match piece {
-            Piece::Bytes(bytes) => bytes.len() as u64,
-            Piece::Zeros(len) => len,
-        };
-        (self.pace)(len)?;
+        (self.pace)(match piece {
+            Piece::Bytes(bytes) => Moved::Read(bytes.len() as u64),
+            Piece::Zeros(len) => Moved::Zeros(len),
+        })?;
+        let (mut equal, mut written) = (0, 0);
         each_block(offset, piece, block, &mut |index, bytes| {
             let new = bytes.map(sum_of);
             let (old, new) = {
@@ -270,20 +306,25 @@ impl Work<'_> {
                 (digests.sum(index).copied(), new.unwrap_or_else(|| digests.zero_at(index)))
             };
             if old == Some(new) {
-                self.equal.fetch_add(1, Ordering::Relaxed);
+                equal += 1;
                 return Ok(());
             }
             let at = index * block;
-            self.store(at, bytes, block.min(size - at))?;
+            let stored = self.store(at, bytes, block.min(size - at))?;
+            written += stored;
             self.digests.lock().set(index, new);
             self.changed.lock().push((index, new));
             Ok(())
-        })
+        })?;
+        self.equal.fetch_add(equal, Ordering::Relaxed);
+        self.written.fetch_add(written, Ordering::Relaxed);
+        (self.pace)(Moved::Equal(equal))?;
+        (self.pace)(Moved::Written(written))
     }
 
-    /// Stores the clusters of a block that differ from the base.
-    fn store(&self, at: u64, bytes: Option<&[u8]>, len: u64) -> Result<()> {
-        let mut base = Vec::new();
+    /// Stores the clusters of a block that differ from the base; answers how many bytes those have.
+    fn store(&self, at: u64, bytes: Option<&[u8]>, len: u64) -> Result<u64> {
+        let (mut base, mut written) = (Vec::new(), 0);
         let step = usize::try_from(CLUSTER_BYTES).unwrap_or(usize::MAX);
         for start in (at..at + len).step_by(step) {
             let len = CLUSTER_BYTES.min(at + len - start);
@@ -302,13 +343,13 @@ impl Work<'_> {
             match new {
                 Some(new) if new != base => {
                     self.image.write(start, new)?;
-                    self.written.fetch_add(len, Ordering::Relaxed);
+                    written += len;
                 }
                 None if !base_is_zero => self.image.write_zeros(start, len)?,
                 _ => {}
             }
         }
-        Ok(())
+        Ok(written)
     }
 
     fn mark(&self, files: &Files, mark: &mut Mark) -> Result<()> {

@@ -36,6 +36,15 @@ pub fn open(path: &Path, format: Format, cache: &Arc<BlockCache>) -> Result<Arc<
     Ok(Arc::new(open_chain(&spec, cache.clone(), &|uri| source::layer_of_nbd(uri))?))
 }
 
+/// Opens a disk that is served.
+///
+/// # Errors
+/// Nobody serves it.
+pub fn served(uri: &str, cache: &Arc<BlockCache>) -> Result<Arc<Chain>> {
+    let spec = ChainSpec::Nbd { uri: uri.to_owned() };
+    Ok(Arc::new(open_chain(&spec, cache.clone(), &|uri| source::layer_of_nbd(uri))?))
+}
+
 /// The same, as a disk.
 ///
 /// # Errors

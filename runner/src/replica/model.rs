@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{run::RunWork, state::State};
+use super::{rules::Rules, run::RunWork, state::State};
 use crate::{
     fail::{Code, Fail, Result},
     host::Running,
@@ -54,6 +54,9 @@ pub struct ReplicaRecord {
     /// The job leaves the machine out from now on.
     #[serde(default)]
     pub excluded: bool,
+    /// What its job said of it at the last run.
+    #[serde(default)]
+    pub rules: Rules,
     /// A run that was interrupted: the next one finishes it first.
     #[serde(default)]
     pub unfinished: Option<Box<RunWork>>,
@@ -225,6 +228,10 @@ impl Carried {
 pub enum Origin {
     /// A run of the job.
     Job,
+    /// A backup that was there before the job.
+    Seed,
+    /// A machine of the target that was there before the job.
+    Mapped,
     /// Production, while it was on its way to a planned failover.
     Planned,
     /// The replica's own writes, before the sides were changed back.

@@ -12,6 +12,7 @@
 //! Not here: how a disk is built ([`super::build`]); what stays ([`super::keep`]).
 
 use std::{
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -33,6 +34,7 @@ use super::{
     keep,
     layers::{self, said_above},
     model::{Carried, HomeDisk, Origin, PointRecord, ReplicaRecord, SourcePoint, Top, VERSION},
+    rules::Rules,
     state::{Op, State},
 };
 use crate::{
@@ -62,6 +64,9 @@ pub struct ReplicaSpec {
     pub repositories: Vec<PathBuf>,
     /// How it is done.
     pub options: RunOptions,
+    /// What else is said of it.
+    #[serde(default)]
+    pub rules: Rules,
 }
 
 /// How a run is done.
@@ -112,7 +117,31 @@ pub enum RunSource {
     Images {
         /// Its disks.
         disks: Vec<HomeDisk>,
+        /// When they were last written to, nanoseconds since 1970: what is written to meanwhile is no restore point.
+        #[serde(default)]
+        as_of: Vec<i64>,
     },
+    /// The disks of a running machine as they were at one moment, served by its hypervisor.
+    Doors {
+        /// Its disks.
+        disks: Vec<SourceDoor>,
+    },
+}
+
+/// A disk that is served.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceDoor {
+    /// Its name.
+    pub disk: String,
+    /// NBD URI.
+    pub uri: String,
+}
+
+impl RunSource {
+    /// Whether production is read.
+    pub fn is_production(&self) -> bool {
+        !matches!(self, Self::Backup { .. })
+    }
 }
 
 /// A run under way.
@@ -149,6 +178,14 @@ pub enum Ran {
 /// [`Code::NotFound`] where no repository has a usable point; whatever fails on the way: what was copied stays and is
 /// gone on from.
 pub fn replicate(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<Ran> {
+    replicate_as(desk, spec, Origin::Job)
+}
+
+/// As [`replicate`], for points of another origin.
+///
+/// # Errors
+/// As [`replicate`].
+pub fn replicate_as(desk: &Desk<'_>, spec: &ReplicaSpec, origin: Origin) -> Result<Ran> {
     let row = prepare(desk, spec)?;
     if row.record.state.holds_replication() || row.record.excluded {
         return Ok(Ran::OnHold(row.record.state));
@@ -157,7 +194,8 @@ pub fn replicate(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<Ran> {
     loop {
         let points = desk.points(&spec.name)?;
         let Some((repository, point)) = choose(desk, spec, points.last())? else { break };
-        let work = work_of(desk, spec, &points, &repository, &point)?;
+        let number = desk.load(&spec.name)?.record.next_layer;
+        let work = work_of(desk, spec, (number, origin), &points, &repository, &point)?;
         desk.ready_for(&spec.name, Op::Replicate)?;
         made.push(desk.carry_out(&spec.name, work, None)?.point);
         if !spec.options.catch_up_all {
@@ -167,80 +205,79 @@ pub fn replicate(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<Ran> {
     Ok(if made.is_empty() { Ran::NoNewPoint } else { Ran::Made(made) })
 }
 
-/// Makes a restore point of a machine's images, which nobody writes to meanwhile.
+/// The replica's record, made where there is none, with whatever died before it brought to an end.
 ///
 /// # Errors
-/// As [`replicate`].
-pub fn replicate_images(
-    desk: &Desk<'_>,
-    spec: &ReplicaSpec,
-    disks: Vec<HomeDisk>,
-    description: MachineDescription,
-) -> Result<PointRecord> {
-    prepare(desk, spec)?;
-    let row = desk.ready_for(&spec.name, Op::Replicate)?;
-    let mut tops = Vec::new();
-    for disk in &disks {
-        let size = layers::open(&disk.path, disk.format, desk.cache)?.size();
-        let file = ReplicaRecord::layer_name(&disk.disk, row.record.next_layer);
-        tops.push(Top { disk: disk.disk.clone(), file, size });
-    }
-    let point = PointRecord {
-        version: VERSION,
-        id: Uuid::now_v7(),
-        number: row.record.next_layer,
-        taken: Timestamp::now(),
-        made: Timestamp::now(),
-        origin: Origin::Planned,
-        source: None,
-        disks: tops,
-        description,
-        carried: Carried::default(),
+/// [`Code::Exists`] where its folder holds something else.
+pub(super) fn prepare(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<Row> {
+    let known = desk.catalogue.replica::<ReplicaRecord>(&spec.name)?;
+    // One that was given up with its files is made anew.
+    let known = match known {
+        Some(gone) if gone.record.state == State::Removed && !gone.record.excluded => {
+            desk.catalogue.drop_replica(desk.fence, &spec.name, gone.revision)?;
+            None
+        }
+        known => known,
     };
-    let kind = RunWork::KIND.into();
-    let source = RunSource::Images { disks };
-    let work = RunWork { kind, name: spec.name.clone(), point, source, options: spec.options, given_up: 0 };
-    Ok(desk.carry_out(&spec.name, work, None)?.point)
-}
-
-/// The replica's record, made where there is none, with whatever died before it brought to an end.
-fn prepare(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<Row> {
-    if desk.catalogue.replica::<ReplicaRecord>(&spec.name)?.is_none() {
+    if known.is_none() {
         std::fs::create_dir_all(&spec.folder).map_err(|e| Fail::io(spec.folder.display(), "create", &e))?;
         let folder = std::fs::canonicalize(&spec.folder).map_err(|e| Fail::io(spec.folder.display(), "find", &e))?;
-        if folder.join(placed::DESCRIPTION).exists() {
-            let what = format!("{} holds a machine that is no replica of ours", folder.display());
-            return Err(Fail::new(Code::Exists, what).at(folder.display()));
-        }
-        let record = ReplicaRecord {
-            version: VERSION,
-            name: spec.name.clone(),
-            lineage: Uuid::new_v4(),
-            epoch: 1,
-            machine: spec.machine.clone(),
-            job: spec.job.clone(),
-            host: spec.host.clone(),
-            folder,
-            metadata: spec.metadata.clone(),
-            digest_block: spec.options.block,
-            state: State::Absent,
-            next_layer: 1,
-            needs_resync: false,
-            excluded: false,
-            unfinished: None,
-            failover: None,
-            failback: None,
-        };
+        refuse_strangers(&folder)?;
+        let record = fresh(spec, folder);
         let (name, source, job) = (spec.name.clone(), spec.machine.clone(), spec.job.clone());
         let state = record.state.name().into();
         desk.store(Stored { name, revision: 0, state, source, job, record })?;
     }
     super::recover::recover(desk, &spec.name)?;
-    desk.load(&spec.name)
+    let mut row = desk.load(&spec.name)?;
+    if row.record.rules != spec.rules || row.record.job != spec.job {
+        (row.record.rules, row.record.job) = (spec.rules.clone(), spec.job.clone());
+        row = desk.store(row)?;
+    }
+    Ok(row)
+}
+
+/// Refuses a folder that holds a machine of somebody else.
+///
+/// # Errors
+/// [`Code::Exists`].
+pub(super) fn refuse_strangers(folder: &Path) -> Result<()> {
+    if !folder.join(placed::DESCRIPTION).exists() {
+        return Ok(());
+    }
+    let what = format!("{} holds a machine that is no replica of ours", folder.display());
+    Err(Fail::new(Code::Exists, what).at(folder.display()))
+}
+
+/// A replica that has no point yet.
+pub(super) fn fresh(spec: &ReplicaSpec, folder: PathBuf) -> ReplicaRecord {
+    ReplicaRecord {
+        version: VERSION,
+        name: spec.name.clone(),
+        lineage: Uuid::new_v4(),
+        epoch: 1,
+        machine: spec.machine.clone(),
+        job: spec.job.clone(),
+        host: spec.host.clone(),
+        folder,
+        metadata: spec.metadata.clone(),
+        digest_block: spec.options.block,
+        state: State::Absent,
+        next_layer: 1,
+        needs_resync: false,
+        excluded: false,
+        rules: spec.rules.clone(),
+        unfinished: None,
+        failover: None,
+        failback: None,
+    }
 }
 
 /// Finishes what an earlier run began, if its source is still there.
-fn finish_old(desk: &Desk<'_>, row: Row) -> Result<Vec<PointRecord>> {
+///
+/// # Errors
+/// As [`replicate`].
+pub(super) fn finish_old(desk: &Desk<'_>, row: Row) -> Result<Vec<PointRecord>> {
     let Some(work) = row.record.unfinished.clone() else { return Ok(Vec::new()) };
     let work = *work;
     let name = work.name.clone();
@@ -259,7 +296,10 @@ fn finish_old(desk: &Desk<'_>, row: Row) -> Result<Vec<PointRecord>> {
 }
 
 /// The point to take: newer than `latest`; the newest, or the first that was missed.
-fn choose(desk: &Desk<'_>, spec: &ReplicaSpec, latest: Option<&PointRecord>) -> Result<Option<(PathBuf, Point)>> {
+///
+/// # Errors
+/// [`Code::NotFound`] where no repository has any.
+pub fn choose(desk: &Desk<'_>, spec: &ReplicaSpec, latest: Option<&PointRecord>) -> Result<Option<(PathBuf, Point)>> {
     let mut found: Vec<(PathBuf, Point)> = Vec::new();
     let mut any = false;
     for dir in &spec.repositories {
@@ -300,12 +340,31 @@ fn choose(desk: &Desk<'_>, spec: &ReplicaSpec, latest: Option<&PointRecord>) -> 
     })
 }
 
-fn work_of(desk: &Desk<'_>, spec: &ReplicaSpec, points: &[PointRecord], dir: &Path, point: &Point) -> Result<RunWork> {
-    let row = desk.load(&spec.name)?;
-    let number = row.record.next_layer.max(points.last().map_or(0, |last| last.number + 1));
+/// When the newest complete backup was made, if there is any.
+///
+/// # Errors
+/// The repositories'.
+pub fn newest_backup(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<Option<Timestamp>> {
+    match choose(desk, spec, None) {
+        Ok(found) => Ok(found.and_then(|(_, point)| point.created())),
+        Err(fail) if fail.code == Code::NotFound => Ok(None),
+        Err(fail) => Err(fail),
+    }
+}
+
+pub(super) fn work_of(
+    desk: &Desk<'_>,
+    spec: &ReplicaSpec,
+    (next_layer, origin): (u64, Origin),
+    points: &[PointRecord],
+    dir: &Path,
+    point: &Point,
+) -> Result<RunWork> {
+    let number = next_layer.max(points.last().map_or(0, |last| last.number + 1));
     let repo = Repository::open(dir, desk.me.clone())?;
     let stored = point.record.clone().ok_or_else(|| Fail::new(Code::Bug, "a complete point without a record"))?;
-    let disks = stored.disks.iter().map(|disk| {
+    let wanted = stored.disks.iter().filter(|disk| !spec.rules.leave_out(disk.name.as_str()));
+    let disks = wanted.map(|disk| {
         let name = disk.name.as_str().to_owned();
         Top { file: ReplicaRecord::layer_name(&name, number), disk: name, size: disk.size }
     });
@@ -316,27 +375,33 @@ fn work_of(desk: &Desk<'_>, spec: &ReplicaSpec, points: &[PointRecord], dir: &Pa
         number,
         taken: stored.created,
         made: Timestamp::now(),
-        origin: Origin::Job,
+        origin,
         source: Some(source),
         disks: disks.collect(),
         description: stored.machine,
         carried: Carried::default(),
     };
-    let source = RunSource::Backup { repository: dir.to_path_buf(), point: source };
-    let kind = RunWork::KIND.into();
-    Ok(RunWork { kind, name: spec.name.clone(), point: record, source, options: spec.options, given_up: 0 })
+    Ok(RunWork::new(spec, record, RunSource::Backup { repository: dir.to_path_buf(), point: source }))
 }
 
 /// The source, open and held.
-struct Opened {
+pub(super) struct Opened {
     repo: Option<(Repository, Point, Option<Hold>)>,
-    images: Vec<HomeDisk>,
+    disks: Vec<(String, Arc<Chain>)>,
 }
 
 impl Opened {
-    fn of(desk: &Desk<'_>, source: &RunSource) -> Result<Self> {
+    pub(super) fn of(desk: &Desk<'_>, source: &RunSource) -> Result<Self> {
         match source {
-            RunSource::Images { disks } => Ok(Self { repo: None, images: disks.clone() }),
+            RunSource::Images { disks, as_of } => {
+                untouched(disks, as_of)?;
+                let open = |disk: &HomeDisk| Ok((disk.disk.clone(), layers::open(&disk.path, disk.format, desk.cache)?));
+                Ok(Self { repo: None, disks: disks.iter().map(open).collect::<Result<_>>()? })
+            }
+            RunSource::Doors { disks } => {
+                let open = |door: &SourceDoor| Ok((door.disk.clone(), layers::served(&door.uri, desk.cache)?));
+                Ok(Self { repo: None, disks: disks.iter().map(open).collect::<Result<_>>()? })
+            }
             RunSource::Backup { repository, point: wanted } => {
                 let repo = Repository::open(repository, desk.me.clone())?;
                 let machine = repo.machines()?.into_iter().find(|machine| machine.id == wanted.machine);
@@ -345,7 +410,7 @@ impl Opened {
                 let point = repo.points(&machine)?.into_iter().find(|point| point.id == wanted.point);
                 let point = point.filter(|point| point.state == PointState::Complete).ok_or_else(gone)?;
                 let hold = Hold::read(&repo, &machine, &point, repository::holder("replicate"))?;
-                Ok(Self { repo: Some((repo, point, Some(hold))), images: Vec::new() })
+                Ok(Self { repo: Some((repo, point, Some(hold))), disks: Vec::new() })
             }
         }
     }
@@ -355,9 +420,8 @@ impl Opened {
             let name = aquifer_formats::repo::DiskName::new(disk)?;
             return Ok(Arc::new(Chain::of_point(repo.open_disk(point, &name)?, desk.cache.clone())));
         }
-        let image = self.images.iter().find(|image| image.disk == disk);
-        let image = image.ok_or_else(|| Fail::new(Code::NotFound, format!("there is no disk {disk}")))?;
-        layers::open(&image.path, image.format, desk.cache)
+        let found = self.disks.iter().find(|(name, _)| name == disk);
+        Ok(found.ok_or_else(|| Fail::new(Code::NotFound, format!("there is no disk {disk}")))?.1.clone())
     }
 
     /// Where the new content can differ from the replica's newest state, if the tables prove where it cannot: the
@@ -390,9 +454,34 @@ impl Opened {
     }
 }
 
+/// Refuses images that were written to since a run began with them.
+fn untouched(disks: &[HomeDisk], as_of: &[i64]) -> Result<()> {
+    for (disk, as_of) in disks.iter().zip(as_of) {
+        if written(&disk.path)? != *as_of {
+            let what = "the image was written to while it was copied: its machine has to be off";
+            return Err(Fail::new(Code::State, what).at(disk.path.display()));
+        }
+    }
+    Ok(())
+}
+
+/// When a file was last written to, nanoseconds since 1970.
+///
+/// # Errors
+/// I/O.
+pub(super) fn written(path: &Path) -> Result<i64> {
+    let meta = std::fs::metadata(path).map_err(|e| Fail::io(path.display(), "look at", &e))?;
+    Ok(meta.mtime().saturating_mul(1_000_000_000).saturating_add(meta.mtime_nsec()))
+}
+
 impl RunWork {
-    fn builds(&self, desk: &Desk<'_>, opened: &Opened) -> Result<Vec<DiskBuild>> {
-        let record = desk.load(&self.name)?.record;
+    /// A run that has not begun.
+    pub(super) fn new(spec: &ReplicaSpec, point: PointRecord, source: RunSource) -> Self {
+        let kind = Self::KIND.into();
+        Self { kind, name: spec.name.clone(), point, source, options: spec.options, given_up: 0 }
+    }
+
+    pub(super) fn builds(&self, desk: &Desk<'_>, record: &ReplicaRecord, opened: &Opened) -> Result<Vec<DiskBuild>> {
         let mut points = desk.points(&self.name)?;
         points.retain(|point| point.number < self.point.number);
         let newest = points.last();
@@ -415,9 +504,9 @@ impl RunWork {
                 let file = record.folder.join(&below.file);
                 let base = layers::open(&file, Format::Qcow2, desk.cache)?;
                 if !record.needs_resync {
-                    build.digests = Digests::load(&keep::digest_file(&record, point, &top.disk), base.size())?;
+                    build.digests = Digests::load(&keep::digest_file(record, point, &top.disk), base.size())?;
                     let pair = (&*base, &*build.source);
-                    build.candidates = opened.candidates(desk, &record, &points, &top.disk, pair)?;
+                    build.candidates = opened.candidates(desk, record, &points, &top.disk, pair)?;
                 }
                 if build.digests.is_none() {
                     resync(desk.warn, &self.name, &top.disk);
@@ -432,7 +521,7 @@ impl RunWork {
     fn copy(&mut self, desk: &Desk<'_>) -> Result<()> {
         let opened = Opened::of(desk, &self.source)?;
         let record = desk.load(&self.name)?.record;
-        let builds = self.builds(desk, &opened)?;
+        let builds = self.builds(desk, &record, &opened)?;
         let (next, built) = (Mutex::new(builds.iter().enumerate()), Mutex::new(Vec::new()));
         let workers = self.options.parallel.clamp(1, builds.len().max(1));
         std::thread::scope(|scope| {
@@ -454,7 +543,9 @@ impl RunWork {
             let ends: Vec<Result<()>> = ends.collect();
             ends.into_iter().collect::<Result<()>>()
         })?;
-        let production = matches!(self.source, RunSource::Images { .. });
+        if let RunSource::Images { disks, as_of } = &self.source {
+            untouched(disks, as_of)?;
+        }
         let mut carried = Carried::default();
         for (index, Built { digests, carried: moved }) in built.into_inner() {
             let (Some(build), Some(top)) = (builds.get(index), self.point.disks.get(index)) else { continue };
@@ -465,7 +556,7 @@ impl RunWork {
             }
             carried.add(moved);
         }
-        if production {
+        if self.source.is_production() {
             carried.bytes_read_production = carried.bytes_read;
         }
         self.point.carried = carried;
@@ -512,7 +603,7 @@ impl Work for RunWork {
             .final_step("point", |work: &mut Self| desk.put_point(&work.name, &work.point))
             .final_step("describe", |work: &mut Self| {
                 let record = desk.load(&work.name)?.record;
-                describe(&record.folder, &work.point.description, &work.point.disks)
+                describe(&record, &work.point.description, &work.point.disks)
             })
             .final_step("retain", |work: &mut Self| {
                 let record = desk.load(&work.name)?.record;
@@ -546,7 +637,7 @@ impl Work for RunWork {
 ///
 /// # Errors
 /// I/O.
-pub fn describe(folder: &Path, description: &MachineDescription, tops: &[Top]) -> Result<()> {
+pub fn describe(record: &ReplicaRecord, description: &MachineDescription, tops: &[Top]) -> Result<()> {
     let disks: Vec<_> = tops.iter().map(|top| (top.disk.clone(), top.file.clone())).collect();
-    placed::write(folder, description, &disks)
+    placed::write(&record.folder, &record.rules.moved(description), &disks)
 }

@@ -11,7 +11,9 @@ use std::{path::PathBuf, time::Duration};
 use parking_lot::Mutex;
 
 use super::{
+    build::Moved,
     desk::Desk,
+    rules::Rules,
     run::{ReplicaSpec, RunOptions},
 };
 use crate::{
@@ -47,9 +49,8 @@ fn seated<T>(
     let me = repository::me_for_good(task.context)?;
     let cache = task.context.cache()?;
     let rooms = rooms(task.context)?;
-    let pace = |bytes: u64| {
-        Counts::add(&task.counts.read, bytes);
-        Counts::add(&task.counts.done, bytes);
+    let pace = |moved: Moved| {
+        count(task.counts, moved);
         task.check()
     };
     let warn = |code: Code, what: String| {
@@ -70,6 +71,18 @@ fn seated<T>(
         // The journal itself refuses whoever has lost the lease.
         alive: &|| Ok(()),
     })
+}
+
+/// Counts what moves with a task.
+pub fn count(counts: &Counts, moved: Moved) {
+    Counts::add(&counts.done, moved.looked_at());
+    match moved {
+        Moved::Ahead(bytes) => Counts::add(&counts.total, bytes),
+        Moved::Read(bytes) => Counts::add(&counts.read, bytes),
+        Moved::Zeros(_) => {}
+        Moved::Written(bytes) => Counts::add(&counts.written, bytes),
+        Moved::Equal(blocks) => Counts::add(&counts.blocks_equal, blocks),
+    }
 }
 
 /// Where the machines of the site's hosts have their sockets.
@@ -112,7 +125,11 @@ pub fn spec(context: &Context, job_name: &str, job: &ReplicationJob, machine: &s
     let name = replica_name(job, machine);
     let metadata = match &job.metadata {
         Some(name) => folder(name)?.join("replicas"),
-        None => context.home()?.join("replicas"),
+        // Near what is read, so that nobody has to ask the other site what it has.
+        None => match repositories.first() {
+            Some(name) => folder(name)?.join("replicas"),
+            None => context.home()?.join("replicas"),
+        },
     };
     let options = RunOptions {
         catch_up_all,
@@ -131,5 +148,6 @@ pub fn spec(context: &Context, job_name: &str, job: &ReplicationJob, machine: &s
         metadata,
         repositories: repositories.iter().map(|name| folder(name)).collect::<Result<_>>()?,
         options,
+        rules: Rules::of(site, job, machine),
     })
 }

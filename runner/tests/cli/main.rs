@@ -12,6 +12,7 @@ mod kept;
 mod look;
 mod measure;
 mod reclaim;
+mod replication;
 mod repo_jobs;
 mod running;
 mod signals;

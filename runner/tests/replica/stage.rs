@@ -20,9 +20,11 @@ use aquifer_runner::{
     fail::{Code, Fail, Result},
     host::{Network, Rooms},
     replica::{
+        build::Moved,
         desk::Desk,
         layers,
         model::{Home, HomeDisk, HomeKind, PointRecord},
+        rules::Rules,
         run::{Ran, ReplicaSpec, RunOptions, replicate},
     },
 };
@@ -135,10 +137,10 @@ impl Stage {
 
     /// Does something at the desk.
     pub(crate) fn at<T>(&self, act: impl FnOnce(&Desk<'_>) -> T) -> T {
-        let pace = |bytes: u64| match &mut *self.drops_after.lock() {
-            Some(left) if *left < bytes => Err(Fail::new(Code::Net, "the connection dropped")),
+        let pace = |moved: Moved| match &mut *self.drops_after.lock() {
+            Some(left) if *left < moved.looked_at() => Err(Fail::new(Code::Net, "the connection dropped")),
             Some(left) => {
-                *left -= bytes;
+                *left -= moved.looked_at();
                 Ok(())
             }
             None => Ok(()),
@@ -213,6 +215,7 @@ impl Stage {
             metadata: self.path("meta"),
             repositories: vec![self.path("r1"), self.path("r2")],
             options: self.options,
+            rules: Rules::default(),
         }
     }
 

@@ -1,0 +1,176 @@
+//! Production as a replication reads it: the images of a machine that is off, or a running one caught at a moment.
+//!
+//! Invariants
+//! - A machine that runs is never read from its files: its hypervisor serves them as they were.
+//! - Whatever was put into a running machine is taken out again, also where the copy failed.
+
+use aquifer_formats::{probe::Format, repo::{DiskName, record::MachineDescription}};
+use aquifer_vdisk::ChainSpec;
+use jiff::Timestamp;
+
+use super::super::{
+    backup::fleece::{self, Catch, Fleece},
+    place::Place,
+};
+use crate::{
+    backup::{self, Hint, Wanted, describe},
+    context::Context,
+    fail::{Code, Fail, Result},
+    replica::{
+        desk::{Desk, Warn},
+        model::HomeDisk,
+        production::Look,
+        run::{RunSource, SourceDoor},
+    },
+    site::{Freeze, Machine, MachineSource, Site},
+    source::SelectedDisk,
+};
+
+/// Production, held still as far as it runs.
+pub(super) struct Watched {
+    pub(super) look: Look,
+    fleece: Option<Fleece>,
+}
+
+impl Watched {
+    /// Finds the machine and holds it still.
+    ///
+    /// # Errors
+    /// There is no such machine; a disk that cannot be read.
+    pub(super) fn begin(context: &Context, desk: &Desk<'_>, site: &Site, machine: &str) -> Result<Self> {
+        if let Some(look) = Self::images(context, desk, site, machine)? {
+            return Ok(Self { look, fleece: None });
+        }
+        let entry = entry(site, machine)?;
+        let place = place(context, site, entry)?.ok_or_else(|| Fail::new(Code::Bug, "a machine without a place"))?;
+        caught(context, desk, entry, machine, &place)
+    }
+
+    /// Its images, where the machine does not run.
+    ///
+    /// # Errors
+    /// As [`Watched::begin`].
+    pub(super) fn images(context: &Context, desk: &Desk<'_>, site: &Site, machine: &str) -> Result<Option<Look>> {
+        let entry = entry(site, machine)?;
+        let place = place(context, site, entry)?;
+        if let Some(place) = &place
+            && fleece::connect(&place.sockets())?.is_some()
+        {
+            return Ok(None);
+        }
+        let words: Vec<(DiskName, String)> = match (&entry.source, &place) {
+            (MachineSource::Images { disks, .. }, _) => {
+                let name = |(name, word): (&String, &String)| Ok((DiskName::new(name.as_str())?, word.clone()));
+                disks.iter().map(name).collect::<Result<_>>()?
+            }
+            (_, Some(place)) => place.disks.iter().map(|(name, path)| (name.clone(), word(path))).collect(),
+            (_, None) => Vec::new(),
+        };
+        let folder: Vec<_> = place.iter().map(|place| place.folder.clone()).collect();
+        let (mut wanted, mut disks) = (Vec::new(), Vec::new());
+        for (name, word) in words.iter().filter(|(name, _)| !is_out(entry, name)) {
+            let disk = backup::open_source(context, name, word, &folder, Hint::None)?;
+            disks.push(home_disk(&disk)?);
+            wanted.push(disk);
+        }
+        some(machine, &disks)?;
+        let description = about(context, entry, machine, place.as_ref(), &wanted)?;
+        drop(wanted);
+        Ok(Some(Look::at_images(desk, disks, description)?))
+    }
+
+    /// Lets the machine go.
+    pub(super) fn end(self, copied: bool, warn: Warn<'_>) {
+        let Some(fleece) = self.fleece.filter(|_| copied) else { return };
+        if let Err(fail) = fleece.end() {
+            warn(Code::WarnHost, format!("what was put into the machine is still there: {}", fail.what));
+        }
+    }
+}
+
+fn entry<'s>(site: &'s Site, machine: &str) -> Result<&'s Machine> {
+    let missing = || Fail::new(Code::NotFound, format!("the site file has no machine `{machine}`"));
+    site.machines.get(machine).ok_or_else(missing)
+}
+
+fn place(context: &Context, site: &Site, entry: &Machine) -> Result<Option<Place>> {
+    let MachineSource::Host { host, name } = &entry.source else { return Ok(None) };
+    let missing = || Fail::new(Code::NotFound, format!("the site file has no host `{host}`"));
+    Place::find(context, host, site.hosts.get(host).ok_or_else(missing)?, name).map(Some)
+}
+
+fn is_out(entry: &Machine, name: &DiskName) -> bool {
+    entry.exclude_disks.iter().any(|out| out == name.as_str())
+}
+
+fn some<T>(machine: &str, disks: &[T]) -> Result<()> {
+    if disks.is_empty() {
+        return Err(Fail::new(Code::NotFound, format!("every disk of {machine} is excluded")));
+    }
+    Ok(())
+}
+
+fn word(path: &std::path::Path) -> String {
+    let raw = path.extension().is_none_or(|end| end != "qcow2");
+    if raw { format!("raw:{}", path.display()) } else { path.display().to_string() }
+}
+
+fn home_disk(disk: &Wanted) -> Result<HomeDisk> {
+    let refused = |what: String| Fail::new(Code::Unsupported, what).help("use `from = \"backup\"` for this machine");
+    let ChainSpec::Image { path, .. } = &disk.selected.spec else {
+        return Err(refused(format!("the disk {} is no image of production", disk.name)));
+    };
+    let format = match disk.format.as_str() {
+        "raw" => Format::Raw,
+        "qcow2" => Format::Qcow2,
+        other => return Err(refused(format!("the disk {} is an image of the format {other}", disk.name))),
+    };
+    Ok(HomeDisk { disk: disk.name.as_str().to_owned(), path: path.clone(), format })
+}
+
+fn about(
+    context: &Context,
+    entry: &Machine,
+    machine: &str,
+    place: Option<&Place>,
+    wanted: &[Wanted],
+) -> Result<MachineDescription> {
+    let (description, nvram) = match (&entry.source, place) {
+        (MachineSource::Images { description, .. }, _) => (description.as_deref(), None),
+        (_, Some(place)) => (place.description.as_deref(), place.variables.as_deref()),
+        (_, None) => (None, None),
+    };
+    describe::describe(context, &describe::About { machine, description, nvram }, wanted)
+}
+
+/// A running machine, caught.
+fn caught(context: &Context, desk: &Desk<'_>, entry: &Machine, machine: &str, place: &Place) -> Result<Watched> {
+    let sockets = place.sockets();
+    let files: Vec<_> = place.disks.iter().filter(|(name, _)| !is_out(entry, name)).cloned().collect();
+    some(machine, &files)?;
+    let claim = fleece::claim(&sockets)?;
+    let mut qmp = fleece::connect(&sockets)?.ok_or_else(|| Fail::new(Code::State, "the machine has just ended"))?;
+    let disks = fleece::disks(&mut qmp, &files)?;
+    drop(qmp);
+    let catches = disks.into_iter().map(|disk| Catch { disk, since: None }).collect();
+    let (guard, _) = context.own_command()?;
+    let taken = Timestamp::now();
+    let agent = sockets.agent.is_some();
+    let (fleece, not_frozen) = Fleece::catch(claim, sockets, catches, Freeze::Try, &guard)?;
+    if let Some(why) = not_frozen.filter(|_| agent) {
+        (desk.warn)(Code::WarnHost, format!("{machine}: the point is as after a loss of power: {why}"));
+    }
+    let (mut wanted, mut doors, mut sizes) = (Vec::new(), Vec::new(), Vec::new());
+    for (name, _) in &files {
+        let uri = fleece.uri(name);
+        let selected = SelectedDisk { name: name.as_str().to_owned(), spec: ChainSpec::Nbd { uri: uri.clone() } };
+        let disk = backup::open_selected(context, name, selected, Hint::None)?;
+        sizes.push((name.as_str().to_owned(), disk.disk.size()));
+        doors.push(SourceDoor { disk: name.as_str().to_owned(), uri });
+        wanted.push(disk);
+    }
+    let description = about(context, entry, machine, Some(place), &wanted)?;
+    drop(wanted);
+    let look = Look { source: RunSource::Doors { disks: doors }, disks: sizes, description, taken };
+    Ok(Watched { look, fleece: Some(fleece) })
+}

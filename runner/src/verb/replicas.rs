@@ -1,0 +1,148 @@
+//! `replicas`: machines kept ready on another host, their restore points and their state.
+//!
+//! Invariants
+//! - Listing makes no catalogue and touches no folder.
+//! - Sizes are those of the files as they are, in bytes on the host's disk.
+
+use std::{fs, os::unix::fs::MetadataExt, path::Path};
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::{
+    catalogue::{Catalogue, Stored},
+    context::{Context, quoted},
+    fail::{Code, Fail, Result},
+    replica::{
+        desk::object,
+        model::{PointRecord, ReplicaRecord},
+        state::{Op, State},
+    },
+    tasks::follow::at,
+    units,
+};
+
+/// Options of `replicas`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Only this one, with its restore points
+    #[arg(value_name = "REPLICA")]
+    pub replica: Option<String>,
+    /// Also those that were given up
+    #[arg(long)]
+    pub all: bool,
+}
+
+#[derive(Serialize)]
+struct Listed<'a> {
+    #[serde(flatten)]
+    record: &'a ReplicaRecord,
+    allowed_operations: Vec<Op>,
+    /// What is being done to it, if anything.
+    operation: Option<String>,
+    points: usize,
+    newest: Option<Timestamp>,
+    replica_lag_seconds: Option<i64>,
+    bytes_on_disk: u64,
+}
+
+pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
+    let catalogue = context.catalogue_if_there()?;
+    let stored: Vec<Stored<ReplicaRecord>> =
+        catalogue.as_ref().map_or_else(|| Ok(Vec::new()), |catalogue| catalogue.replicas())?;
+    let wanted = |row: &&Stored<ReplicaRecord>| match &args.replica {
+        Some(name) => row.name == *name,
+        None => args.all || !row.record.state.is_final(),
+    };
+    let found: Vec<_> = stored.iter().filter(wanted).collect();
+    if let (Some(name), true) = (&args.replica, found.is_empty()) {
+        return Err(Fail::new(Code::NotFound, format!("there is no replica `{name}`")).help("aquifer replicas"));
+    }
+    for row in &found {
+        if let Some(catalogue) = &catalogue {
+            show(context, catalogue, &row.record, args.replica.is_some())?;
+        }
+    }
+    if found.is_empty() {
+        context.out.say("there is no replica");
+        context.out.next("aquifer jobs");
+    }
+    context.out.closing("replicas", found.len());
+    Ok(())
+}
+
+fn show(context: &Context, catalogue: &Catalogue, record: &ReplicaRecord, with_points: bool) -> Result<()> {
+    let mut points: Vec<PointRecord> =
+        catalogue.points_of::<PointRecord>(&record.name)?.into_iter().map(|row| row.record).collect();
+    points.sort_by_key(|point| point.number);
+    let newest = points.last().map(|point| point.taken);
+    let open = catalogue.open_operations()?.into_iter().find(|open| open.object == object(&record.name));
+    let listed = Listed {
+        record,
+        allowed_operations: record.state.allowed(),
+        operation: open.map(|open| open.op),
+        points: points.len(),
+        newest,
+        replica_lag_seconds: newest.map(|taken| Timestamp::now().duration_since(taken).as_secs().max(0)),
+        bytes_on_disk: bytes_of(&record.folder),
+    };
+    context.out.record("replica", &listed);
+    context.out.line(line(&listed));
+    if with_points {
+        for point in &points {
+            context.out.record("point", point);
+            context.out.line(point_line(point));
+        }
+        if record.state == State::Ready {
+            context.out.next(format!("aquifer failover {}", quoted(&record.name)));
+        }
+    }
+    Ok(())
+}
+
+fn line(listed: &Listed<'_>) -> String {
+    let record = listed.record;
+    let newest = match (listed.newest, listed.replica_lag_seconds) {
+        (Some(newest), Some(lag)) => {
+            format!(", newest {} ({} behind)", at(newest), units::seconds(u64::try_from(lag).unwrap_or_default()))
+        }
+        _ => String::new(),
+    };
+    let operation = listed.operation.as_deref().map(|op| format!(", {op} under way")).unwrap_or_default();
+    let half = if record.unfinished.is_some() { ", a run was interrupted" } else { "" };
+    format!(
+        "{:<20} of {} on {}: {}{operation}, {}{newest}, {}{half}",
+        record.name,
+        record.machine,
+        record.host,
+        record.state,
+        units::count(listed.points, "point"),
+        units::bytes(listed.bytes_on_disk),
+    )
+}
+
+fn point_line(point: &PointRecord) -> String {
+    let carried = &point.carried;
+    let size: u64 = point.disks.iter().map(|disk| disk.size).sum();
+    let id = point.id.to_string();
+    format!(
+        "  {}  {}  {} in {}, {} read, {} written",
+        at(point.taken),
+        id,
+        units::bytes(size),
+        units::count(point.disks.len(), "disk"),
+        units::bytes(carried.bytes_read),
+        units::bytes(carried.bytes_written)
+    )
+}
+
+/// Bytes that the files below a folder take; what cannot be looked at takes none.
+fn bytes_of(folder: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(folder) else { return 0 };
+    let each = entries.flatten().map(|entry| match entry.metadata() {
+        Ok(meta) if meta.is_dir() => bytes_of(&entry.path()),
+        Ok(meta) => meta.blocks().saturating_mul(512),
+        Err(_) => 0,
+    });
+    each.sum()
+}
