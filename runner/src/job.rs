@@ -6,6 +6,7 @@
 
 pub mod backup;
 pub mod copy;
+pub mod give_up;
 pub mod health;
 mod news;
 pub mod place;
@@ -44,6 +45,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
         operate::KIND => operate::run(task),
         plan::KIND => plan::run(task),
         "replication" => replicate::run(task),
+        give_up::KIND => give_up::run(task),
         kind => Err(Fail::new(Code::Unsupported, format!("this build does not know work of the kind `{kind}`"))),
     }
 }

@@ -15,6 +15,7 @@
 //!
 //! Not here: taking over and coming home (`failover`, `failback`).
 
+pub mod adopt;
 pub mod build;
 pub mod desk;
 pub mod digests;
@@ -25,6 +26,7 @@ pub mod layers;
 pub mod model;
 pub mod production;
 pub mod recover;
+pub mod remove;
 pub mod rules;
 pub mod run;
 pub mod seat;

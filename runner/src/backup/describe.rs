@@ -52,9 +52,19 @@ pub(crate) fn describe(context: &Context, args: &About<'_>, wanted: &[Wanted]) -
         }
         (None, None) => None,
     };
-    Ok(MachineDescription {
+    Ok(of_described(said, args.machine, disks, variables))
+}
+
+/// A description as points keep it.
+pub(crate) fn of_described(
+    said: Described,
+    machine: &str,
+    disks: Vec<DiskDescription>,
+    variables: Option<UefiVariables>,
+) -> MachineDescription {
+    MachineDescription {
         variables,
-        name: said.name.unwrap_or_else(|| args.machine.to_owned()),
+        name: said.name.unwrap_or_else(|| machine.to_owned()),
         uuid: said.uuid,
         firmware: said.firmware.map(|kind| match kind {
             FirmwareKind::Bios => Firmware::Bios,
@@ -69,7 +79,7 @@ pub(crate) fn describe(context: &Context, args: &About<'_>, wanted: &[Wanted]) -
             .into_iter()
             .map(|nic| NicDescription { mac: nic.mac, network: nic.network, model: nic.model })
             .collect(),
-    })
+    }
 }
 
 /// The content of a file of UEFI variables.

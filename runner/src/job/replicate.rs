@@ -24,10 +24,11 @@ use crate::{
     fail::{Code, Fail, Result},
     host::Network,
     replica::{
+        adopt,
         build::Moved,
         desk::Desk,
         foresee::{self, Foreseen},
-        model::{Carried, Origin, PointRecord},
+        model::{Carried, Origin, PointRecord, ReplicaRecord},
         production,
         run::{Ran, ReplicaSpec, newest_backup, replicate, replicate_as},
         seat,
@@ -72,6 +73,18 @@ pub struct Made {
     pub carried: Carried,
 }
 
+/// What became of a machine.
+enum Came {
+    /// These points were made.
+    Made(Vec<PointRecord>),
+    /// There was nothing newer.
+    Nothing,
+    /// Its replica is in use, or given up.
+    OnHold(State),
+    /// The job does not say how it is to begin.
+    LeftOut(String),
+}
+
 /// A machine of a job in hand.
 struct Run<'a> {
     context: &'a Context,
@@ -95,17 +108,42 @@ impl<'a> Run<'a> {
         self.job.rpo_warn.or_else(|| self.site.machines.get(self.machine).and_then(|machine| machine.rpo))
     }
 
-    fn carry_out(&self, desk: &Desk<'_>) -> Result<Ran> {
+    fn carry_out(&self, desk: &Desk<'_>) -> Result<Came> {
+        let mut made = Vec::new();
+        if self.job.mapping.contains_key(self.machine) {
+            made.extend(adopt::adopt(desk, &self.spec)?);
+        } else if !self.job.mapping.is_empty() && self.seed().is_none() && !self.has_points(desk) {
+            return Ok(Came::LeftOut(format!("{} is left out: it is not mapped, and there is no seed", self.machine)));
+        }
+        if let Some(seed) = self.seed().filter(|_| !self.has_points(desk)) {
+            match self.seeded(desk, seed)? {
+                Came::Made(points) => made.extend(points),
+                other => return Ok(other),
+            }
+        }
+        Ok(match self.newest(desk)? {
+            Ran::Made(points) => {
+                made.extend(points);
+                Came::Made(made)
+            }
+            Ran::NoNewPoint if !made.is_empty() => Came::Made(made),
+            Ran::NoNewPoint => Came::Nothing,
+            Ran::OnHold(state) => Came::OnHold(state),
+        })
+    }
+
+    fn seed(&self) -> Option<&str> {
+        match &self.job.source {
+            ReplicaSource::Production { seed, .. } => seed.as_deref(),
+            ReplicaSource::Backup { .. } => None,
+        }
+    }
+
+    /// The point that the run is for.
+    fn newest(&self, desk: &Desk<'_>) -> Result<Ran> {
         match &self.job.source {
             ReplicaSource::Backup { .. } => replicate(desk, &self.spec),
-            ReplicaSource::Production { prefer_backup, seed, .. } => {
-                let mut made = Vec::new();
-                if let Some(seed) = seed.as_ref().filter(|_| !self.has_points(desk)) {
-                    match self.seeded(desk, seed)? {
-                        Ran::Made(points) => made = points,
-                        other => return Ok(other),
-                    }
-                }
+            ReplicaSource::Production { prefer_backup, .. } => {
                 if self.prefers_backup(desk, *prefer_backup)? {
                     return replicate(desk, &self.spec);
                 }
@@ -116,16 +154,8 @@ impl<'a> Run<'a> {
                 };
                 let ran = production::replicate_production(desk, &self.spec, Origin::Job, look);
                 // Whoever reads goes before what is read.
-                if let Some(watched) = watched {
-                    watched.end(ran.is_ok(), desk.warn);
-                }
-                Ok(match ran? {
-                    Ran::Made(points) => {
-                        made.extend(points);
-                        Ran::Made(made)
-                    }
-                    other => other,
-                })
+                drop(watched);
+                ran
             }
         }
     }
@@ -134,18 +164,20 @@ impl<'a> Run<'a> {
         desk.points(&self.spec.name).is_ok_and(|points| !points.is_empty())
     }
 
-    /// The first points, of a backup that is there already.
-    fn seeded(&self, desk: &Desk<'_>, seed: &str) -> Result<Ran> {
+    /// The first point, of a backup that is there already.
+    fn seeded(&self, desk: &Desk<'_>, seed: &str) -> Result<Came> {
         let entry = self.site.repositories.get(seed);
         let dir = entry.map(|entry| entry.url.clone());
         let dir = dir.ok_or_else(|| Fail::new(Code::NotFound, format!("there is no repository `{seed}`")))?;
         let spec = ReplicaSpec { repositories: vec![dir], ..self.spec.clone() };
-        replicate_as(desk, &spec, Origin::Seed).map_err(|fail| match fail.code {
-            Code::NotFound => {
-                let what = format!("{} is left out: the seed {seed} has no backup of it", self.machine);
-                Fail::new(Code::NotFound, what).help(format!("aquifer -r {seed} points"))
-            }
-            _ => fail,
+        if newest_backup(desk, &spec)?.is_none() {
+            let what = format!("{} is left out: the seed {seed} has no backup of it", self.machine);
+            return Ok(Came::LeftOut(what));
+        }
+        Ok(match replicate_as(desk, &spec, Origin::Seed)? {
+            Ran::Made(points) => Came::Made(points),
+            Ran::NoNewPoint => Came::Nothing,
+            Ran::OnHold(state) => Came::OnHold(state),
         })
     }
 
@@ -228,26 +260,25 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
     stored::script((&spec.job, &machine), job.pre.as_deref(), "pre", &warn);
     let (done, _) = seat::at_desk(task, Network::None, Duration::ZERO, |desk| {
         let desk = Desk { pace: &pace, warn: &warn, ..*desk };
-        let ran = run.carry_out(&desk)?;
-        let made = match &ran {
-            Ran::Made(points) => points.as_slice(),
-            Ran::NoNewPoint => {
+        let made = match run.carry_out(&desk)? {
+            Came::Made(points) => points,
+            Came::Nothing => {
                 warn(Code::WarnNoNewPoint, format!("{} has the newest point of {machine} already", run.spec.name));
-                &[]
+                Vec::new()
             }
-            Ran::OnHold(state) => return Ok((ran.clone(), Err(on_hold(&run.spec.name, *state)))),
+            Came::OnHold(state) => return Ok(Err((Code::WarnOnHold, on_hold(&run.spec.name, state)))),
+            Came::LeftOut(why) => return Ok(Err((Code::WarnSkipped, why))),
         };
         run.look_at_age(&desk)?;
-        let report = run.report(&desk, made)?;
-        Ok((ran, Ok(report)))
+        Ok(Ok(run.report(&desk, &made)?))
     });
     stored::script((&spec.job, &machine), job.post.as_deref(), "post", &warn);
-    let (_, report) = done?;
+    let report = done?;
     let told = told.into_inner();
     match report {
-        Err(why) => {
-            task.context.out.warn(Code::WarnOnHold, why.clone(), None);
-            Ok(Done::Skipped(format!("{}: {why}", Code::WarnOnHold.name())))
+        Err((code, why)) => {
+            task.context.out.warn(code, why.clone(), None);
+            Ok(Done::Skipped(format!("{}: {why}", code.name())))
         }
         Ok(report) => {
             let report = Report { warnings: told.clone(), ..report };
@@ -259,7 +290,10 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
 }
 
 fn on_hold(name: &str, state: State) -> String {
-    format!("{name} is on hold: it is {state}")
+    match state {
+        State::Removed => format!("{name} was given up; `aquifer replicas {name} --readmit` lets it be made again"),
+        _ => format!("{name} is on hold: it is {state}"),
+    }
 }
 
 /// The rates of what is read, and of what is written.
@@ -300,6 +334,13 @@ pub fn foresee(context: &Context, site: &Site, job: &Job, work: &NewWork) -> Res
         }
     };
     looking(context, &catalogue, |desk| {
+        if run.job.mapping.contains_key(&machine) && desk.catalogue.replica::<ReplicaRecord>(name)?.is_none() {
+            let folder = run.spec.folder.display();
+            return step(
+                format!("make the machine in {folder} the replica of {machine}, and bring it up to date"),
+                None,
+            );
+        }
         let production = matches!(run.job.source, ReplicaSource::Production { .. });
         if production && !run.prefers_backup(desk, prefer(run.job))? {
             let record = foresee::record(desk, &run.spec)?;

@@ -183,12 +183,7 @@ pub fn resources(kind: &JobKind) -> (Vec<&str>, Vec<&str>) {
 }
 
 /// A program beside a run: if it fails, that is told.
-pub(super) fn script(
-    (job, machine): (&str, &str),
-    script: Option<&Path>,
-    when: &str,
-    warn: &dyn Fn(Code, String),
-) {
+pub(super) fn script((job, machine): (&str, &str), script: Option<&Path>, when: &str, warn: &dyn Fn(Code, String)) {
     let Some(script) = script else { return };
     let status = Command::new(script).env("AQUIFER_JOB", job).env("AQUIFER_MACHINE", machine).status();
     let why = match status {

@@ -17,6 +17,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use aquifer_formats::{
@@ -29,7 +30,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    digests::{Digests, Sum, each_block, put_file, sum_of},
+    digests::{BLOCK_MAX, Digests, Sum, each_block, put_file, sum_of},
     layers::{beside, name_it, part_of, remove},
     model::Carried,
 };
@@ -38,8 +39,14 @@ use crate::{
     fail::{Code, Fail, Result},
 };
 
-/// Bytes looked at between two marks.
+/// Bytes looked at between two marks, at most.
 pub const MARK_BYTES: u64 = 256 << 20;
+
+/// Time between two marks, about.
+const MARK_EVERY: Duration = Duration::from_secs(1);
+
+/// Bytes of the first stride.
+const STRIDE_MIN: u64 = 4 << 20;
 
 /// What is told on the way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -198,15 +205,21 @@ impl DiskBuild {
         };
         let mut mark = mark;
         let source = Disk::read_only("source", self.source.clone());
-        let parts = cut(&self.ranges(), mark.done_until, self.mark_bytes.max(1 << 20));
-        pace(Moved::Ahead(parts.iter().map(Delta::bytes).sum()))?;
-        for part in parts {
+        let mut rest = self.ranges().clip(mark.done_until..u64::MAX);
+        pace(Moved::Ahead(rest.bytes()))?;
+        let mut strides = Strides::new(self.mark_bytes);
+        while !rest.is_empty() {
+            let part = first(&rest, strides.bytes);
+            rest = rest.clip(part.end()..u64::MAX);
+            let began = Instant::now();
             let read = sweep(&source, &part, block, &|offset, piece| work.take(offset, piece))?;
             mark.carried.bytes_read += read;
             mark.carried.bytes_written += work.written.swap(0, Ordering::Relaxed);
             mark.carried.blocks_equal += work.equal.swap(0, Ordering::Relaxed);
             mark.done_until = part.end();
-            work.mark(&files, &mut mark)?;
+            if strides.walked(part.bytes(), began.elapsed()) {
+                work.mark(&files, &mut mark)?;
+            }
         }
         work.image.finish()?;
         Ok(Built { digests: work.digests.into_inner(), carried: mark.carried })
@@ -373,28 +386,48 @@ fn append(path: &Path, bytes: &[u8]) -> Result<()> {
     written.map_err(|e| Fail::io(path.display(), "write", &e))
 }
 
-/// The ranges from `from` on in parts of about `bytes` each; ranges are not cut within a block of the digests because
-/// parts are whole multiples of the largest.
-fn cut(ranges: &Delta, from: u64, bytes: u64) -> Vec<Delta> {
-    let bytes = bytes.next_multiple_of(super::digests::BLOCK_MAX);
-    let rest = ranges.clip(from..u64::MAX);
-    let (mut parts, mut part, mut room) = (Vec::new(), Delta::new(), bytes);
-    for range in rest.iter() {
-        let mut at = range.start;
-        while at < range.end {
-            let aligned = (at + room).next_multiple_of(super::digests::BLOCK_MAX);
-            let end = aligned.min(range.end);
-            part.insert(at..end);
-            room = room.saturating_sub(end - at);
-            at = end;
-            if room == 0 {
-                parts.push(std::mem::take(&mut part));
-                room = bytes;
-            }
+/// How much is looked at in one go, and when that is marked: often enough that little is done twice, seldom enough that
+/// making it durable costs little.
+struct Strides {
+    bytes: u64,
+    most: u64,
+    since_mark: u64,
+    time_since_mark: Duration,
+}
+
+impl Strides {
+    fn new(most: u64) -> Self {
+        let most = most.max(BLOCK_MAX);
+        Self { bytes: most.min(STRIDE_MIN), most, since_mark: 0, time_since_mark: Duration::ZERO }
+    }
+
+    /// Counts a stride; whether it is time for a mark.
+    fn walked(&mut self, bytes: u64, took: Duration) -> bool {
+        self.since_mark += bytes;
+        self.time_since_mark += took;
+        if took < MARK_EVERY / 8 {
+            self.bytes = (self.bytes * 2).min(self.most);
+        } else if took > MARK_EVERY {
+            self.bytes = (self.bytes / 2).max(BLOCK_MAX);
+        }
+        let is_time = self.since_mark >= self.most || self.time_since_mark >= MARK_EVERY;
+        if is_time {
+            (self.since_mark, self.time_since_mark) = (0, Duration::ZERO);
+        }
+        is_time
+    }
+}
+
+/// About the first `bytes` of ranges, cut at a multiple of the largest block of digests.
+fn first(ranges: &Delta, bytes: u64) -> Delta {
+    let (mut part, mut room) = (Delta::new(), bytes);
+    for range in ranges.iter() {
+        let end = range.start.saturating_add(room).next_multiple_of(BLOCK_MAX).min(range.end);
+        part.insert(range.start..end);
+        room = room.saturating_sub(end - range.start);
+        if room == 0 || end < range.end {
+            break;
         }
     }
-    if !part.is_empty() {
-        parts.push(part);
-    }
-    parts
+    part
 }

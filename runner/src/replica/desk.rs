@@ -122,7 +122,7 @@ pub struct Stamp {
 }
 
 /// Name of the stamp.
-const STAMP: &str = "replica.json";
+pub(super) const STAMP: &str = "replica.json";
 
 impl Stamp {
     /// The stamp of a folder, if there is one.

@@ -94,7 +94,7 @@ pub fn sweep(desk: &Desk<'_>, record: &ReplicaRecord, also: &[Top]) -> Result<()
         .collect();
     for disk in folders(&record.folder)? {
         for file in files(&disk)? {
-            let layer = file.extension().is_some_and(|e| e == "qcow2");
+            let layer = file.extension().is_some_and(|e| e == "qcow2" || e == "raw");
             if layer && !needed.contains(&file) {
                 remove(&file)?;
             }

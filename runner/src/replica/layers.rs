@@ -85,10 +85,14 @@ pub fn files(top: &Path) -> Result<Vec<PathBuf>> {
         let image = Qcow2::open(storage)?;
         let Some(backing) = image.backing() else { return Ok(all) };
         let below = last.with_file_name(&backing.name);
-        if backing.format.as_deref() != Some("qcow2") || below.parent() != last.parent() {
+        if below.parent() != last.parent() {
             return Ok(all);
         }
+        let is_last = backing.format.as_deref() != Some("qcow2");
         all.push(below);
+        if is_last {
+            return Ok(all);
+        }
     }
     Err(Fail::new(Code::Corrupt, "the layers stand on one another in a circle").at(top.display()))
 }

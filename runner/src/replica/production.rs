@@ -41,9 +41,7 @@ impl Look {
     pub fn at_images(desk: &Desk<'_>, disks: Vec<HomeDisk>, description: MachineDescription) -> Result<Self> {
         // Looked at before anything is read: whatever is written from now on is seen.
         let as_of = disks.iter().map(|disk| written(&disk.path)).collect::<Result<Vec<_>>>()?;
-        let size = |disk: &HomeDisk| {
-            Ok((disk.disk.clone(), layers::open(&disk.path, disk.format, desk.cache)?.size()))
-        };
+        let size = |disk: &HomeDisk| Ok((disk.disk.clone(), layers::open(&disk.path, disk.format, desk.cache)?.size()));
         let sizes = disks.iter().map(size).collect::<Result<Vec<_>>>()?;
         Ok(Self { source: RunSource::Images { disks, as_of }, disks: sizes, description, taken: Timestamp::now() })
     }

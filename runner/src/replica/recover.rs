@@ -3,7 +3,9 @@
 //! Not here: how an operation goes on (its own steps say so).
 
 use super::{
+    adopt::AdoptWork,
     desk::{Desk, Work, object},
+    remove::RemoveWork,
     run::RunWork,
 };
 use crate::{
@@ -29,6 +31,8 @@ pub fn recover(desk: &Desk<'_>, name: &str) -> Result<()> {
         .to_owned();
     let ended = match kind.as_str() {
         RunWork::KIND => desk.go_on::<RunWork>(name, &open).map(drop),
+        AdoptWork::KIND => desk.go_on::<AdoptWork>(name, &open).map(drop),
+        RemoveWork::KIND => desk.go_on::<RemoveWork>(name, &open).map(drop),
         FailoverWork::KIND => desk.go_on::<FailoverWork>(name, &open).map(drop),
         UndoWork::KIND => desk.go_on::<UndoWork>(name, &open).map(drop),
         PermanentWork::KIND => desk.go_on::<PermanentWork>(name, &open).map(drop),

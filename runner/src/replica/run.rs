@@ -12,6 +12,7 @@
 //! Not here: how a disk is built ([`super::build`]); what stays ([`super::keep`]).
 
 use std::{
+    io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -223,10 +224,7 @@ pub(super) fn prepare(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<Row> {
         std::fs::create_dir_all(&spec.folder).map_err(|e| Fail::io(spec.folder.display(), "create", &e))?;
         let folder = std::fs::canonicalize(&spec.folder).map_err(|e| Fail::io(spec.folder.display(), "find", &e))?;
         refuse_strangers(&folder)?;
-        let record = fresh(spec, folder);
-        let (name, source, job) = (spec.name.clone(), spec.machine.clone(), spec.job.clone());
-        let state = record.state.name().into();
-        desk.store(Stored { name, revision: 0, state, source, job, record })?;
+        store_fresh(desk, fresh(spec, folder))?;
     }
     super::recover::recover(desk, &spec.name)?;
     let mut row = desk.load(&spec.name)?;
@@ -237,16 +235,32 @@ pub(super) fn prepare(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<Row> {
     Ok(row)
 }
 
-/// Refuses a folder that holds a machine of somebody else.
+/// Refuses a folder that holds anything: a machine of somebody else, what is left of a replica.
 ///
 /// # Errors
 /// [`Code::Exists`].
 pub(super) fn refuse_strangers(folder: &Path) -> Result<()> {
-    if !folder.join(placed::DESCRIPTION).exists() {
+    let is_free = match std::fs::read_dir(folder) {
+        Ok(mut entries) => entries.next().is_none(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => true,
+        Err(error) => return Err(Fail::io(folder.display(), "list", &error)),
+    };
+    if is_free {
         return Ok(());
     }
-    let what = format!("{} holds a machine that is no replica of ours", folder.display());
-    Err(Fail::new(Code::Exists, what).at(folder.display()))
+    let what = if folder.join(placed::DESCRIPTION).exists() {
+        format!("{} holds a machine that is no replica of ours", folder.display())
+    } else {
+        format!("{} is not empty", folder.display())
+    };
+    Err(Fail::new(Code::Exists, what).at(folder.display()).help("aquifer explain E_EXISTS"))
+}
+
+/// Makes a replica known.
+pub(super) fn store_fresh(desk: &Desk<'_>, record: ReplicaRecord) -> Result<Row> {
+    let (name, source, job) = (record.name.clone(), record.machine.clone(), record.job.clone());
+    let state = record.state.name().into();
+    desk.store(Stored { name, revision: 0, state, source, job, record })
 }
 
 /// A replica that has no point yet.
@@ -302,6 +316,8 @@ pub(super) fn finish_old(desk: &Desk<'_>, row: Row) -> Result<Vec<PointRecord>> 
 pub fn choose(desk: &Desk<'_>, spec: &ReplicaSpec, latest: Option<&PointRecord>) -> Result<Option<(PathBuf, Point)>> {
     let mut found: Vec<(PathBuf, Point)> = Vec::new();
     let mut any = false;
+    // A machine that was mapped says nothing of how new it is.
+    let latest = latest.filter(|point| point.origin != Origin::Mapped);
     for dir in &spec.repositories {
         let repo = Repository::open(dir, desk.me.clone())?;
         let machine = match repo.machine(&spec.machine) {
@@ -395,7 +411,8 @@ impl Opened {
         match source {
             RunSource::Images { disks, as_of } => {
                 untouched(disks, as_of)?;
-                let open = |disk: &HomeDisk| Ok((disk.disk.clone(), layers::open(&disk.path, disk.format, desk.cache)?));
+                let open =
+                    |disk: &HomeDisk| Ok((disk.disk.clone(), layers::open(&disk.path, disk.format, desk.cache)?));
                 Ok(Self { repo: None, disks: disks.iter().map(open).collect::<Result<_>>()? })
             }
             RunSource::Doors { disks } => {

@@ -10,9 +10,12 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
-    catalogue::{Catalogue, Stored},
+    catalogue::{Catalogue, NewSession, SessionResult, Stored},
+    cli::{Confirm, DryRun},
+    confirm::confirm,
     context::{Context, quoted},
     fail::{Code, Fail, Result},
+    job::give_up::{self, Act},
     replica::{
         desk::object,
         model::{PointRecord, ReplicaRecord},
@@ -31,6 +34,32 @@ pub struct Args {
     /// Also those that were given up
     #[arg(long)]
     pub all: bool,
+    /// Give it up: its files stay, as an ordinary machine, and its job leaves the machine out
+    #[arg(long, requires = "replica", conflicts_with_all = ["delete", "readmit"])]
+    pub remove: bool,
+    /// Give it up and delete its files; the next run of its job makes it anew
+    #[arg(long, requires = "replica", conflicts_with = "readmit")]
+    pub delete: bool,
+    /// Let its job make it again after it was given up
+    #[arg(long, requires = "replica")]
+    pub readmit: bool,
+    /// Why, for the record
+    #[arg(long, value_name = "TEXT")]
+    pub reason: Option<String>,
+    /// Whether to ask.
+    #[command(flatten)]
+    pub confirm: Confirm,
+    /// Whether only to look.
+    #[command(flatten)]
+    pub dry: DryRun,
+}
+
+impl Args {
+    fn act(&self) -> Option<(&str, Act)> {
+        let acts = [(self.remove, Act::Remove), (self.delete, Act::Delete), (self.readmit, Act::Readmit)];
+        let act = acts.into_iter().find(|(asked, _)| *asked).map(|(_, act)| act)?;
+        Some((self.replica.as_deref()?, act))
+    }
 }
 
 #[derive(Serialize)]
@@ -48,6 +77,9 @@ struct Listed<'a> {
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let catalogue = context.catalogue_if_there()?;
+    if let Some((name, act)) = args.act() {
+        return give_up(context, args, catalogue.as_ref(), name, act);
+    }
     let stored: Vec<Stored<ReplicaRecord>> =
         catalogue.as_ref().map_or_else(|| Ok(Vec::new()), |catalogue| catalogue.replicas())?;
     let wanted = |row: &&Stored<ReplicaRecord>| match &args.replica {
@@ -69,6 +101,65 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     }
     context.out.closing("replicas", found.len());
     Ok(())
+}
+
+fn give_up(context: &Context, args: &Args, catalogue: Option<&Catalogue>, name: &str, act: Act) -> Result<()> {
+    let found = catalogue.map(|catalogue| catalogue.replica::<ReplicaRecord>(name)).transpose()?.flatten();
+    let (Some(catalogue), Some(row)) = (catalogue, found) else {
+        return Err(Fail::new(Code::NotFound, format!("there is no replica `{name}`")).help("aquifer replicas"));
+    };
+    let record = row.record.check()?;
+    act.check(&record)?;
+    let points = catalogue.points_of::<PointRecord>(name)?.len();
+    let loss = match act {
+        Act::Delete => format!(
+            "lost: {name} with {} and every file in {} ({})",
+            units::count(points, "restore point"),
+            record.folder.display(),
+            units::bytes(bytes_of(&record.folder))
+        ),
+        Act::Remove => {
+            format!("{name} leaves the list with {}; its files stay", units::count(points, "restore point"))
+        }
+        Act::Readmit => format!("the next run of its job makes {name} again"),
+    };
+    let plan = serde_json::json!({ "replica": name, "act": act, "points": points, "folder": record.folder });
+    if args.dry.dry_run {
+        context.out.record("plan", &plan);
+        context.out.line(loss);
+        return Ok(());
+    }
+    if act == Act::Delete {
+        confirm(context, &args.confirm, &loss)?;
+    }
+    let stop = context.stop()?;
+    let session = NewSession {
+        kind: act.name().to_owned(),
+        job: None,
+        initiator: context.user(),
+        reason: args.reason.clone(),
+        retry_of: None,
+    };
+    let id = catalogue.begin_work(&session, &[give_up::work(name, act)])?;
+    super::run::follow(context, catalogue, id, stop)?;
+    let session = catalogue.session(id)?;
+    context.out.record("session", &session);
+    if session.ended.is_none() {
+        stop.check()?;
+    }
+    match session.result {
+        SessionResult::Success | SessionResult::Warning => {
+            context.out.line(loss);
+            Ok(())
+        }
+        _ => {
+            let failed = catalogue.work_of(id)?.into_iter().find_map(|work| work.outcome);
+            let text = |key: &str| failed.as_ref().and_then(|o| o.get(key)).and_then(|v| v.as_str()).map(str::to_owned);
+            let code = text("code").as_deref().and_then(Code::find).unwrap_or(Code::Failed);
+            let what = text("why").unwrap_or_else(|| format!("session {id} ended without doing it"));
+            Err(Fail::new(code, what).help(format!("aquifer sessions {id}")))
+        }
+    }
 }
 
 fn show(context: &Context, catalogue: &Catalogue, record: &ReplicaRecord, with_points: bool) -> Result<()> {

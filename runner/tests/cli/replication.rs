@@ -1,10 +1,12 @@
-//! Promise: a replica is made of backups alone, each run moves only what changed, a run without news moves nothing, and
-//! the points that are kept are those that were taken.
+//! Promise: a replica is made of backups alone, each run moves only what changed, a run without news moves nothing, the
+//! points that are kept are those that were taken, and a run that is killed is gone on with.
 
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
@@ -94,6 +96,9 @@ impl Site {
 
     pub(crate) fn back_up(&self, repo: &str, full: bool) {
         let mut args = vec!["-r".to_owned(), self.room.text(repo), "backup".into(), "db01".into()];
+        if self.room.path("prod/machine.toml").exists() {
+            args.extend(["--machine".into(), self.room.text("prod/machine.toml")]);
+        }
         for (name, _) in &self.disks {
             args.extend(["--disk".into(), format!("{name}=raw:{}", self.room.text(&format!("prod/{name}.raw")))]);
         }
@@ -115,19 +120,49 @@ impl Site {
         ran.one("replicated")
     }
 
+    /// When the newest point of a repository was made.
+    fn newest_backup(&self, repo: &str) -> Value {
+        let listed = Outcome::of(
+            self.room.command(["-r", &self.room.text(repo), "points", "db01", "--json"]).output().expect("points"),
+        );
+        listed.kind("point").last().expect("a point")["created"].clone()
+    }
+
     pub(crate) fn points(&self) -> Vec<Value> {
-        let listed = self.json(&["replicas", "db01_replica"]);
+        self.points_of("db01_replica")
+    }
+
+    fn points_of(&self, replica: &str) -> Vec<Value> {
+        let listed = self.json(&["replicas", replica]);
         assert_eq!(listed.code, 0, "{}", listed.stdout);
         listed.kind("point")
     }
 
+    /// Begins a run that somebody will kill.
+    fn begin(&self) -> Child {
+        let mut command = self.room.command(["-c", "site.toml", "run", "dr", "--json"]);
+        command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("a run")
+    }
+
+    /// Changes a line of the site file.
+    fn rewrite(&self, from: &str, to: &str) {
+        let path = self.room.path("site.toml");
+        let text = fs::read_to_string(&path).expect("a site file");
+        assert!(text.contains(from), "{from} in {text}");
+        fs::write(path, text.replace(from, to)).expect("a site file");
+    }
+
     /// Compares a restore point with what production was, by QEMU's own reader.
     pub(crate) fn assert_point(&self, point: &Value, disks: &[(String, Vec<u8>)]) {
+        self.assert_point_of("db01_replica", point, disks);
+    }
+
+    fn assert_point_of(&self, replica: &str, point: &Value, disks: &[(String, Vec<u8>)]) {
         assert_eq!(point["disks"].as_array().map(Vec::len), Some(disks.len()), "{point}");
         for (name, bytes) in disks {
             let tops = point["disks"].as_array().expect("disks");
             let top = tops.iter().find(|top| top["disk"] == name.as_str()).expect("the disk");
-            let file = self.room.path("dr/db01_replica").join(top["file"].as_str().expect("a file"));
+            let file = self.room.path("dr").join(replica).join(top["file"].as_str().expect("a file"));
             let raw = self.room.path("oracle.raw");
             fs::write(&raw, bytes).expect("an oracle");
             img(&["compare", "-U", "-f", "raw", "-F", "qcow2"], &[&raw, &file]);
@@ -222,4 +257,299 @@ fn points_below_the_kept_ones_are_merged_by_copying() {
     let left = layers("vda");
     assert!(left.len() <= 10, "{left:?}");
     assert!(left.iter().all(|path| path.extension().is_some_and(|end| end == "qcow2")), "{left:?}");
+}
+
+/// Bytes of the clusters that have to be written to make `old` into `new`.
+fn clusters(old: &[(String, Vec<u8>)], new: &[(String, Vec<u8>)]) -> u64 {
+    let mut bytes = 0;
+    for (name, new) in new {
+        let old = old.iter().find(|(known, _)| known == name).map(|(_, bytes)| bytes.as_slice()).unwrap_or_default();
+        for (at, cluster) in new.chunks(CLUSTER).enumerate() {
+            let from = (at * CLUSTER).min(old.len());
+            let mut before = old[from..old.len().min(from + cluster.len())].to_vec();
+            before.resize(cluster.len(), 0);
+            if before != cluster && cluster.iter().any(|byte| *byte != 0) {
+                bytes += cluster.len() as u64;
+            }
+        }
+    }
+    bytes
+}
+
+#[test]
+fn alternating_repositories_a_new_full_and_resized_disks_move_what_differs() {
+    let mut site = Site::new("restore_points_to_keep = 20");
+    let mut known: Vec<(Value, Vec<(String, Vec<u8>)>)> = Vec::new();
+    let mut before: Vec<(String, Vec<u8>)> = Vec::new();
+    // A run after a backup: the right point, of the right time, with the bytes that differ and no others.
+    let mut follow = |site: &Site, repo: &str, what: &str| {
+        let report = site.replicate();
+        assert_eq!(bytes(&report, "bytes_written"), clusters(&before, &site.disks), "{what}: {report}");
+        assert_eq!(bytes(&report, "bytes_read_production"), 0, "{what}");
+        let points = site.points();
+        let taken = site.newest_backup(repo);
+        assert_eq!(points.last().expect("a point")["taken"], taken, "{what}");
+        known.push((taken, site.disks.clone()));
+        before = site.disks.clone();
+        report
+    };
+    site.back_up("r1", false);
+    follow(&site, "r1", "full of the first");
+    site.change(2);
+    site.back_up("r2", false);
+    follow(&site, "r2", "full of the second");
+    let changed = site.change(1);
+    site.back_up("r1", false);
+    let report = follow(&site, "r1", "increment of the first");
+    let total: u64 = site.disks.iter().map(|(_, bytes)| bytes.len() as u64).sum();
+    assert!(bytes(&report, "bytes_read") < total / 2 && changed > 0, "the tables say where to look: {report}");
+    for _ in 0..2 {
+        let idle = site.json(&["run", "dr"]);
+        assert_eq!((idle.code, bytes(&idle.one("replicated"), "bytes_read")), (1, 0), "{}", idle.stdout);
+    }
+    site.back_up("r1", true);
+    let report = follow(&site, "r1", "a new full with nothing new");
+    assert_eq!(bytes(&report, "bytes_written"), 0, "{report}");
+    assert_eq!(bytes(&report, "bytes_read"), 0, "its tables prove that nothing differs: {report}");
+    // One grows, one shrinks, one is new; then one is gone.
+    site.disks[0].1.resize(5 * MIB + 512, 0);
+    site.disks[0].1[4 * MIB + 70_000..4 * MIB + 90_000].fill(9);
+    site.disks[1].1.truncate(MIB + 4096);
+    site.disks.push(("vdc".into(), vec![3; 2 * CLUSTER]));
+    site.put_production();
+    site.back_up("r2", false);
+    follow(&site, "r2", "resized");
+    site.disks.remove(1);
+    site.disks[0].1.truncate(3 * MIB);
+    site.change(1);
+    site.back_up("r1", false);
+    follow(&site, "r1", "a disk less");
+    let points = site.points();
+    assert_eq!(points.len(), known.len());
+    for (point, (taken, disks)) in points.iter().zip(&known) {
+        assert_eq!(point["taken"], *taken);
+        site.assert_point(point, disks);
+    }
+}
+
+#[test]
+fn a_seed_gives_the_first_point_and_production_the_rest() {
+    let mut site = Site::with("{ from = \"production\", seed = \"r1\" }", "verify = true");
+    site.back_up("r1", false);
+    let seed = site.disks.clone();
+    let changed = site.change(2);
+    let report = site.replicate();
+    let origins: Vec<_> = report["points"].as_array().expect("points").iter().map(|p| p["origin"].clone()).collect();
+    assert_eq!(origins, ["seed", "job"], "{report}");
+    let points = site.points();
+    site.assert_point(&points[0], &seed);
+    site.assert_point(&points[1], &site.disks);
+    assert_eq!(bytes(&points[0]["carried"], "bytes_read_production"), 0);
+    assert_eq!(bytes(&points[1]["carried"], "bytes_written"), changed);
+    assert!(bytes(&points[1]["carried"], "bytes_read_production") > 0);
+    // Production that has not changed makes a point without content.
+    let report = site.replicate();
+    assert_eq!((bytes(&report, "bytes_written"), report["points"].as_array().map(Vec::len)), (0, Some(1)));
+    site.assert_point(site.points().last().expect("a point"), &site.disks);
+}
+
+#[test]
+fn a_machine_of_the_target_becomes_the_replica_it_is_mapped_to() {
+    let mut site = Site::new("mapping = { db01 = \"old01\" }");
+    // What was restored there some time ago.
+    let old = site.disks.clone();
+    let folder = site.room.path("dr/old01");
+    fs::create_dir_all(&folder).expect("a folder");
+    let raw = site.room.path("prod/vda.raw");
+    img(&["convert", "-f", "raw", "-O", "qcow2"], &[&raw, &folder.join("vda.qcow2")]);
+    fs::copy(site.room.path("prod/vdb.raw"), folder.join("data.raw")).expect("a copy");
+    let text =
+        "version = 1\nname = \"old01\"\n[[disk]]\nname = \"vda\"\n[[disk]]\nname = \"vdb\"\nsource = \"data.raw\"\n";
+    fs::write(folder.join("machine.toml"), text).expect("a description");
+    let changed = site.change(2);
+    site.back_up("r1", false);
+    let report = site.replicate();
+    let origins: Vec<_> = report["points"].as_array().expect("points").iter().map(|p| p["origin"].clone()).collect();
+    assert_eq!(origins, ["mapped", "job"], "{report}");
+    assert_eq!(bytes(&report, "bytes_written"), changed, "{report}");
+    let points = site.points_of("old01");
+    site.assert_point_of("old01", &points[0], &old);
+    site.assert_point_of("old01", &points[1], &site.disks);
+    assert!(!folder.join("data.raw").exists() && folder.join("vdb/0.raw").exists());
+    // One that is not there is told, and nothing is made in its place.
+    site.rewrite("old01", "none01");
+    let refused = site.json(&["run", "dr"]);
+    assert_eq!((refused.code, refused.one("error")["code"].as_str()), (2, Some("E_NOT_FOUND")), "{}", refused.stdout);
+    assert!(!site.room.path("dr/none01").exists());
+}
+
+#[test]
+fn networks_are_mapped_and_rules_are_recorded() {
+    let site = Site::new(
+        "network_map = [{ from = \"prod\", to = \"dr\", to_vlan = 7 }]\n\
+         reip = [{ from = \"10.0.0.*\", to = \"10.9.0.*\", mask = \"255.255.255.0\", gateway = \"10.9.0.1\" }]",
+    );
+    let machine = "version = 1\nname = \"db01\"\ncpus = 2\n[[disk]]\nname = \"vda\"\n[[disk]]\nname = \"vdb\"\n[[nic]]\nnetwork = \"prod\"\n";
+    fs::write(site.room.path("prod/machine.toml"), machine).expect("a description");
+    site.back_up("r1", false);
+    site.replicate();
+    let placed = fs::read_to_string(site.room.path("dr/db01_replica/machine.toml")).expect("a description");
+    assert!(placed.contains("network = \"dr.7\"") && placed.contains("cpus = 2"), "{placed}");
+    let listed = site.json(&["replicas"]).one("replica");
+    assert_eq!(listed["rules"]["networks"][0]["to"], "dr", "{listed}");
+    assert_eq!(listed["rules"]["addresses"][0]["gateway"], "10.9.0.1", "{listed}");
+    assert_eq!(site.points()[0]["description"]["nics"][0]["network"], "prod", "the point keeps the machine as it was");
+}
+
+#[test]
+fn a_replica_is_given_up_and_let_in_again() {
+    let mut site = Site::new("");
+    site.back_up("r1", false);
+    site.replicate();
+    let folder = site.room.path("dr/db01_replica");
+    let code = |args: &[&str]| site.json(args).code;
+    assert_eq!(code(&["replicas", "db01_replica", "--delete", "-n"]), 0);
+    assert_eq!(code(&["replicas", "db01_replica", "--readmit"]), 3);
+    assert_eq!(code(&["replicas", "other", "--remove"]), 2);
+    assert!(folder.join("vda/1.qcow2").exists());
+    // Its files go, and the next run makes it anew.
+    assert_eq!(code(&["replicas", "db01_replica", "--delete", "--yes"]), 0);
+    assert!(!folder.exists());
+    assert_eq!(site.json(&["replicas"]).kind("replica").len(), 0);
+    assert_eq!(site.json(&["replicas", "--all"]).one("replica")["state"], "removed");
+    site.replicate();
+    site.assert_point(&site.points()[0], &site.disks);
+    // Its files stay: an ordinary machine, which the job leaves alone.
+    assert_eq!(site.json(&["replicas", "db01_replica", "--remove"]).code, 0);
+    assert!(folder.join("machine.toml").exists() && !folder.join("replica.json").exists());
+    img(&["check", "-q", "-f", "qcow2"], &[&folder.join("vda/1.qcow2")]);
+    site.change(1);
+    site.back_up("r1", false);
+    let held = site.json(&["run", "dr"]);
+    assert!(held.kind("warning").iter().any(|warning| warning["code"] == "W_ON_HOLD"), "{}", held.stdout);
+    assert_eq!(site.json(&["replicas", "db01_replica", "--remove"]).code, 3, "twice");
+    assert_eq!(site.json(&["replicas", "db01_replica", "--readmit"]).code, 0);
+    // The machine that stayed is nobody's to overwrite.
+    let refused = site.json(&["run", "dr"]);
+    assert_eq!(refused.one("error")["code"], "E_EXISTS", "{}", refused.stdout);
+    fs::remove_dir_all(&folder).expect("it goes");
+    site.replicate();
+    site.assert_point(&site.points()[0], &site.disks);
+}
+
+#[test]
+fn a_killed_run_goes_on_in_the_same_point() {
+    let mut site = Site::new("limits = { read = \"4MiB/s\" }");
+    let mut content = vec![0u8; 24 * MIB];
+    content.fill_with(|| u8::try_from(site.roll() % 255).expect("small") + 1);
+    site.disks[0].1 = content;
+    site.put_production();
+    site.back_up("r1", false);
+    let total: u64 = 24 * MIB as u64;
+    let mut run = site.begin();
+    let mark = site.room.path("dr/db01_replica/vda/1.qcow2.mark");
+    let until = Instant::now() + Duration::from_secs(60);
+    let done =
+        || -> Option<u64> { serde_json::from_slice::<Value>(&fs::read(&mark).ok()?).ok()?["done_until"].as_u64() };
+    let marked = loop {
+        assert!(Instant::now() < until, "nothing was marked");
+        match done() {
+            Some(bytes) if bytes >= total / 4 => break bytes,
+            _ => thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    run.kill().expect("a kill");
+    run.wait().expect("it ends");
+    assert_eq!(site.json(&["replicas"]).one("replica")["points"], 0, "half a point is no point");
+    site.rewrite("limits = { read = \"4MiB/s\" }", "");
+    let ran = site.json(&["run", "dr"]);
+    assert!(ran.code <= 1, "{}{}", ran.stdout, ran.stderr);
+    let points = site.points();
+    assert_eq!(points.len(), 1);
+    site.assert_point(&points[0], &site.disks);
+    let moved = bytes(&ran.one("session")["progress"], "bytes_read");
+    let rest = total - marked + site.disks[1].1.len() as u64;
+    assert!(moved <= rest, "{moved} bytes were read to move the last {rest}");
+}
+
+#[test]
+fn a_new_point_begins_a_run() {
+    let mut site = Site::new("schedule = { on_new_point = true }");
+    let mut serve = Killed(
+        site.room
+            .command(["-c", "site.toml", "serve"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("serve"),
+    );
+    for count in 1..=2 {
+        site.change(1);
+        site.back_up("r1", false);
+        let until = Instant::now() + Duration::from_secs(60);
+        loop {
+            let listed = site.json(&["replicas"]).kind("replica");
+            if listed.first().is_some_and(|replica| replica["points"] == count && replica["state"] == "ready") {
+                break;
+            }
+            assert!(Instant::now() < until, "point {count} was not followed: {listed:?}");
+            thread::sleep(Duration::from_millis(100));
+        }
+        site.assert_point(site.points().last().expect("a point"), &site.disks);
+    }
+    serve.0.kill().expect("a kill");
+}
+
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// `kill -9` at any moment of a run, again and again: every point that is listed is whole, and the next run ends well.
+#[test]
+fn no_kill_leaves_a_replica_without_a_way_out() {
+    let scale = std::env::var("AQUIFER_TEST_SCALE").ok().and_then(|scale| scale.parse().ok()).unwrap_or(1);
+    let mut site = Site::new("restore_points_to_keep = 3");
+    let mut known: Vec<(Value, Vec<(String, Vec<u8>)>)> = Vec::new();
+    let mut killed = 0;
+    for round in 0..8 * scale {
+        let repo = if site.roll() % 3 == 0 { "r2" } else { "r1" };
+        let full = site.roll() % 4 == 0;
+        site.change(3);
+        site.back_up(repo, full);
+        known.push((site.newest_backup(repo), site.disks.clone()));
+        for _ in 0..2 {
+            let mut run = site.begin();
+            thread::sleep(Duration::from_millis(site.roll() % 400));
+            killed += u32::from(run.try_wait().expect("a status").is_none());
+            run.kill().expect("a kill");
+            run.wait().expect("it ends");
+            let Some(replica) = site.json(&["replicas"]).kind("replica").pop() else { continue };
+            if replica["points"].as_u64() > Some(0) {
+                check(&site, &known);
+            }
+        }
+        let ran = site.json(&["run", "dr"]);
+        assert!(ran.code <= 1, "round {round}: {}{}", ran.stdout, ran.stderr);
+        let replica = site.json(&["replicas"]).one("replica");
+        assert_eq!((replica["state"].as_str(), replica["operation"].as_str()), (Some("ready"), None), "{replica}");
+        let points = check(&site, &known);
+        assert_eq!(points.last().expect("a point")["taken"], known.last().expect("one").0, "round {round}");
+        assert!(points.len() <= 3);
+    }
+    assert!(killed > scale, "{killed} runs were killed");
+}
+
+/// Every listed point is what production was then.
+fn check(site: &Site, known: &[(Value, Vec<(String, Vec<u8>)>)]) -> Vec<Value> {
+    let points = site.points();
+    for point in &points {
+        let (_, disks) = known.iter().find(|(taken, _)| *taken == point["taken"]).expect("a point of ours");
+        site.assert_point(point, disks);
+    }
+    points
 }

@@ -371,3 +371,44 @@ fn the_guest_is_frozen_for_a_moment_and_thawed_whatever_happens() {
     assert_eq!(told.recv_timeout(WAIT).as_deref(), Ok("guest-fsfreeze-thaw"));
     until("the guard takes everything down", || machine.ours().0.is_empty());
 }
+
+#[test]
+fn a_replica_of_a_running_machine_is_its_disks_of_one_moment() {
+    let disks = ["vda", "vdb"];
+    let mut machine = Machine::new(&disks);
+    let dr = machine.room.text("dr");
+    fs::create_dir_all(&dr).expect("folder");
+    let site = machine.room.path("site.toml");
+    let text = fs::read_to_string(&site).expect("read");
+    let more = format!(
+        "[host.dr]\nkind = \"qemu\"\nimages = \"{dr}\"\n[job.r]\nkind = \"replication\"\nmachines = [\"db01\"]\n\
+         source = {{ from = \"production\" }}\ntarget = {{ host = \"dr\" }}\nblock_size = \"64KiB\"\n"
+    );
+    fs::write(&site, text + &more).expect("write");
+    machine.start(&disks);
+    machine.write("vda", 7, "1M", "512k");
+    machine.write("vdb", 8, "40M", "64k");
+    let mut written = Vec::new();
+    for round in 1..=3u8 {
+        let images: Vec<PathBuf> = disks.iter().map(|disk| machine.image(disk)).collect();
+        let out = machine.room.json(["-c", &machine.room.text("site.toml"), "run", "r"]);
+        assert!(out.code <= 1, "{}{}", out.stdout, out.stderr);
+        let report = out.one("replicated");
+        written.push(report["bytes_written"].as_u64().expect("bytes"));
+        assert!(report["bytes_read_production"].as_u64() > Some(0), "{report}");
+        for (disk, image) in disks.iter().zip(&images) {
+            let top = machine.room.path(format!("dr/db01_replica/{disk}/{round}.qcow2"));
+            let (image, top) = (image.display().to_string(), top.display().to_string());
+            tool("qemu-img", &["compare", "-q", "-U", "-f", "raw", "-F", "qcow2", &image, &top]);
+        }
+        assert_eq!(machine.ours(), (Vec::new(), Vec::new()), "nothing is left in the machine");
+        // The guest has gone on meanwhile.
+        machine.write("vda", 10 + round, "2M", "128k");
+    }
+    assert_eq!(written, [(512 + 64) << 10, 128 << 10, 128 << 10]);
+    // A machine that is off is read from its files.
+    machine.quit();
+    let out = machine.room.json(["-c", &machine.room.text("site.toml"), "run", "r"]);
+    assert!(out.code <= 1, "{}{}", out.stdout, out.stderr);
+    assert_eq!(out.one("replicated")["bytes_written"], 128 << 10);
+}

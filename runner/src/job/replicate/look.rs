@@ -4,7 +4,10 @@
 //! - A machine that runs is never read from its files: its hypervisor serves them as they were.
 //! - Whatever was put into a running machine is taken out again, also where the copy failed.
 
-use aquifer_formats::{probe::Format, repo::{DiskName, record::MachineDescription}};
+use aquifer_formats::{
+    probe::Format,
+    repo::{DiskName, record::MachineDescription},
+};
 use aquifer_vdisk::ChainSpec;
 use jiff::Timestamp;
 
@@ -17,7 +20,7 @@ use crate::{
     context::Context,
     fail::{Code, Fail, Result},
     replica::{
-        desk::{Desk, Warn},
+        desk::Desk,
         model::HomeDisk,
         production::Look,
         run::{RunSource, SourceDoor},
@@ -26,10 +29,10 @@ use crate::{
     source::SelectedDisk,
 };
 
-/// Production, held still as far as it runs.
+/// Production, held still as far as it runs, until this is dropped.
 pub(super) struct Watched {
     pub(super) look: Look,
-    fleece: Option<Fleece>,
+    _fleece: Option<Fleece>,
 }
 
 impl Watched {
@@ -39,7 +42,7 @@ impl Watched {
     /// There is no such machine; a disk that cannot be read.
     pub(super) fn begin(context: &Context, desk: &Desk<'_>, site: &Site, machine: &str) -> Result<Self> {
         if let Some(look) = Self::images(context, desk, site, machine)? {
-            return Ok(Self { look, fleece: None });
+            return Ok(Self { look, _fleece: None });
         }
         let entry = entry(site, machine)?;
         let place = place(context, site, entry)?.ok_or_else(|| Fail::new(Code::Bug, "a machine without a place"))?;
@@ -77,14 +80,6 @@ impl Watched {
         let description = about(context, entry, machine, place.as_ref(), &wanted)?;
         drop(wanted);
         Ok(Some(Look::at_images(desk, disks, description)?))
-    }
-
-    /// Lets the machine go.
-    pub(super) fn end(self, copied: bool, warn: Warn<'_>) {
-        let Some(fleece) = self.fleece.filter(|_| copied) else { return };
-        if let Err(fail) = fleece.end() {
-            warn(Code::WarnHost, format!("what was put into the machine is still there: {}", fail.what));
-        }
     }
 }
 
@@ -172,5 +167,5 @@ fn caught(context: &Context, desk: &Desk<'_>, entry: &Machine, machine: &str, pl
     let description = about(context, entry, machine, Some(place), &wanted)?;
     drop(wanted);
     let look = Look { source: RunSource::Doors { disks: doors }, disks: sizes, description, taken };
-    Ok(Watched { look, fleece: Some(fleece) })
+    Ok(Watched { look, _fleece: Some(fleece) })
 }
