@@ -10,6 +10,7 @@ import time
 import aggressors
 import corpus
 import in_guest
+import replicas
 import second_boot
 import table
 from servers import (AQUIFER, environment, fio, first_byte, forget_pages, our_fuse, ours, peak_kib, qemu_fuse, qemu_nbd, resident_kib, run, running,
@@ -320,4 +321,4 @@ def doors(work):
 
 GROUPS = {"depth": depth, "cold": cold, "hot": hot, "sequential": sequential, "fuse": fuse, "write": write, "hydration": hydration,
           "latency": latency, "aggressor": aggressor, "trace": trace, "backup": backup, "wide": wide, "memory": memory,
-          "doors": doors}
+          "doors": doors, "replica": replicas.replica}

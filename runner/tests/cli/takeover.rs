@@ -110,6 +110,7 @@ impl Site {
             metadata: room.path("home/replicas"),
             repositories: vec![room.repo()],
             options: RunOptions::default(),
+            rules: Default::default(),
         };
         let desk = Desk {
             catalogue: &catalogue,
