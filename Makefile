@@ -5,7 +5,7 @@ export PATH := $(HOME)/.cargo/bin:$(PATH)
 CARGO ?= cargo
 BIN := $(or $(CARGO_TARGET_DIR),target)/release/aquifer
 
-.PHONY: help setup build test test-long fuzz-long proofs bench lint deny man demo clean
+.PHONY: help setup build test test-long fuzz-long proofs bench lint deny man demo demo-dr clean
 
 help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ man: build       ## man pages into target/man
 
 demo: build      ## a real guest: backed up, deleted, recovered, pivoted live, compared file by file
 	scripts/demo.py --aquifer $(BIN) $(DEMO_FLAGS)
+
+demo-dr: build   ## a site lost and won back: scheduled backups, replica, failover to an older point, failback, commit
+	scripts/demo_dr.py --aquifer $(BIN) $(DEMO_FLAGS)
 
 clean:           ## everything this folder built
 	$(CARGO) clean

@@ -16,12 +16,14 @@
 //!
 //! Not here: how a disk is compared and sent ([`pass`]).
 
+pub mod changed;
 pub mod estimate;
 pub mod pass;
 
+pub use changed::{Changed, Mark};
 pub use estimate::{Estimate, estimate};
 
-use std::{collections::BTreeMap, path::Path, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use aquifer_formats::{probe::Format, repo::record::MachineDescription};
 use aquifer_vdisk::{Chain, Delta};
@@ -48,15 +50,6 @@ use crate::{
     },
     step::{AfterCrash, Plan},
 };
-
-/// What production has changed since it looked like a restore point, by disk: from a map that can be trusted.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Changed {
-    /// The restore point of the replica that production looked like when the maps began.
-    pub since: Option<Uuid>,
-    /// What was written since, by disk.
-    pub disks: BTreeMap<String, Delta>,
-}
 
 /// The first pass under way.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -165,6 +158,9 @@ impl BackWork {
         let failover = record.failover.clone().ok_or_else(|| Fail::new(Code::Bug, "a takeover without a record"))?;
         let point = points.iter().find(|point| point.id == failover.point);
         self.carried = Carried::default();
+        if self.home.kind == HomeKind::Original {
+            self.changed.read(&self.home.disks)?;
+        }
         let began = std::time::Instant::now();
         for (top, disk) in pairs(&self.home, &self.sent) {
             let from = layers::open(&record.folder.join(&top.file), Format::Qcow2, desk.cache)?;

@@ -9,6 +9,7 @@
 //! Not here: what the operations do (`failover`, `failback`); the order of several machines (`plan`).
 
 mod ask;
+mod marks;
 pub mod place;
 pub mod report;
 
@@ -90,6 +91,8 @@ pub enum Act {
         switch: Switch,
         /// Whether production is started.
         power_on: bool,
+        /// Whether everything is compared, whatever production itself has noted of its changes.
+        compare: bool,
     },
     /// The change of sides.
     Switchover {
@@ -185,9 +188,11 @@ impl Ask {
             Act::Planned { spec, start, restart } if !is_done(Op::Failover) => {
                 planned(desk, &spec.replica, &spec.home, *restart, *start)?;
             }
-            Act::Failback { home, switch, power_on } => {
+            Act::Failback { home, switch, power_on, compare } => {
                 if !is_done(Op::Failback) {
-                    failback::failback(desk, name, home.clone(), *switch, Changed::default())?;
+                    let known =
+                        if *compare { Changed::default() } else { marks::marks(task.context, &desk.points(name)?)? };
+                    failback::failback(desk, name, home.clone(), *switch, known)?;
                 }
                 match switch {
                     Switch::Auto if !is_done(Op::Switchover) => {

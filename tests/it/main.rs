@@ -16,6 +16,7 @@ mod foreign;
 mod fuse;
 mod fuzz_smoke;
 mod host;
+mod host_files;
 mod hydrate;
 mod hydrate_leave_out;
 mod hydrate_trace;

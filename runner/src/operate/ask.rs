@@ -10,6 +10,7 @@ use crate::{
     context::Context,
     fail::{Code, Fail, Result},
     replica::{desk::object, model::ReplicaRecord},
+    tasks::is_gone,
 };
 
 /// Before backups and copies: a site waits for it.
@@ -74,16 +75,6 @@ fn owner_of(work: &Work) -> String {
 fn is_in_hands(work: &Work, now: Timestamp) -> bool {
     let leased = work.state == WorkState::Running && work.lease_until.is_some_and(|until| until > now);
     leased && !work.owner.as_deref().is_some_and(is_gone)
-}
-
-/// Whether an owner (`ROLE@HOST:PROCESS:WORD`) was a process of this computer that has ended.
-fn is_gone(owner: &str) -> bool {
-    let Some((_, rest)) = owner.split_once('@') else { return false };
-    let mut parts = rest.rsplitn(3, ':');
-    let (_, process, host) = (parts.next(), parts.next(), parts.next());
-    let process = process.and_then(|process| process.parse::<u32>().ok());
-    host == Some(crate::repository::host_name().as_str())
-        && process.is_some_and(|process| crate::host::Process::of(process).is_none())
 }
 
 /// So many operations at a time, and so long between them.

@@ -31,22 +31,22 @@ const ATTEMPT: Duration = Duration::from_secs(3);
 
 /// A machine that is to become ready.
 #[derive(Debug)]
-pub struct Entry<'a> {
+pub(super) struct Entry<'a> {
     /// The plan.
-    pub plan: &'a str,
+    pub(super) plan: &'a str,
     /// The machine.
-    pub machine: &'a str,
+    pub(super) machine: &'a str,
     /// Its replica.
-    pub replica: &'a str,
+    pub(super) replica: &'a str,
     /// Its process; none where it was not started.
-    pub running: Option<&'a Running>,
+    pub(super) running: Option<&'a Running>,
 }
 
 /// Waits until the gate opens.
 ///
 /// # Errors
 /// [`Code::Timeout`] with what the last attempt found; the interruption.
-pub fn wait(entry: &Entry<'_>, gate: &Gate, limit: Duration, stop: Stop) -> Result<()> {
+pub(super) fn wait(entry: &Entry<'_>, gate: &Gate, limit: Duration, stop: Stop) -> Result<()> {
     let began = Instant::now();
     loop {
         stop.check()?;

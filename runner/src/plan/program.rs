@@ -18,7 +18,7 @@ const TICK: Duration = Duration::from_millis(50);
 ///
 /// # Errors
 /// [`Code::Tool`]: it cannot be started, does not end with 0, or not in time; the interruption. It is ended then.
-pub fn run(program: &Path, variables: &[(&str, String)], limit: Duration, stop: Stop) -> Result<()> {
+pub(super) fn run(program: &Path, variables: &[(&str, String)], limit: Duration, stop: Stop) -> Result<()> {
     let mut command = Command::new(program);
     command.envs(variables.iter().map(|(name, value)| (*name, value)));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());

@@ -33,6 +33,9 @@ pub struct Args {
     /// When the sides are changed: now, manual, or an RFC 3339 time [default: manual]
     #[arg(long, value_name = "WHEN", value_parser = when)]
     pub switch: Option<When>,
+    /// Compare everything, whatever production itself has noted of its changes
+    #[arg(long)]
+    pub full: bool,
     /// Leave production off in the end
     #[arg(long)]
     pub no_start: bool,
@@ -98,7 +101,12 @@ fn begin(context: &Context, args: &Args, record: &ReplicaRecord) -> Result<Wante
             files.join(", "),
         )
     });
-    Ok(Wanted { ask: args.machines.ask(&record.name, Act::Failback { home, switch, power_on: !args.no_start }), loss })
+    Ok(Wanted {
+        ask: args
+            .machines
+            .ask(&record.name, Act::Failback { home, switch, power_on: !args.no_start, compare: args.full }),
+        loss,
+    })
 }
 
 /// The second pass of a way home that waits for it.

@@ -18,4 +18,5 @@ mod running;
 mod signals;
 mod site_jobs;
 mod takeover;
+mod takeover_killed;
 mod whole;

@@ -5,7 +5,8 @@ use std::{fs, path::PathBuf, process::Command, time::Duration};
 
 use aquifer_runner::{
     catalogue::{Catalogue, NewWork, Retries, Url},
-    host::{Host, Network, Power, Rooms, qemu::Qemu, qmp::Qmp},
+    host::{Host, Network, Power, Rooms, placed::Placed, qemu::Qemu, qmp::Qmp},
+    recover::shape::Wishes,
     replica::{
         desk::Desk,
         model::ReplicaRecord,
@@ -19,11 +20,11 @@ use serde_json::{Value, json};
 use crate::harness::{Outcome, Room};
 
 const WAIT: Duration = Duration::from_secs(20);
-const REPLICA: &str = "db01_replica";
+pub(crate) const REPLICA: &str = "db01_replica";
 
 /// Two hosts, a repository, a machine with a guest, and its replica. Ends what runs in it.
-struct Site {
-    room: Room,
+pub(crate) struct Site {
+    pub(crate) room: Room,
     points: Vec<String>,
 }
 
@@ -36,7 +37,7 @@ fn tool(program: &str, args: &[&str]) -> String {
 
 impl Site {
     /// A machine that was backed up `points` times, with changes between, each point replicated.
-    fn new(points: usize) -> Self {
+    pub(crate) fn new(points: usize) -> Self {
         let mut site = Self { room: Room::new(), points: Vec::new() };
         let room = &site.room;
         fs::create_dir_all(room.path("prod/db01")).expect("folder");
@@ -151,7 +152,7 @@ impl Site {
         error
     }
 
-    fn record(&self) -> ReplicaRecord {
+    pub(crate) fn record(&self) -> ReplicaRecord {
         let catalogue = Catalogue::open(&Url::Sqlite(self.room.path("home/catalogue.db"))).expect("catalogue");
         catalogue.replica::<ReplicaRecord>(REPLICA).expect("read").expect("a replica").record
     }
@@ -169,12 +170,23 @@ impl Site {
         self.room.path(if side == "prod" { "prod/db01" } else { "dr/db01_replica" })
     }
 
-    fn running(&self, side: &str) -> Option<aquifer_runner::host::Running> {
+    pub(crate) fn running(&self, side: &str) -> Option<aquifer_runner::host::Running> {
         Qemu.find(&self.rooms().places(&self.folder(side))).filter(|r| Qemu.power(r).is_ok_and(|p| p != Power::Off))
     }
 
+    /// Starts production's machine, as whoever works there does.
+    fn start_production(&self) {
+        let folder = self.folder("prod");
+        let placed = Placed::read(&folder).expect("a machine");
+        let wishes = Wishes { network: Network::None, ..Wishes::default() };
+        let shape = placed.shape("db01", &wishes, &[]).expect("a shape");
+        let places = self.rooms().places(&folder);
+        fs::create_dir_all(&places.runtime_dir).expect("folder");
+        Qemu.start(&shape, &placed.attachments(), &places).expect("it starts");
+    }
+
     /// Writes to a running machine's disk, as its guest would.
-    fn write(&self, side: &str, pattern: u8, at: &str, len: &str) {
+    pub(crate) fn write(&self, side: &str, pattern: u8, at: &str, len: &str) {
         let running = self.running(side).expect("it runs");
         let mut qmp = Qmp::connect(&running.orders, WAIT).expect("monitor");
         let line = format!("qemu-io -d /machine/peripheral/dev0/virtio-backend \"write -P {pattern} {at} {len}\"");
@@ -183,7 +195,7 @@ impl Site {
     }
 
     /// What the replica serves from, or served from last, against production, by QEMU's own tool.
-    fn assert_same(&self, file: &str) {
+    pub(crate) fn assert_same(&self, file: &str) {
         let top = self.folder("dr").join(file);
         tool(
             "qemu-img",
@@ -323,4 +335,42 @@ fn a_plan_runs_its_programs_waits_at_its_gates_and_is_taken_back() {
     fs::write(site.room.path("gate"), "#!/bin/sh\nexit 0\n").expect("gate");
     let rest = site.json(&["plan", "resume", "all", "--grace", "1s", "--network", "none"]);
     assert!(rest.code <= 1, "{}{}", rest.stdout, rest.stderr);
+}
+
+#[test]
+fn a_planned_takeover_loses_nothing() {
+    let site = Site::new(1);
+    site.start_production();
+    site.write("prod", 0x31, "15M", "200k");
+    let unplanned = site.json(&["failover", REPLICA, "--network", "none"]);
+    assert_eq!(unplanned.code, 1, "production runs still, with the same addresses: {}", unplanned.stdout);
+    assert!(site.running("prod").is_some(), "and is not touched");
+    site.does(&["undo", REPLICA, "--yes"]);
+
+    let report = site.does(&["failover", REPLICA, "--planned", "--no-start"]);
+    assert_eq!(report["state"], "failover");
+    assert!(site.running("prod").is_none());
+    let top = site.record().failover.expect("a takeover").tops[0].file.clone();
+    site.assert_same(&top);
+    assert_eq!(site.json(&["replicas", REPLICA]).code, 0);
+}
+
+#[test]
+fn whoever_was_left_behind_by_a_change_of_sides_touches_nothing() {
+    let site = Site::new(1);
+    // A second controller with the same catalogue, as one that was brought back from a backup of its own.
+    tool("cp", &["-a", &site.room.text("home"), &site.room.text("other")]);
+    let catalogue = |home: &str| site.room.path(home).join("installation.json");
+    let text = fs::read_to_string(catalogue("other")).expect("installation");
+    let ours: Value = serde_json::from_str(&text).expect("json");
+    let other = text.replace(ours["id"].as_str().expect("id"), "01890000-0000-7000-8000-000000000001");
+    fs::write(catalogue("other"), other).expect("another installation");
+
+    site.does(&["failover", REPLICA]);
+    let before = site.running("dr").expect("it runs").process;
+    let home = site.room.text("other");
+    let refused = site.json(&["--home", &home, "failover", REPLICA, "--network", "none"]);
+    let error = refused.one("error");
+    assert_eq!((&error["code"], &error["exit"]), (&json!("E_FOREIGN_OWNER"), &json!(3)), "{}", refused.stdout);
+    assert_eq!(site.running("dr").expect("it runs").process, before);
 }
