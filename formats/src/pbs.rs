@@ -12,15 +12,21 @@
 //! - A chunk is opened by the name its digest makes, beneath the datastore the index lies in, through no link.
 //! - Memory is bounded by the index: 32 bytes for each chunk.
 //!
-//! Not here: dynamic indexes (`.didx`, archives of files), encrypted snapshots (refused by name), the lock that
+//! - An encrypted chunk is opened with the key it is read with, and its digest, which the key goes into, holds.
+//!
+//! Not here: dynamic indexes (`.didx`, archives of files), signatures of manifests, the lock that
 //! keeps a running server from collecting chunks: what it collects is missed here, and said to be.
 
 mod blob;
+mod delta;
 mod index;
+mod key;
 mod layer;
 mod manifest;
 mod store;
 
+pub use delta::delta;
+pub use key::Key;
 pub use layer::PbsLayer;
 pub use manifest::{Manifest, ManifestFile};
 pub use store::{Snapshot, datastore_holding, snapshots};

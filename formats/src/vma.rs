@@ -1,4 +1,4 @@
-//! VMA, read-only: Proxmox VE's backup archives (`vzdump`), not compressed.
+//! VMA, read-only: Proxmox VE's backup archives (`vzdump`).
 //!
 //! An archive holds a machine's configuration and all its disks, cut into clusters of 64 KiB that lie in
 //! the order they were read. One pass over the extents' headers, 512 bytes for each 3.7 MiB, tells where
@@ -10,12 +10,14 @@
 //!   and marks zeros as such.
 //! - An archive that ends within an extent is refused: it is a part of a backup.
 //!
-//! Not here: compressed archives (`.vma.zst`, `.lzo`, `.gz`), which have no random access and are refused
-//! by name where they are probed; the configuration's meaning.
+//! Not here: reading in a compressed archive, which has no random access: [`Wrapping`] makes a plain one of it, and
+//! whoever calls says where; the configuration's meaning.
 
 mod layer;
+mod unwrap;
 
 pub use layer::VmaLayer;
+pub use unwrap::Wrapping;
 
 use std::sync::Arc;
 

@@ -18,6 +18,7 @@ pub(crate) mod files;
 mod repository;
 mod select;
 pub(crate) mod store;
+mod unwrap;
 
 use std::path::{Path, PathBuf};
 
@@ -25,7 +26,7 @@ use jiff::Timestamp;
 
 pub(crate) use connect::layer as layer_of_nbd;
 pub use repository::SelectedPoint;
-pub use select::{SelectedDisk, Selection, SourceOptions, select};
+pub use select::{KeyOptions, SelectedDisk, Selection, SourceOptions, select};
 
 use crate::fail::{Code, Fail, Result};
 

@@ -17,7 +17,7 @@ use std::sync::{
     atomic::{AtomicU64, Ordering::Relaxed},
 };
 
-use aquifer_formats::{BlockRef, CHAIN_LAYERS_MAX, Content, Error as FormatError, Layer, aql};
+use aquifer_formats::{BlockRef, CHAIN_LAYERS_MAX, Content, Error as FormatError, Layer, aql, pbs::PbsLayer};
 
 use crate::{
     BlockCache, Error, Extent, ExtentKind, Result,
@@ -57,6 +57,7 @@ pub struct Chain {
     /// `None` where the only layer maps as quickly itself.
     map: Option<WindowMap>,
     point: Option<Arc<aql::Reader>>,
+    snapshot: Option<Arc<PbsLayer>>,
     cache: Arc<BlockCache>,
     size: u64,
     fetched: AtomicU64,
@@ -76,14 +77,25 @@ impl Chain {
             }
         };
         let map = Some(WindowMap::new(&layers));
-        Ok(Self { layers, map, point: None, cache, size, fetched: AtomicU64::new(0) })
+        Ok(Self { layers, map, point: None, snapshot: None, cache, size, fetched: AtomicU64::new(0) })
     }
 
     /// A native point: one layer, whose own map takes two hops whatever it draws from.
     pub fn of_point(point: Arc<aql::Reader>, cache: Arc<BlockCache>) -> Self {
         let size = point.size();
         let fetched = AtomicU64::new(0);
-        Self { layers: vec![point.clone()], map: None, point: Some(point), cache, size, fetched }
+        Self { layers: vec![point.clone()], map: None, point: Some(point), snapshot: None, cache, size, fetched }
+    }
+
+    /// A disk of a snapshot whose index says at once where each part is.
+    pub fn of_snapshot(snapshot: Arc<PbsLayer>, cache: Arc<BlockCache>) -> Self {
+        let (size, fetched) = (snapshot.size(), AtomicU64::new(0));
+        Self { layers: vec![snapshot.clone()], map: None, point: None, snapshot: Some(snapshot), cache, size, fetched }
+    }
+
+    /// The snapshot this chain is, if it is one.
+    pub fn snapshot(&self) -> Option<&Arc<PbsLayer>> {
+        self.snapshot.as_ref()
     }
 
     /// The native point this chain is, if it is one.

@@ -39,7 +39,7 @@ pub use error::{Error, Result};
 pub use extent::{Extent, ExtentKind};
 pub use hydrate::{Blocks, Bucket, DemandStats, HydrateProgress, HydrateState, Hydrated, Hydrator, Pace, Replay};
 pub use inside::ChainStorage;
-pub use open::{ChainSpec, Connect, members, open_chain};
+pub use open::{ChainSpec, Connect, KeyPlace, members, open_chain};
 pub use overlay::{LocalProgress, Overlay, OverlayFiles, OverlayOf, OverlayOptions, Settling};
 pub use readahead::Readahead;
 #[cfg(feature = "schedule")]

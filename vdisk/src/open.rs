@@ -18,13 +18,14 @@ use std::{
 };
 
 use aquifer_formats::{
-    Error as FormatError, Layer, aql,
+    Error as FormatError, Layer, Storage as _, aql,
     gate::{Gate, Passage},
     ova::Ova,
-    pbs::PbsLayer,
+    pbs::{Key, PbsLayer},
     probe::{Format, head, probe, wrapping},
     qcow2::{Backing, Qcow2},
     raw::RawLayer,
+    storage::{Access, FileStorage},
     vbk::Vbk,
     vdi::VdiLayer,
     vhd::Vhd,
@@ -60,6 +61,14 @@ pub enum ChainSpec {
         /// The disk's name in it.
         member: String,
     },
+    /// A disk of a snapshot of Proxmox Backup Server.
+    Snapshot {
+        /// Its index.
+        path: PathBuf,
+        /// What opens its chunks, where they are encrypted.
+        #[serde(default)]
+        key: Option<KeyPlace>,
+    },
     /// A native layer file; what it stands on is in its layer table.
     Native {
         /// The point's own file.
@@ -70,6 +79,16 @@ pub enum ChainSpec {
         /// Its URI.
         uri: String,
     },
+}
+
+/// Where a key lies. Records hold this and never the key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyPlace {
+    /// The key file.
+    pub file: PathBuf,
+    /// A file whose first line is the passphrase, where the key file is sealed.
+    #[serde(default)]
+    pub passphrase: Option<PathBuf>,
 }
 
 /// Makes a layer of an NBD URI.
@@ -85,6 +104,11 @@ pub fn open_chain(spec: &ChainSpec, cache: Arc<BlockCache>, connect: Connect<'_>
         ChainSpec::Native { path } => {
             let first = Gate::default().enter(path)?;
             Ok(point(&first, cache)?)
+        }
+        ChainSpec::Snapshot { path, key } => {
+            let file = Gate::default().enter(path)?;
+            let key = key.as_ref().map(key_of).transpose()?.map(Arc::new);
+            Ok(Chain::of_snapshot(Arc::new(PbsLayer::open(file.storage(), file.path(), key)?), cache))
         }
         ChainSpec::Member { path, member } => {
             let gate = Gate::default();
@@ -106,6 +130,9 @@ pub fn open_chain(spec: &ChainSpec, cache: Arc<BlockCache>, connect: Connect<'_>
             };
             match (format, snapshot) {
                 (Format::Aql, None) => Ok(point(&first, cache)?),
+                (Format::Fidx, None) => {
+                    Ok(Chain::of_snapshot(Arc::new(PbsLayer::open(first.storage(), first.path(), None)?), cache))
+                }
                 _ => Chain::new(image_layers(&gate, first, format, snapshot.as_deref())?, cache),
             }
         }
@@ -125,6 +152,29 @@ pub fn members(path: &Path) -> Result<Vec<String>> {
         Some(Format::Vbk) => veeam::names(&Vbk::open(file.storage())?)?,
         _ => Vec::new(),
     })
+}
+
+fn key_of(place: &KeyPlace) -> Result<Key> {
+    let text = small_file(&place.file)?;
+    let passphrase = place.passphrase.as_deref().map(small_file).transpose()?;
+    let line = passphrase.as_deref().map(|text| text.split(|b| *b == b'\n').next().unwrap_or_default());
+    let line = line.map(|line| line.strip_suffix(b"\r").unwrap_or(line));
+    Ok(Key::read(&place.file.display().to_string(), &text, line)?)
+}
+
+/// A file of a few lines that a person named.
+fn small_file(path: &Path) -> Result<Vec<u8>> {
+    const BYTES_MAX: u64 = 64 << 10;
+    let file = FileStorage::open(path, Access::ReadOnly)?;
+    let failed = |e| FormatError::io(file.label(), "read", 0, e);
+    let len = file.len().map_err(failed)?;
+    if len > BYTES_MAX {
+        let what = format!("a file of {len} bytes where a key or a passphrase belongs");
+        return Err(FormatError::Key { path: file.label().into(), what }.into());
+    }
+    let mut text = vec![0; usize::try_from(len).unwrap_or_default()];
+    file.read_at(0, &mut text).map_err(failed)?;
+    Ok(text)
 }
 
 fn probed(first: &Passage) -> Result<Format> {
@@ -176,10 +226,6 @@ fn image_layers(
             }
             (Format::Vdi, None) => {
                 layers.push(Arc::new(VdiLayer::open(at.storage())?));
-                return Ok(layers);
-            }
-            (Format::Fidx, None) => {
-                layers.push(Arc::new(PbsLayer::open(at.storage(), at.path())?));
                 return Ok(layers);
             }
             (Format::Qcow2, name) => {

@@ -14,31 +14,33 @@ use sha2::{Digest as _, Sha256};
 
 use super::{
     CHUNKS,
-    blob::{self, Failure},
+    blob::{self, Failure, Sealing},
     datastore_of,
     index::{Digest, HEAD_BYTES, Index},
+    key::Key,
 };
 use crate::{BlockRef, Codec, Content, Error, FileSlot, Layer, Result, Storage, codec, runs, storage::FileStorage};
 
 /// One disk.
 #[derive(Debug)]
 pub struct PbsLayer {
-    index: Index,
+    pub(super) index: Index,
+    key: Option<Arc<Key>>,
     /// The folder of chunks.
     chunks: OwnedFd,
     /// Its path, for messages.
     place: String,
-    /// What a chunk of zeros is named; made when first asked for.
-    zeros: OnceLock<Digest>,
+    /// What a chunk of zeros is named, open and sealed; made when first asked for.
+    zeros: OnceLock<Vec<Digest>>,
 }
 
 impl PbsLayer {
-    /// The disk whose index is `storage`, which lies at `path` inside its datastore.
+    /// The disk whose index is `storage`, which lies at `path` inside its datastore. Encrypted chunks need `key`.
     ///
     /// # Errors
     /// [`Error::ChainBroken`] outside a datastore; [`Error::Corrupt`], [`Error::Truncated`],
     /// [`Error::Unsupported`], [`Error::Io`].
-    pub fn open(storage: Arc<dyn Storage>, path: &Path) -> Result<Self> {
+    pub fn open(storage: Arc<dyn Storage>, path: &Path, key: Option<Arc<Key>>) -> Result<Self> {
         let index = Index::open(storage)?;
         let broken = || Error::ChainBroken {
             path: index.file.label().into(),
@@ -49,15 +51,19 @@ impl PbsLayer {
         let label = place.display().to_string();
         let chunks =
             rustix::fs::open(&place, flags, Mode::empty()).map_err(|e| Error::io(&label, "open", 0, e.into()))?;
-        Ok(Self { index, chunks, place: label, zeros: OnceLock::new() })
+        Ok(Self { index, key, chunks, place: label, zeros: OnceLock::new() })
     }
 
-    fn zeros(&self) -> &Digest {
-        self.zeros.get_or_init(|| {
+    /// Whether a chunk of this name is nothing but zeros.
+    pub(super) fn is_zeros(&self, digest: &Digest) -> bool {
+        let zeros = self.zeros.get_or_init(|| {
             let mut hash = Sha256::new();
             (0..self.index.chunk_bytes / 4096).for_each(|_| hash.update([0; 4096]));
-            hash.finalize().into()
-        })
+            let open = hash.clone();
+            let sealed = self.key.iter().map(|key| hash.clone().chain_update(key.id_key()));
+            std::iter::once(open).chain(sealed).map(|hash| hash.finalize().into()).collect()
+        });
+        zeros.contains(digest)
     }
 
     fn piece(&self, at: u64, end: u64) -> Result<(Content, u64)> {
@@ -65,7 +71,7 @@ impl PbsLayer {
         let (logical, skip) = (at / chunk_bytes, at % chunk_bytes);
         let len = (chunk_bytes - skip).min(end - at);
         let digest = self.digest(logical)?;
-        if digest == self.zeros() {
+        if self.is_zeros(digest) {
             return Ok((Content::Zero, len));
         }
         let small = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
@@ -167,17 +173,22 @@ impl Layer for PbsLayer {
             return Err(damaged(format!("{stored} bytes for a chunk of {whole}")));
         }
         let place = usize::try_from(stored).unwrap_or(usize::MAX);
-        codec::with_stored(&chunk, 0, place, |bytes| match blob::decode(bytes, whole, out) {
-            Ok(()) => Ok(()),
-            Err(Failure::Damaged(what)) => Err(damaged(what)),
-            Err(Failure::Encrypted) => {
-                Err(Error::Key { path: chunk.label().into(), what: "the snapshot is encrypted".into() })
-            }
+        let sealing = codec::with_stored(&chunk, 0, place, |bytes| {
+            let needed = |what: &str| Error::Key { path: chunk.label().into(), what: what.into() };
+            blob::decode(bytes, whole, self.key.as_deref(), out).map_err(|failure| match failure {
+                Failure::Damaged(what) => damaged(what),
+                Failure::Encrypted => needed("the snapshot is encrypted"),
+                Failure::OtherKey => needed("the snapshot is encrypted with another key"),
+            })
         })?;
         // The last chunk may be as short as the disk's end, or filled up.
         let left = self.index.size.saturating_sub(block.logical.saturating_mul(self.index.chunk_bytes));
         let due = usize::try_from(left).unwrap_or(usize::MAX).min(whole);
-        let found: Digest = Sha256::digest(&out[..]).into();
+        let mut hash = Sha256::new_with_prefix(&out[..]);
+        if let (Sealing::Sealed, Some(key)) = (sealing, &self.key) {
+            hash.update(key.id_key());
+        }
+        let found: Digest = hash.finalize().into();
         if found != *digest || (out.len() != due && out.len() != whole) {
             let what = match found == *digest {
                 true => format!("{} bytes, where {due} belong", out.len()),

@@ -65,9 +65,9 @@ impl Manifest {
         let mut stored = vec![0; place];
         storage.read_at(0, &mut stored).map_err(failed)?;
         let mut text = Vec::new();
-        blob::decode(&stored, BYTES_MAX, &mut text).map_err(|failure| match failure {
+        blob::decode(&stored, BYTES_MAX, None, &mut text).map_err(|failure| match failure {
             Failure::Damaged(what) => bad(what),
-            Failure::Encrypted => bad("a manifest is never encrypted, and this one is".into()),
+            Failure::Encrypted | Failure::OtherKey => bad("a manifest is never encrypted, and this one is".into()),
         })?;
         serde_json::from_slice(&text).map(Some).map_err(|e| bad(format!("a manifest that is not one: {e}")))
     }

@@ -2,6 +2,8 @@
 
 #![expect(clippy::cast_possible_truncation, reason = "test archives are small")]
 
+use std::io;
+
 use super::*;
 use crate::{Content, Layer, storage::MemoryStorage};
 
@@ -91,6 +93,42 @@ fn clusters_are_found_wherever_they_lie() {
     assert_eq!(layer.lookup(2 * CLUSTER, u64::MAX).expect("block 0"), (plain(0, 0), 4096));
     assert_eq!(layer.lookup(2 * CLUSTER + 4096, u64::MAX).expect("a gap"), (Content::Zero, 4096));
     assert_eq!(layer.lookup(2 * CLUSTER + 8200, u64::MAX).expect("block 2"), (plain(1, 8), 4088));
+}
+
+/// Bytes of the made archive with `extra` zeros behind it.
+fn made_bytes(extra: usize) -> Vec<u8> {
+    let made = Made::new();
+    [&made.header[..], &made.extents.concat(), &vec![0; extra]].concat()
+}
+
+#[test]
+fn a_wrapped_archive_comes_out_as_it_went_in_or_not_at_all() {
+    let zstd = |bytes: &[u8]| zstd::bulk::compress(bytes, 1).expect("memory");
+    let gzip = |bytes: &[u8]| {
+        let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        io::Write::write_all(&mut out, bytes).expect("memory");
+        out.finish().expect("memory")
+    };
+    let take_off = |wrapping: Wrapping, packed: &[u8]| {
+        let mut out = Vec::new();
+        wrapping.take_off::<Error>("made", packed, &mut out, |_| Ok(())).map(|len| (len, out))
+    };
+    let plain = made_bytes(0);
+    for (wrapping, packed) in [(Wrapping::Zstd, zstd(&plain)), (Wrapping::Gzip, gzip(&plain))] {
+        let (len, out) = take_off(wrapping, &packed).expect("unwraps");
+        assert!(len == plain.len() as u64 && out == plain);
+        for cut in [1, packed.len() / 2, packed.len() - 1] {
+            assert!(is_corrupt(take_off(wrapping, &packed[..cut])), "cut at {cut}");
+        }
+    }
+    // A bomb: 64 MiB of zeros behind an archive of less than one.
+    let bomb = zstd(&made_bytes(64 << 20));
+    assert!(bomb.len() < 100_000 && is_corrupt(take_off(Wrapping::Zstd, &bomb)));
+    let other = take_off(Wrapping::Gzip, &gzip(&vec![1; 20_000]));
+    assert!(matches!(other, Err(Error::Refused { .. })), "no archive");
+    let stopped: Result<u64> = Wrapping::Zstd
+        .take_off("made", &zstd(&plain)[..], &mut Vec::new(), |_| Err(Error::unsupported("made", "stopped")));
+    assert!(stopped.is_err());
 }
 
 /// The writer stores every cluster; one that is not there was lost.

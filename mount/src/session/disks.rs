@@ -166,10 +166,15 @@ pub(super) fn raw_file(spec: &Spec, disk: &DiskSpec) -> Option<File> {
 pub(super) fn source_folders(chain: &ChainSpec) -> Vec<PathBuf> {
     let (path, more) = match chain {
         ChainSpec::Image { path, allow_backing, .. } => (path, allow_backing.as_slice()),
-        ChainSpec::Native { path } | ChainSpec::Member { path, .. } => (path, &[][..]),
+        ChainSpec::Native { path } | ChainSpec::Member { path, .. } | ChainSpec::Snapshot { path, .. } => {
+            (path, &[][..])
+        }
         ChainSpec::Nbd { .. } => return Vec::new(),
     };
     let mut out: Vec<PathBuf> = more.to_vec();
+    if let ChainSpec::Snapshot { key: Some(key), .. } = chain {
+        out.extend(std::iter::once(&key.file).chain(&key.passphrase).cloned());
+    }
     let real = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
     for file in [path, &real] {
         let Some(folder) = file.parent() else { continue };

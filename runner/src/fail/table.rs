@@ -77,6 +77,9 @@ impl From<formats::Error> for Fail {
             }
             E::Unsupported { path, what } => Fail::new(Code::Unsupported, format!("not supported: {what}")).at(path),
             E::Refused { path, what } => Fail::new(Code::Refused, what).at(path),
+            E::Key { path, what } if what.starts_with("the snapshot") => {
+                Fail::new(Code::Key, format!("a key is needed: {what}")).at(path).help_again("--key-file FILE")
+            }
             E::Key { path, what } => Fail::new(Code::Key, format!("a key is needed: {what}")).at(path),
             E::OutOfRange { path, offset, len, size } => {
                 Fail::new(Code::OutOfRange, format!("range {offset}+{len} lies outside {size} bytes"))

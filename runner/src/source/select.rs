@@ -16,7 +16,7 @@ use aquifer_formats::{
     pbs::{Manifest, ManifestFile},
     probe::Format,
 };
-use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Disk, members, open_chain};
+use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Disk, KeyPlace, members, open_chain};
 
 use super::{Source, repository::SelectedPoint};
 use crate::{
@@ -36,6 +36,30 @@ pub struct SourceOptions {
     /// Also follow backing files that lie in this folder; may be given several times
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
+    /// What opens encrypted snapshots.
+    #[command(flatten)]
+    pub key: KeyOptions,
+}
+
+/// The key of encrypted snapshots of Proxmox Backup Server.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct KeyOptions {
+    /// Key file of encrypted snapshots of Proxmox Backup Server
+    #[arg(long, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
+    /// File whose first line is the passphrase of that key file
+    #[arg(long, value_name = "FILE", requires = "key_file")]
+    pub key_passphrase: Option<PathBuf>,
+}
+
+impl KeyOptions {
+    /// Where the key lies, in full: a session opens it again from elsewhere.
+    fn place(&self) -> Result<Option<KeyPlace>> {
+        let full =
+            |path: &PathBuf| std::path::absolute(path).map_err(|e| Fail::io(&path.display().to_string(), "open", &e));
+        let Some(file) = &self.key_file else { return Ok(None) };
+        Ok(Some(KeyPlace { file: full(file)?, passphrase: self.key_passphrase.as_ref().map(full).transpose()? }))
+    }
 }
 
 /// What a SOURCE word stands for.
@@ -67,7 +91,7 @@ const NAME_MAX: usize = 64;
 /// [`Code::Source`] for a word that means nothing, [`Code::NotFound`] for one that leads nowhere.
 pub fn select(context: &Context, word: &str, options: &SourceOptions) -> Result<Selection> {
     let (disks, point) = match Source::parse(word)? {
-        Source::Path(path) => (images(&path, options)?, None),
+        Source::Path(path) => (images(&super::unwrap::plain(context, &path)?, options)?, None),
         Source::Raw(path) => (vec![image(&path, Some(Format::Raw), options)?], None),
         Source::Nbd(uri) => (vec![nbd(uri)?], None),
         Source::Point { machine, point, disk } => {
@@ -88,21 +112,17 @@ pub fn select(context: &Context, word: &str, options: &SourceOptions) -> Result<
 }
 
 /// The disks of a snapshot of Proxmox Backup Server, if `path` is its folder.
-fn snapshot(path: &Path) -> Result<Option<Vec<SelectedDisk>>> {
+fn snapshot(path: &Path, options: &SourceOptions) -> Result<Option<Vec<SelectedDisk>>> {
     if !path.is_dir() {
         return Ok(None);
     }
     let label = path.display().to_string();
     let folder = std::path::absolute(path).map_err(|e| Fail::io(&label, "open", &e))?;
     let Some(manifest) = Manifest::of(&folder)? else { return Ok(None) };
+    let key = options.key.place()?;
     let disk = |(name, file): (&str, &ManifestFile)| SelectedDisk {
         name: name_from(name),
-        spec: ChainSpec::Image {
-            path: folder.join(&file.filename),
-            format: Some(Format::Fidx),
-            allow_backing: Vec::new(),
-            snapshot: None,
-        },
+        spec: ChainSpec::Snapshot { path: folder.join(&file.filename), key: key.clone() },
     };
     let disks: Vec<SelectedDisk> = manifest.disks().map(disk).collect();
     if disks.is_empty() {
@@ -113,7 +133,7 @@ fn snapshot(path: &Path) -> Result<Option<Vec<SelectedDisk>>> {
 
 /// The disks of an archive or a snapshot, or the one that a file is.
 fn images(path: &Path, options: &SourceOptions) -> Result<Vec<SelectedDisk>> {
-    if let Some(disks) = snapshot(path)? {
+    if let Some(disks) = snapshot(path, options)? {
         return Ok(disks);
     }
     let single = image(path, None, options)?;
@@ -147,9 +167,10 @@ fn image(path: &Path, format: Option<Format>, options: &SourceOptions) -> Result
     let allow_backing = options.allow_backing.clone();
     let name = name_from(path.file_stem().and_then(|s| s.to_str()).unwrap_or_default());
     let native = format.is_none() && path.extension().is_some_and(|e| e == "aql");
-    let spec = match native {
-        true => ChainSpec::Native { path },
-        false => ChainSpec::Image { path, format, allow_backing, snapshot: options.snapshot.clone() },
+    let spec = match (native, options.key.place()?) {
+        (true, _) => ChainSpec::Native { path },
+        (false, Some(key)) => ChainSpec::Snapshot { path, key: Some(key) },
+        (false, None) => ChainSpec::Image { path, format, allow_backing, snapshot: options.snapshot.clone() },
     };
     Ok(SelectedDisk { name, spec })
 }

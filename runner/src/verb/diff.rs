@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::{
     context::Context,
     fail::Result,
-    source::{SelectedDisk, SourceOptions, select},
+    source::{KeyOptions, SelectedDisk, SourceOptions, select},
     stop::Stop,
     units,
 };
@@ -39,6 +39,9 @@ pub struct Args {
     /// Also follow backing files that lie in this folder; may be given several times
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
+    /// What opens encrypted snapshots.
+    #[command(flatten)]
+    pub key: KeyOptions,
 }
 
 /// Exit code of a difference.
@@ -71,7 +74,12 @@ struct DiskRecord<'a> {
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let stop = context.stop()?;
-    let options = SourceOptions { disk: args.disk.clone(), snapshot: None, allow_backing: args.allow_backing.clone() };
+    let options = SourceOptions {
+        disk: args.disk.clone(),
+        allow_backing: args.allow_backing.clone(),
+        key: args.key.clone(),
+        ..SourceOptions::default()
+    };
     let a = select(context, &args.a, &options)?;
     let b = select(context, &args.b, &options)?;
     let pairs = pair(&a.disks, &b.disks);

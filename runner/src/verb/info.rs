@@ -87,6 +87,7 @@ pub(crate) fn kind_of(selected: &SelectedDisk) -> Result<String> {
             let found = aquifer_formats::probe::probe(&*passage.storage())?;
             found.map_or_else(|| "unknown".to_owned(), |format| format.to_string())
         }
+        ChainSpec::Snapshot { .. } => "fidx".into(),
         ChainSpec::Native { .. } => "aql".into(),
         ChainSpec::Nbd { .. } => "nbd".into(),
     })

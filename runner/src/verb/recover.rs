@@ -29,7 +29,7 @@ use crate::{
         start::{self, Started},
         view::{View, console_command, short_id},
     },
-    source::SourceOptions,
+    source::{KeyOptions, SourceOptions},
     stop::Stop,
     units,
 };
@@ -101,6 +101,9 @@ pub struct Args {
     /// Also follow backing files that lie in this folder
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
+    /// What opens encrypted snapshots.
+    #[command(flatten)]
+    pub key: KeyOptions,
     /// Whether only to look.
     #[command(flatten)]
     pub dry: DryRun,
@@ -156,7 +159,11 @@ fn requests(context: &Context, args: &Args) -> Result<Vec<Request>> {
     };
     let base = |from, name, into| Request {
         from,
-        source_options: SourceOptions { allow_backing: args.allow_backing.clone(), ..SourceOptions::default() },
+        source_options: SourceOptions {
+            allow_backing: args.allow_backing.clone(),
+            key: args.key.clone(),
+            ..SourceOptions::default()
+        },
         name,
         described: described.clone(),
         wishes: wishes.clone(),

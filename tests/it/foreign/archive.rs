@@ -9,11 +9,11 @@ use aquifer_tests::{
     qemu,
     rng::Rng,
 };
-use aquifer_vdisk::{ChainSpec, Error, members};
+use aquifer_vdisk::{ChainSpec, Delta, Error, KeyPlace, delta_between, members};
 
 use super::{Lab, MIB, Sample};
 
-pub(super) const SAMPLES: [Sample; 4] = [
+pub(super) const SAMPLES: [Sample; 5] = [
     Sample {
         format: "ova",
         what: "two streamOptimized disks, packed by `tar`",
@@ -37,6 +37,12 @@ pub(super) const SAMPLES: [Sample; 4] = [
         what: "a datastore with three snapshots of two disks, own writer",
         oracle: "the source",
         compare: pbs_snapshots,
+    },
+    Sample {
+        format: "pbs",
+        what: "encrypted snapshots with a key file, own writer",
+        oracle: "the source; seals by OpenSSL and Python in the unit tests",
+        compare: pbs_encrypted,
     },
 ];
 
@@ -149,6 +155,12 @@ fn pbs_snapshots(lab: &Lab) -> u32 {
             check_reads(&chain, &mut Rng::new(1));
         }
     }
+    let at = |point: u8| {
+        let folder = store.join(format!("vm/100/2026-11-0{point}T00:00:00Z"));
+        lab.open(&folder.join("drive-scsi0.img.fidx")).expect("opens")
+    };
+    let changed: Delta = std::iter::once(10 * MIB..11 * MIB).collect();
+    assert_eq!(delta_between(&at(2), &at(3)).expect("compares"), changed, "by the indexes alone");
     // What one snapshot has lost, the others that share it have lost too; the rest reads on.
     fs::remove_file(pbs::chunk_path(&store, &disks[0][10 * CHUNK..11 * CHUNK])).expect("remove");
     let last = lab.open(&store.join("vm/100/2026-11-03T00:00:00Z/drive-scsi0.img.fidx")).expect("opens");
@@ -157,4 +169,38 @@ fn pbs_snapshots(lab: &Lab) -> u32 {
     last.read(9 * CHUNK as u64, &mut buf).expect("beside it");
     assert_eq!(buf, disks[0][9 * CHUNK..10 * CHUNK]);
     3
+}
+
+fn pbs_encrypted(lab: &Lab) -> u32 {
+    const CHUNK: usize = 1 << 20;
+    let (store, key) = (lab.path("datastore"), [0x42; 32]);
+    let place = KeyPlace { file: lab.write("key", pbs::key_file(&key)), passphrase: None };
+    let mut disk = content(lab, 12 * CHUNK + 4096, 5);
+    let spec = |folder: &Path, key: Option<&KeyPlace>| ChainSpec::Snapshot {
+        path: folder.join("drive-scsi0.img.fidx"),
+        key: key.cloned(),
+    };
+    let mut folders = Vec::new();
+    for point in 0..2u8 {
+        disk[5 * CHUNK..5 * CHUNK + 70_000].fill(point + 1);
+        let time = format!("2026-11-0{}T00:00:00Z", point + 1);
+        let named = [("drive-scsi0", &disk[..])];
+        let folder = pbs::encrypted(&store, &time, 1_793_500_000 + i64::from(point), CHUNK, &named, &key);
+        let raw = lab.write("truth.raw", &disk);
+        let chain = open(&spec(&folder, Some(&place)), &lab.cache).expect("opens");
+        assert!(assert_same(&chain, &raw, "encrypted") > 0);
+        check_reads(&chain, &mut Rng::new(1));
+        folders.push(folder);
+    }
+    let [old, new] = [0, 1].map(|point| open(&spec(&folders[point], Some(&place)), &lab.cache).expect("opens"));
+    let changed: Delta = std::iter::once(5 * MIB..6 * MIB).collect();
+    assert_eq!(delta_between(&old, &new).expect("compares"), changed, "by the indexes alone");
+    // Without the key, and with another one: an error of its own kind, and no bytes.
+    let other = KeyPlace { file: lab.write("other", pbs::key_file(&[1; 32])), passphrase: None };
+    for key in [None, Some(&other)] {
+        let chain = open(&spec(&folders[0], key), &lab.cache).expect("the index is not encrypted");
+        let error = chain.read(5 * MIB, &mut [0; 512]).expect_err("sealed");
+        assert!(matches!(error, Error::Format(FormatError::Key { .. })), "{error}");
+    }
+    2
 }

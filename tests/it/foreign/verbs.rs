@@ -1,7 +1,7 @@
 //! Every verb that reads a source, on a disk of each product that boots: looked at, checked, copied, mounted, and run
 //! by `recover` until it stands on its own disk.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, process::Command};
 
 use aquifer_tests::{
     boot_sector,
@@ -86,6 +86,29 @@ fn a_vma_boots_and_becomes_local() {
     every_verb(&site, &[&site.word("m.vma")], "vma", &second);
 }
 
+/// As `vzdump` leaves them. The first command takes the compression off, the others find that done.
+#[test]
+fn compressed_vmas_go_through_every_verb() {
+    let (site, [first, second]) = (Site::new(), states());
+    for (tool, name, disk) in [("zstd", "m.vma.zst", &first), ("gzip", "m.vma.gz", &second)] {
+        fs::write(site.path("m.vma"), vma::archive(&[("drive-scsi0", disk)], &mut Rng::new(5))).expect("write");
+        let packed = Command::new(tool).args(["-q", "-f"]).arg(site.path("m.vma")).status();
+        assert!(packed.expect("it runs").success());
+        let word = site.word(name);
+        let said = site.json(&["info", &word]).record("disk");
+        assert_eq!((said["kind"].as_str(), said["disk"].as_str()), (Some("vma"), Some("drive-scsi0")));
+        let copy = site.word("copy.raw");
+        site.json(&["export", &word, &copy]);
+        assert!(fs::read(&copy).expect("the copy") == *disk, "{name}");
+        fs::remove_file(copy).expect("remove");
+    }
+    every_verb(&site, &[&site.word("m.vma.zst")], "vma", &first);
+    let cut = fs::read(site.path("m.vma.zst")).expect("read");
+    fs::write(site.path("cut.vma.zst"), &cut[..cut.len() / 2]).expect("write");
+    let torn = site.run(&["info", &site.word("cut.vma.zst")]);
+    assert!(torn.code == 14 && torn.err.contains("ends early"), "{torn:#?}");
+}
+
 #[test]
 fn a_snapshot_of_a_datastore_boots_and_becomes_local() {
     let (site, [first, second]) = (Site::new(), states());
@@ -98,6 +121,10 @@ fn a_snapshot_of_a_datastore_boots_and_becomes_local() {
     assert_eq!(points.len(), 2);
     let newest = points[1]["source"].as_str().expect("a path").to_owned();
     every_verb(&site, &[&newest], "fidx", &second);
+    let older = points[0]["source"].as_str().expect("a path");
+    let delta = site.json(&["diff", older, &newest]).records("range");
+    let ranges: Vec<_> = delta.iter().map(|range| (range["offset"].as_u64(), range["length"].as_u64())).collect();
+    assert_eq!(ranges, [(Some(9 << 20), Some(2 << 20))]);
 }
 
 #[test]
@@ -123,4 +150,15 @@ fn an_increment_of_veeams_boots_and_becomes_local() {
     let points = site.json(&["points", &site.word("backups")]).records("stored_point");
     assert_eq!((points.len(), points[0]["state"].as_str()), (1, Some("missing")));
     assert_ne!(site.run(&["info", &newest]).code, 0);
+}
+
+#[test]
+fn an_encrypted_snapshot_boots_with_its_key() {
+    let (site, [first, _]) = (Site::new(), states());
+    let folder = pbs::encrypted(&site.path("store"), "2026-11-01T00:00:00Z", 9, MIB, &[("d", &first)], &[7; 32]);
+    fs::write(site.path("key"), pbs::key_file(&[7; 32])).expect("write");
+    let source = folder.to_str().expect("text");
+    every_verb(&site, &[source, "--key-file", &site.word("key")], "fidx", &first);
+    let refused = site.run(&["export", source, &site.word("no.raw")]);
+    assert!(refused.code == 12 && refused.err.contains("--key-file"), "{refused:#?}");
 }

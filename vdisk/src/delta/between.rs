@@ -2,13 +2,14 @@
 //!
 //! Two chains that stand on the same lower layers can differ only where a layer above says
 //! something, or where a shorter layer above cuts off what is below. Nothing else is looked at.
-//! Native points compare their own maps, and by content ids see what was rewritten unchanged.
+//! Native points compare their own maps, and by content ids see what was rewritten unchanged; snapshots of Proxmox
+//! Backup Server compare their indexes, which name each chunk by its digest.
 //!
 //! Not here: comparing bytes. In other formats, data rewritten with the same bytes is reported.
 
 use std::{ops::Range, sync::Arc};
 
-use aquifer_formats::{Content, Error, Layer, aql};
+use aquifer_formats::{Content, Error, Layer, aql, pbs};
 
 use super::Delta;
 use crate::{Chain, Result};
@@ -23,6 +24,12 @@ pub fn delta_between(old: &Chain, new: &Chain) -> Result<Delta> {
     if let (Some(old), Some(new)) = (old.point(), new.point()) {
         match aql::delta(old, new) {
             // Other block sizes or keys: nothing in the tables compares.
+            Err(Error::Unsupported { .. }) => {}
+            ranges => return Ok(ranges?.into_iter().collect()),
+        }
+    }
+    if let (Some(old), Some(new)) = (old.snapshot(), new.snapshot()) {
+        match pbs::delta(old, new) {
             Err(Error::Unsupported { .. }) => {}
             ranges => return Ok(ranges?.into_iter().collect()),
         }
