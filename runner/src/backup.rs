@@ -21,7 +21,7 @@ use aquifer_formats::{
     aql::Stats,
     repo::{
         DiskName, Machine, NewPoint, Point, PointQuery, Repository, Transaction,
-        record::{Consistency, Found, MachineDescription, Origin, PointKind, PointRecord},
+        record::{Consistency, Found, Holder, MachineDescription, Origin, PointKind, PointRecord},
     },
 };
 use aquifer_vdisk::{Chain, Delta, Disk};
@@ -34,6 +34,7 @@ use crate::{
     context::{Context, quoted},
     copy,
     fail::{Code, Fail, Result},
+    repository::{self, Hand},
     site::OnImpossible,
     source::{SelectedDisk, Selection, SourceOptions, select},
     stop::Stop,
@@ -81,6 +82,8 @@ pub(crate) struct Order<'a> {
     pub(crate) context: &'a Context,
     /// Who makes it, as leases name it.
     pub(crate) by: &'static str,
+    /// The piece of work it is made for, if it is for one.
+    pub(crate) hand: Option<Hand>,
     /// Store everything, standing on no earlier point.
     pub(crate) full: bool,
     /// What to do where the changes are not known.
@@ -206,6 +209,11 @@ enum Stored {
 }
 
 impl Order<'_> {
+    /// This process and its work, as leases name them.
+    fn holder(&self) -> Holder {
+        Holder { session: self.hand.map(|hand| hand.to_string()), ..repository::holder(self.by) }
+    }
+
     /// Says what a run would do; answers the bytes it would read.
     pub(crate) fn plan(&self, repo: &Repository, wanted: &[Wanted], parent: Option<&Point>) -> Result<u64> {
         let mut bytes = 0;

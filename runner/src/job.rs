@@ -55,15 +55,11 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
 /// # Errors
 /// What the work itself would be refused for.
 pub fn foresee(context: &Context, site: &Site, job: &Job, work: &NewWork) -> Result<Vec<Step>> {
-    if matches!(job.kind, JobKind::Replication(_)) {
-        return replicate::foresee(context, site, job, work);
+    let machine = work.spec.get("machine").and_then(|machine| machine.as_str());
+    match &job.kind {
+        JobKind::Backup(_) | JobKind::Copy(_) | JobKind::Health(_) => {
+            stored::foresee(context, work.job.as_deref().unwrap_or_default(), job, machine)
+        }
+        JobKind::Replication(_) => replicate::foresee(context, site, job, work),
     }
-    let machine = work.spec.get("machine").and_then(|machine| machine.as_str()).unwrap_or("every machine");
-    let what = match &job.kind {
-        JobKind::Backup(job) => format!("back {machine} up into {}", job.to),
-        JobKind::Replication(job) => format!("bring the replica of {machine} on {} up to date", job.host),
-        JobKind::Copy(job) => format!("copy points of {machine} from {} to {}", job.from.join(", "), job.to),
-        JobKind::Health(job) => format!("check the stored points of {machine} in {}", job.repository),
-    };
-    Ok(vec![Step { what, bytes: None }])
 }

@@ -9,6 +9,7 @@
 //!
 //! Not here: what is stored and deleted, and in which order (`aquifer_formats::repo`).
 
+mod hand;
 mod hold;
 
 use std::{
@@ -27,6 +28,7 @@ use aquifer_mount::session::{Folder, Registry};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+pub use hand::Hand;
 pub use hold::Hold;
 
 use crate::{

@@ -35,6 +35,7 @@ mod overlay;
 mod qcow2;
 mod recover;
 mod repository;
+mod requirements;
 mod same_bytes;
 mod session;
 mod space;
@@ -42,6 +43,7 @@ mod stored;
 mod tidy;
 mod vhost_user;
 mod workers;
+mod workers_backup;
 
 mod skeleton {
     use std::sync::Arc;

@@ -130,9 +130,10 @@ fn a_point_of_a_repository_is_held_while_it_runs_and_discarded_with_a_word() {
     guest.goes_on(3);
     let leases = site.json(&["leases"]).out;
     assert!(leases.contains("aquifer recover"), "the point is held: {leases}");
-    let forget = site.run(&["forget", "db01@latest~1", "--yes"]);
+    let refused = site.run(&["forget", "db01@latest~1", "--yes"]);
+    assert!(refused.code == 11 && refused.err.contains("E_POINT_IN_USE"), "{refused:#?}");
+    site.json(&["forget", "db01@latest~1", "--even-read", "--yes"]);
     guest.goes_on(3);
-    drop(forget);
 
     let refused = site.run(&["finalize", "db01", "--discard"]);
     assert_eq!(refused.code, 4, "nobody said yes: {refused:#?}");
@@ -166,7 +167,7 @@ fn a_recovery_whose_processes_are_dead_keeps_its_restore_point() {
         (now["door"]["status"] == "not_running" && now["machine"]["power"] == "off").then_some(())
     });
     // Retention comes by before anybody brings it back.
-    site.json(&["forget", "db01@latest~1", "--yes"]);
+    site.json(&["forget", "db01@latest~1", "--even-read", "--yes"]);
     site.json(&["session", "resume", "db01"]);
     eventually("the guest starts again", || (guest.starts() == 2).then_some(()));
     guest.whole_round();

@@ -13,7 +13,7 @@ use std::{
 
 use aquifer_formats::{
     aql::WriterOptions,
-    repo::{Error, LEASE_TTL, Machine, Point, Repository, Transaction, keeper},
+    repo::{Error, LEASE_TTL, Liveness, Machine, Point, Repository, Transaction, keeper, record::Holder},
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -62,10 +62,23 @@ pub(super) fn begin<'r>(
     let context = order.context;
     // Whoever was killed while appending still holds its lease.
     let tell = repository::tell(context)?;
-    repository::observing(context, |observer| {
-        Ok(keeper::reclaim(repo, machine, observer, &tell, LEASE_TTL + LEASE_TTL / 4)?)
+    // Whoever had this very work before has lost it, also where it only stands still and may wake up.
+    let superseded = |holder: &Holder| order.hand.is_some_and(|hand| hand.supersedes(holder));
+    let judge = |holder: &Holder| if superseded(holder) { Liveness::Dead } else { tell(holder) };
+    let gone = repository::observing(context, |observer| {
+        Ok(keeper::reclaim(repo, machine, observer, &judge, LEASE_TTL + LEASE_TTL / 4)?)
     })?;
+    let may_wake = gone.iter().any(|lease| superseded(&lease.holder) && tell(&lease.holder) != Liveness::Dead);
+    for lease in gone {
+        let since = lease.since.strftime("%Y-%m-%dT%H:%M:%SZ");
+        let what = format!("{} held {} since {since} and is gone; its lease was set aside", lease.holder, machine.name);
+        context.out.warn(Code::WarnLease, what, None);
+    }
     let now = sources_of(wanted);
+    if may_wake {
+        // Its files are open in its hands: they are left to it, and to whoever clears up later.
+        return afresh(order, repo, machine, parent, now);
+    }
     let parent_id = parent.map(|point| point.id);
     let left = repo.interrupted(machine)?;
     if let Some(what) = left.iter().rev().find(|what| what.record.parent == parent_id) {
@@ -75,7 +88,7 @@ pub(super) fn begin<'r>(
         let by_comparison = wanted.iter().all(|disk| matches!(disk.hint, Hint::None | Hint::Missing(_)));
         if same || by_comparison {
             let options = repo.writer_options();
-            let transaction = match repo.resume(machine, what, repository::holder(order.by)) {
+            let transaction = match repo.resume(machine, what, order.holder()) {
                 // Another one was at it, and has committed it by now.
                 Err(Error::Exists { .. }) => return afresh(order, repo, machine, parent, now),
                 outcome => outcome?,
@@ -84,7 +97,7 @@ pub(super) fn begin<'r>(
             context.out.say(format_args!("going on with the interrupted point {}: {how}", what.record.id));
             return Ok(Begun { transaction, same_since: then.filter(|_| same).map(|then| then.began), options });
         }
-        keeper::discard(repo, machine, what, repository::holder(order.by))?;
+        keeper::discard(repo, machine, what, order.holder())?;
         forget(context, what.record.id);
     }
     afresh(order, repo, machine, parent, now)
@@ -103,7 +116,7 @@ pub(super) fn begin_afresh<'r>(
     stale.interrupt()?;
     context.out.say(format_args!("the interrupted point {id} is of an earlier state of the disks; it is given up"));
     if let Some(what) = repo.interrupted(machine)?.iter().find(|what| what.record.id == id) {
-        keeper::discard(repo, machine, what, repository::holder(order.by))?;
+        keeper::discard(repo, machine, what, order.holder())?;
         forget(context, id);
     }
     afresh(order, repo, machine, parent.as_ref(), sources_of(wanted))
@@ -116,7 +129,7 @@ fn afresh<'r>(
     parent: Option<&Point>,
     now: Option<Sources>,
 ) -> Result<Begun<'r>> {
-    let transaction = repo.begin(machine, parent, repository::holder(order.by))?;
+    let transaction = repo.begin(machine, parent, order.holder())?;
     if let Some(now) = now {
         keep(order.context, transaction.id(), &now)?;
     }

@@ -97,9 +97,9 @@ codes! {
     Fenced "E_FENCED" 11 never
         "A worker tried to go on with work that is no longer its own: it was paused or cut off past its lease, and another worker has taken the work over, or it was stopped. Nothing was changed; the other worker's result counts. `aquifer sessions` shows who has it."
     PointInUse "E_POINT_IN_USE" 11 later
-        "The restore point is being read: mounted, recovered from, copied or verified. `aquifer leases` names the reader. Retention never deletes a point that is read."
+        "The restore point is being read: mounted, recovered from, copied or verified; the reader is named. `forget` gives it up all the same with `--even-read`: the reader keeps its files until it ends. Retention does the same by itself and never waits."
     FileLocked "E_FILE_LOCKED" 11 later
-        "A file is locked by another process. QEMU, for one, locks the images of running machines; back them up over NBD or when the machine is off."
+        "Another writer holds what is needed: the message names it, what it does, since when, and its session where it has one. `aquifer leases` lists all. Nothing has to be unlocked by hand: the lease of one that is gone runs out."
     Key "E_KEY" 12 never
         "A key is needed and is missing or wrong. Nothing was read in part."
     Access "E_ACCESS" 12 never
@@ -122,12 +122,8 @@ codes! {
         "SIGTERM asked for an orderly stop. What was acknowledged is safe; backup, verify and recovery go on from where they stopped when run again."
     WarnFallback "W_COMPARED" 1 never
         "An increment was wanted from a changed-block bitmap, but the bitmap is missing, was invalidated by a crash or does not belong to the newest point. The whole disk was read and compared instead: the point is right, it only cost more reading. The next increment can use the bitmap again if it is made new."
-    WarnFull "W_FULL" 1 never
-        "An increment was wanted but a full point had to be made; the message says why and what it cost."
     WarnLease "W_LEASE_EXPIRED" 1 never
-        "A lease whose holder has stopped renewing it was set aside. Its holder is named; if it is alive after all, its next write is refused."
-    WarnBitmapKept "W_BITMAP_KEPT" 1 never
-        "The source's bitmap still counts changes from an earlier point; aquifer does not write to sources, so it cannot clear it. Clear or renew it on the machine after a successful backup, else later increments read more than they need (never less)."
+        "A lease was set aside because its holder has ended or stopped renewing it. The holder is named; if it is alive after all, its next write is refused."
     WarnInTheClear "W_IN_THE_CLEAR" 1 never
         "Data is served over TCP without encryption because that was asked for explicitly."
     WarnSkipped "W_SKIPPED" 1 never

@@ -161,7 +161,7 @@ impl From<repo::Error> for Fail {
             }
             E::Exists { path } => Fail::new(Code::Exists, format!("{path} exists already")).at(path),
             E::Locked { path, holder, kind, since } => {
-                Fail::new(Code::Busy, format!("held by {holder} ({kind}) since {since}"))
+                Fail::new(Code::FileLocked, format!("held by {holder} ({kind}) since {since}"))
                     .at(path)
                     .help("aquifer leases")
             }

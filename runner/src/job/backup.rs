@@ -80,7 +80,7 @@ pub fn run(run: &Run<'_>, job: &BackupJob) -> Result<Report> {
     Ok(report)
 }
 
-/// Bytes a run would read. A running machine's bitmaps are not looked into: all of its data is named then.
+/// Bytes a run would read: of a running machine by what its bitmaps count now.
 ///
 /// # Errors
 /// As [`run`].
@@ -100,8 +100,11 @@ pub fn estimate(run: &Run<'_>, job: &BackupJob) -> Result<u64> {
         Source::Images(entry) => images(run, entry, &points)?,
         Source::Off(place) => files(run, entry, &place, &points)?,
         Source::Running(place) => {
-            let sizes = place.disks.iter().map(|(_, file)| std::fs::metadata(file).map_or(0, |meta| meta.len()));
-            return Ok(sizes.sum());
+            let files = some(run, included(entry, &place))?;
+            let missing = || Fail::new(Code::State, "the machine has just ended");
+            let mut qmp = fleece::connect(&place.sockets())?.ok_or_else(missing)?;
+            let disks = fleece::disks(&mut qmp, &files)?.into_iter().map(|disk| catch(disk, &points));
+            return Ok(disks.zip(&files).map(|(caught, (_, file))| dirty_bytes(&caught, file)).sum());
         }
     };
     order(run, job, Consistency::Unknown, None).plan(&repo, &wanted, parent.as_ref())
@@ -156,6 +159,7 @@ fn order<'a>(run: &'a Run<'_>, job: &BackupJob, consistency: Consistency, create
     Order {
         context: run.context,
         by: "backup",
+        hand: run.hand,
         full: false,
         fallback: job.on_incremental_impossible,
         consistency,
@@ -238,7 +242,7 @@ fn hint_of_file(disk: &Wanted, marks: &[&str]) -> Result<Hint> {
 
 fn missing(marks: &[&str]) -> String {
     let first = marks.first().copied().unwrap_or_default();
-    format!("the bitmap {first} of the last point is not there, or was not closed properly (E_CBT_INVALID)")
+    format!("the bitmap {first} of the last point is not there, or was not closed properly")
 }
 
 /// Backs up a running machine; answers how long its guest was frozen.
@@ -303,6 +307,13 @@ fn catch(disk: LiveDisk, points: &[Point]) -> Catch {
     let marks = marks(points, &disk.name);
     let since = marks.iter().find(good).map(|mark| (*mark).to_owned());
     Catch { disk, since }
+}
+
+/// What is to be read of a disk that is caught: what its bitmap counts, or as much as its file holds.
+fn dirty_bytes(catch: &Catch, file: &std::path::Path) -> u64 {
+    let counted = catch.disk.bitmaps.iter().find(|bitmap| catch.since.as_ref() == Some(&bitmap.name));
+    let held = || std::fs::metadata(file).map_or(0, |meta| meta.len());
+    counted.map_or_else(held, |bitmap| bitmap.bytes)
 }
 
 /// Why everything is compared though a point names a bitmap.

@@ -149,6 +149,7 @@ fn copy_point(
     let order = Order {
         context: run.context,
         by: "copy",
+        hand: run.hand,
         full: instead.is_some(),
         fallback: OnImpossible::Full,
         consistency: from.record.consistency,

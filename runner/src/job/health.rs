@@ -47,6 +47,9 @@ struct Cursor {
     disk: String,
     /// Leaves of it that were checked.
     leaves: u64,
+    /// When others were looked for, in this run.
+    #[serde(skip)]
+    looked: Option<Instant>,
 }
 
 /// How a disk's check ended.
@@ -65,6 +68,8 @@ pub fn run(run: &Run<'_>, job: &HealthJob) -> Result<Report> {
     let machine = repo.machine(run.machine)?;
     let place = place(run, &repo, &machine)?;
     let mut cursor: Cursor = fs::read(&place).ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default();
+    // So much is done in every run, whoever else is there.
+    cursor.looked = Some(Instant::now());
     let mut report = Report::default();
     for point in chosen(&repo, &machine, job.points)? {
         if cursor.done.contains(&point.id) {
@@ -147,7 +152,6 @@ fn check(
         if let Some(damage) = steps.whole().damage.iter().find(|damage| !damage.disk.is_empty()) {
             return Ok(damaged(damage));
         }
-        let mut looked = Instant::now();
         while cursor.leaves < steps.leaves() {
             let finding = steps.leaf(cursor.leaves);
             let bytes = finding.blocks_read.saturating_mul(reader.grain());
@@ -157,11 +161,11 @@ fn check(
             }
             cursor.leaves += 1;
             let went_on = (run.pace)(bytes).and_then(|()| run.stop.check());
-            if looked.elapsed() >= LOOK_EVERY || went_on.is_err() {
+            if cursor.looked.is_none_or(|at| at.elapsed() >= LOOK_EVERY) || went_on.is_err() {
                 keep(place, cursor);
-                looked = Instant::now();
+                cursor.looked = Some(Instant::now());
                 went_on?;
-                if others(repo, machine, point)? {
+                if others(run, repo, machine)? {
                     let what = format!("{}: others need the chain; the check goes on later", run.machine);
                     run.context.out.say(what);
                     drop(hold);
@@ -175,12 +179,13 @@ fn check(
     Ok(End::Whole)
 }
 
-/// Whether somebody else reads or appends to the machine.
-fn others(repo: &Repository, machine: &Machine, _: &Point) -> Result<bool> {
+/// Whether somebody else who lives reads or appends to the machine.
+fn others(run: &Run<'_>, repo: &Repository, machine: &Machine) -> Result<bool> {
     let me = repository::holder("health");
     let mine = |name: &str, process: u32| name == me.name && process == me.process;
-    let leases = repo.leases()?;
-    Ok(leases.iter().any(|l| l.machine == machine.id && !mine(&l.holder.name, l.holder.process)))
+    let tell = repository::tell(run.context)?;
+    let (live, _) = repository::observing(run.context, |seen| Ok(seen.observe(repo, Instant::now(), &tell)?))?;
+    Ok(live.iter().any(|l| l.machine == machine.id && !mine(&l.holder.name, l.holder.process)))
 }
 
 /// Puts a damaged point right, if some copy of it is whole.

@@ -18,12 +18,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::{backup, copy, health};
+use super::{Step, backup, copy, health};
 use crate::{
-    backup::Pace,
+    backup::{self as stores, Pace},
     context::Context,
     fail::{Code, Fail, Result},
-    repository,
+    repository::{self, Hand},
     retain::{self, Merge, Retained},
     site::{Job, JobKind, Keep, Limits, Site},
     stop::Stop,
@@ -38,6 +38,8 @@ pub struct Run<'a> {
     pub job: &'a str,
     /// The machine.
     pub machine: &'a str,
+    /// The piece of work it is, where it is one.
+    pub hand: Option<Hand>,
     /// The wish to stop.
     pub stop: Stop,
     /// Keeps rates, and the work from going on without its lease.
@@ -108,6 +110,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
             context: task.context,
             job: &spec.job,
             machine,
+            hand: Some(Hand::of(task.fence)),
             stop: task.stop,
             pace: &pace,
             notes: Mutex::default(),
@@ -119,6 +122,37 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
     }
     let value = serde_json::to_value(&reports).unwrap_or(Value::Null);
     if notes.is_empty() { Ok(Done::Success(value)) } else { Ok(Done::Warning { why: notes.join("; "), report: value }) }
+}
+
+/// What such a piece of work would do, and the bytes it would read. Changes nothing.
+///
+/// # Errors
+/// What the work itself would be refused for.
+pub fn foresee(context: &Context, name: &str, job: &Job, machine: Option<&str>) -> Result<Vec<Step>> {
+    let machines = machine.map_or_else(|| machines(context, job), |machine| Ok(vec![machine.to_owned()]))?;
+    let step = |machine: &String| {
+        let run = Run {
+            context,
+            job: name,
+            machine,
+            hand: None,
+            stop: context.stop()?,
+            pace: &stores::at_will,
+            notes: Mutex::default(),
+        };
+        let what = match &job.kind {
+            JobKind::Backup(job) => format!("back {machine} up into {}", job.to),
+            JobKind::Copy(job) => format!("copy points of {machine} from {} to {}", job.from.join(", "), job.to),
+            JobKind::Health(job) => format!("check the stored points of {machine} in {}", job.repository),
+            JobKind::Replication(_) => return Err(elsewhere()),
+        };
+        Ok(Step { what, bytes: Some(run.estimate(job)?) })
+    };
+    machines.iter().map(step).collect()
+}
+
+fn elsewhere() -> Fail {
+    Fail::new(Code::Unsupported, "a replication does not end in a repository")
 }
 
 /// The rates that a job's bytes pass: its own, and those of what it reads and writes.
@@ -205,7 +239,7 @@ impl Run<'_> {
             JobKind::Backup(backup) => backup::run(self, backup),
             JobKind::Copy(copy) => copy::run(self, copy),
             JobKind::Health(health) => health::run(self, health),
-            JobKind::Replication(_) => Err(Fail::new(Code::Unsupported, "a replication does not end in a repository")),
+            JobKind::Replication(_) => Err(elsewhere()),
         };
         script((self.job, self.machine), job.post.as_deref(), "post", &|code, what| self.note(code, what));
         done
@@ -220,7 +254,7 @@ impl Run<'_> {
             JobKind::Backup(backup) => backup::estimate(self, backup),
             JobKind::Copy(copy) => copy::estimate(self, copy),
             JobKind::Health(health) => health::estimate(self, health),
-            JobKind::Replication(_) => Err(Fail::new(Code::Unsupported, "a replication does not end in a repository")),
+            JobKind::Replication(_) => Err(elsewhere()),
         }
     }
 

@@ -2,13 +2,16 @@
 //!
 //! A source with TLS names its certificates as other NBD tools do: `nbds://HOST/EXPORT?tls-certificates=DIR`.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use aquifer_formats::{Error, Layer};
 use aquifer_mount::nbd::{self, Address, Client, ClientOptions, ClientTls, NbdLayer};
 use aquifer_vdisk::Delta;
 
-use crate::fail::Result;
+use crate::{fail::Result, job::backup::fleece};
+
+/// How long a server that cannot come back is waited for: a connection may break by itself.
+const ENDED: Duration = Duration::from_secs(2);
 
 const CERTIFICATES: &str = "tls-certificates=";
 
@@ -41,5 +44,8 @@ fn client(uri: &str, contexts: Vec<String>) -> nbd::Result<Client> {
     } else {
         None
     };
-    Client::connect(&address, &ClientOptions { contexts, tls, ..ClientOptions::default() })
+    let usual = ClientOptions::default();
+    // The caught disks of a running machine end with it: nobody is going to serve them again.
+    let reconnect = if fleece::is_served_at(uri) { ENDED } else { usual.reconnect };
+    Client::connect(&address, &ClientOptions { contexts, tls, reconnect, ..usual })
 }

@@ -67,6 +67,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let order = Order {
         context,
         by: "backup",
+        hand: None,
         full: args.full,
         fallback: OnImpossible::Full,
         consistency: Consistency::Unknown,

@@ -3,13 +3,14 @@
 //! Invariants
 //! - What is lost is said before it is asked, and nothing is changed before the answer.
 //! - The last complete point of a machine goes only with `--even-last`.
-//! - A point that is read keeps its files until its lease ends; that is said, and is no failure.
+//! - A point that is read goes only with `--even-read`; it keeps its files until its lease ends, and that is said.
 
 use std::time::Instant;
 
 use aquifer_formats::repo::{
     Machine, Point, PointState, Repository,
     keeper::{self, LastPoint},
+    record::{LeaseKind, LeaseRecord},
 };
 use serde::Serialize;
 
@@ -32,6 +33,9 @@ pub struct Args {
     /// Also when no complete point of the machine would be left
     #[arg(long)]
     pub even_last: bool,
+    /// Also points that are being read: their files stay until the reader ends
+    #[arg(long)]
+    pub even_read: bool,
     /// Delete what interrupted backups of this machine have written, instead of points
     #[arg(long, value_name = "MACHINE", conflicts_with = "points")]
     pub interrupted: Option<String>,
@@ -59,6 +63,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let chosen = choose(&repo, &args.points)?;
     for (machine, points) in &chosen {
         check_last(&repo, args, machine, points)?;
+        check_read(context, &repo, args, machine, points)?;
     }
     let records: Vec<Forgotten<'_>> = chosen
         .iter()
@@ -140,6 +145,22 @@ fn check_last(repo: &Repository, args: &Args, machine: &Machine, points: &[Point
     }
     let what = format!("no complete point of {} would be left", machine.name);
     Err(Fail::new(Code::Refused, what).help_again("--even-last"))
+}
+
+/// Somebody who recovers from a point should not have it taken away by a slip of the hand.
+fn check_read(context: &Context, repo: &Repository, args: &Args, machine: &Machine, points: &[Point]) -> Result<()> {
+    if args.even_read {
+        return Ok(());
+    }
+    let tell = repository::tell(context)?;
+    let (live, _) = repository::observing(context, |observer| Ok(observer.observe(repo, Instant::now(), &tell)?))?;
+    let read = |lease: &&LeaseRecord| lease.kind == LeaseKind::Read && points.iter().any(|p| lease.point == Some(p.id));
+    let Some((lease, point)) = live.iter().find(read).and_then(|lease| Some((lease, lease.point?))) else {
+        return Ok(());
+    };
+    let (name, since) = (&machine.name, lease.since.strftime("%Y-%m-%dT%H:%M:%SZ"));
+    let what = format!("{name}@{point} is read by {} since {since}", lease.holder);
+    Err(Fail::new(Code::PointInUse, what).help_again("--even-read"))
 }
 
 fn loss(records: &[Forgotten<'_>]) -> String {

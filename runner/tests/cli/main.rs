@@ -17,6 +17,7 @@ mod repo_jobs;
 mod running;
 mod signals;
 mod site_jobs;
+mod storm;
 mod takeover;
 mod takeover_killed;
 mod whole;

@@ -3,12 +3,16 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
 
-use crate::harness::{Outcome, Room};
+use crate::{
+    harness::{Outcome, Room},
+    storm::Dice,
+};
 
 struct Site {
     room: Room,
@@ -33,6 +37,15 @@ impl Site {
             "qemu-io",
             &["-f", "qcow2", "-c", &format!("write -P {pattern} {at} {len}"), &self.room.text("data.qcow2")],
         );
+    }
+
+    /// Writes what no compression makes smaller, and nothing else has.
+    fn random(&self, seed: u64, at: &str, len: usize) {
+        let mut bytes = vec![0; len];
+        Dice(seed).fill(&mut bytes);
+        fs::write(self.room.path("random"), bytes).expect("write");
+        let order = format!("write -s {} {at} {len}", self.room.text("random"));
+        tool("qemu-io", &["-f", "qcow2", "-c", &order, &self.room.text("data.qcow2")]);
     }
 
     fn run(&self, job: &str) -> Outcome {
@@ -151,4 +164,200 @@ fn layer(repo: &Path) -> PathBuf {
         }
     }
     panic!("no layer")
+}
+
+#[test]
+fn a_look_ahead_names_the_bytes_of_every_kind() {
+    let more = "[job.c]\nkind = \"copy\"\nmachines = [\"files\"]\nfrom = [\"nas\"]\nto = \"vault\"\n[job.h]\nkind = \"health\"\nrepository = \"nas\"\n";
+    let site = Site::new(&format!("{BACKUP}{more}"));
+    site.random(1, "0", 2 << 20);
+    let ahead = |job: &str| site.room.json(["-c", &site.room.text("site.toml"), "run", job, "-n"]);
+    let bytes = |job: &str| {
+        let said = ahead(job);
+        let steps = said.kind("step");
+        assert_eq!(steps.len(), 1, "{}", said.stdout);
+        assert_eq!(said.one("done")["bytes"], steps[0]["bytes"], "{}", said.stdout);
+        steps[0]["bytes"].as_u64().unwrap_or_else(|| panic!("{}", said.stdout))
+    };
+    assert_eq!(bytes("b"), 2 << 20, "what the image holds");
+    let refused = ahead("c");
+    assert_eq!((refused.code, refused.one("error")["code"].as_str()), (2, Some("E_NOT_FOUND")), "nothing to copy");
+    assert!(!site.room.path("home/catalogue.db").exists(), "who looks ahead leaves no trace");
+    assert_eq!(site.points("repo").len(), 0);
+    site.ok("b");
+    assert_eq!(bytes("c"), 2 << 20);
+    assert_eq!(bytes("h"), 2 << 20);
+    site.ok("c");
+    assert_eq!(bytes("c"), 0, "nothing is copied twice");
+}
+
+/// Reads a disk over and over through a door, and compares, until a file appears.
+const READER: &str = r#"
+import nbd, os, sys, time
+uri, oracle, told = sys.argv[1:]
+want = open(oracle, 'rb').read()
+door = nbd.NBD()
+door.connect_uri(uri)
+rounds, last = 0, False
+while not last:
+    last = os.path.exists('stop')
+    for at in range(0, len(want), 65536):
+        if door.pread(65536, at) != want[at:at + 65536]:
+            sys.exit(f'offset {at} differs in round {rounds}')
+        if not last:
+            time.sleep(0.005)
+    rounds += 1
+    open(told, 'w').write(str(rounds))
+"#;
+
+/// A `mount` with a reader at its door; ended when the test ends early.
+struct Reader {
+    child: Child,
+    told: PathBuf,
+}
+
+impl Reader {
+    fn start(site: &Site, point: &str, name: &str) -> Self {
+        let oracle = site.image(&format!("{name}.oracle"));
+        let told = site.room.path(format!("{name}.rounds"));
+        fs::write(site.room.path("reader.py"), READER).expect("write");
+        let run = format!("python3 reader.py \"$uri\" {} {}", oracle.display(), told.display());
+        let source = format!("files@{point}:data");
+        let site_file = site.room.text("site.toml");
+        let mut command = site.room.command(["-c", &site_file, "mount", &source, "--run", &run]);
+        let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("mount");
+        let reader = Self { child, told };
+        let until = Instant::now() + Duration::from_secs(60);
+        while reader.rounds() == 0 {
+            assert!(Instant::now() < until, "nobody reads");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        reader
+    }
+
+    fn rounds(&self) -> u64 {
+        fs::read_to_string(&self.told).ok().and_then(|text| text.parse().ok()).unwrap_or(0)
+    }
+
+    fn ends_well(mut self) {
+        let mut said = String::new();
+        let mut stderr = self.child.stderr.take().expect("stderr");
+        std::io::Read::read_to_string(&mut stderr, &mut said).expect("utf-8");
+        let status = self.child.wait().expect("a status");
+        assert!(status.success(), "{status}: {said}");
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn readers_of_points_that_are_given_up_and_merged_read_on_and_no_job_waits() {
+    let site = Site::new(&format!("{BACKUP}keep = {{ last = 2 }}\n"));
+    // Every round reads from the files again.
+    let text = fs::read_to_string(site.room.path("site.toml")).expect("read");
+    fs::write(site.room.path("site.toml"), text.replace("version = 1\n", "version = 1\ncache = \"1MiB\"\n"))
+        .expect("write");
+    site.random(1, "0", 4 << 20);
+    site.ok("b");
+    let first = Reader::start(&site, "latest", "first");
+    // Stands on the first for an eighth of it: worth writing anew when the first is given up.
+    site.random(2, "512k", 3584 << 10);
+    site.ok("b");
+    let second = Reader::start(&site, "latest", "second");
+    let ids = |points: &[Value]| points.iter().map(|point| point["point"].clone()).collect::<Vec<_>>();
+    let before = ids(&site.points("repo"));
+    let mut merged = 0;
+    for round in 3..8 {
+        site.random(round, "6M", 64 << 10);
+        let began = Instant::now();
+        let outcome = site.room.json(["-c", &site.room.text("site.toml"), "run", "b"]);
+        assert_eq!(outcome.code, 0, "{}{}", outcome.stdout, outcome.stderr);
+        assert!(began.elapsed() < Duration::from_secs(20), "it waited: {:?}", began.elapsed());
+        merged += outcome.one("retained")["rebased"].as_object().map_or(0, serde_json::Map::len);
+        assert_eq!(site.points("repo").len(), 2);
+    }
+    assert!(merged > 0, "nothing was merged");
+    let now = ids(&site.points("repo"));
+    assert!(before.iter().all(|id| !now.contains(id)), "both points that are read are gone from the list");
+    site.compare("repo", "latest", &site.image("now.raw"));
+    let rounds = (first.rounds(), second.rounds());
+    fs::write(site.room.path("stop"), "").expect("write");
+    let (a, b) = (first.told.clone(), second.told.clone());
+    first.ends_well();
+    second.ends_well();
+    let after = |path: &Path| fs::read_to_string(path).expect("read").parse::<u64>().expect("a number");
+    assert!(after(&a) > rounds.0 && after(&b) > rounds.1, "they read once more after all of it");
+    // Now nobody holds the files, and the next run deletes them.
+    site.write(9, "7M", "64k");
+    let last = site.room.json(["-c", &site.room.text("site.toml"), "run", "b"]);
+    assert!(last.one("retained")["bytes_freed"].as_u64() > Some(4 << 20), "{}", last.stdout);
+    site.compare("repo", "latest", &site.image("now.raw"));
+}
+
+#[test]
+fn copies_follow_new_points_by_themselves_or_take_the_newest_when_asked() {
+    let copy = |name: &str, more: &str| {
+        format!("[job.{name}]\nkind = \"copy\"\nmachines = [\"files\"]\nfrom = [\"nas\"]\nto = \"vault\"\n{more}\n")
+    };
+    let immediate = copy("c", "mode = \"immediate\"\nschedule = { on_new_point = true }");
+    let site = Site::new(&format!("{BACKUP}{immediate}"));
+    let mut command = site.room.command(["-c", &site.room.text("site.toml"), "serve"]);
+    let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("serve");
+    let _serve = Reader { child, told: PathBuf::new() };
+    for round in 1..4u8 {
+        site.write(round, "1M", "64k");
+        site.ok("b");
+        let until = Instant::now() + Duration::from_secs(60);
+        while site.points("vault").len() < usize::from(round) {
+            assert!(Instant::now() < until, "the point is not copied");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+    site.compare("vault", "latest", &site.image("now.raw"));
+    let site = Site::new(&format!("{BACKUP}{}", copy("p", "mode = \"periodic\"")));
+    site.write(1, "0", "2M");
+    for round in 2..6u8 {
+        site.write(round, "1M", "64k");
+        site.ok("b");
+        if round > 2 {
+            continue;
+        }
+        site.ok("p");
+    }
+    site.ok("p");
+    assert_eq!((site.points("repo").len(), site.points("vault").len()), (4, 2), "those between are left out");
+    site.compare("vault", "latest", &site.image("now.raw"));
+}
+
+#[test]
+fn a_check_gives_way_and_goes_on_where_it_was() {
+    let site = Site::new(&format!(
+        "{BACKUP}[job.h]\nkind = \"health\"\nrepository = \"nas\"\npoints = \"all\"\nlimits = {{ read = \"3MiB/s\" }}\n"
+    ));
+    for seed in 1..6 {
+        site.random(seed, &format!("{seed}M"), 1 << 20);
+        site.ok("b");
+    }
+    let reader = Reader::start(&site, "latest", "reader");
+    let check = || {
+        let outcome = site.room.json(["-c", &site.room.text("site.toml"), "run", "h"]);
+        assert_eq!(outcome.code, 0, "{}{}", outcome.stdout, outcome.stderr);
+        let id = outcome.one("session")["id"].to_string();
+        let shown = site.room.json(["-c", &site.room.text("site.toml"), "sessions", &id]);
+        shown.one("work")["outcome"]["report"]["files"].clone()
+    };
+    let cut = check();
+    assert_eq!(cut["gave_way"], true, "{cut}");
+    fs::write(site.room.path("stop"), "").expect("write");
+    reader.ends_well();
+    let (rest, whole) = (check(), check());
+    assert!(rest["gave_way"].is_null() && whole["gave_way"].is_null(), "{rest} {whole}");
+    let bytes = |report: &Value| report["bytes_read"].as_u64().expect("bytes");
+    assert!(bytes(&cut) > 0 && bytes(&rest) > 0, "{cut} {rest}");
+    assert_eq!(bytes(&cut) + bytes(&rest), bytes(&whole), "it goes on where it was: {cut} {rest}");
 }

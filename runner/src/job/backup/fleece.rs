@@ -47,6 +47,9 @@ pub const OURS: &str = "aquifer-";
 /// Names of bitmaps that count for a stored point.
 pub const MARK: &str = "aquifer-mark-";
 
+/// Name of the socket of the exports.
+const SOCKET: &str = "fleece.sock";
+
 /// Disks of one machine.
 const DISKS_MAX: usize = 64;
 
@@ -104,6 +107,8 @@ pub struct Bitmap {
     pub name: String,
     /// Whether it can be believed: it counts, and was closed properly whenever QEMU ended.
     pub usable: bool,
+    /// Bytes it says have changed.
+    pub bytes: u64,
 }
 
 /// What is read, and what begins, for one disk.
@@ -212,6 +217,7 @@ pub fn disks(qmp: &mut Qmp, wanted: &[(DiskName, PathBuf)]) -> Result<Vec<LiveDi
         let bitmap = |bitmap: &Value| Bitmap {
             name: text(bitmap, "name").to_owned(),
             usable: truth(bitmap, "recording") && !truth(bitmap, "inconsistent") && !truth(bitmap, "busy"),
+            bytes: bitmap.get("count").and_then(Value::as_u64).unwrap_or(0),
         };
         found.push(LiveDisk {
             name: name.clone(),
@@ -297,7 +303,7 @@ impl Fleece {
     }
 
     fn socket(&self) -> PathBuf {
-        self.sockets.runtime.join("fleece.sock")
+        self.sockets.runtime.join(SOCKET)
     }
 
     fn quiet(&mut self) -> Result<Option<Qmp>> {
@@ -487,7 +493,7 @@ pub fn sweep(qmp: &mut Qmp, sockets: &Sockets) -> Result<()> {
         // Only names made here; most are not there.
         let _ = fs::remove_file(scratch_file(&sockets.scratch, index));
     }
-    let _ = fs::remove_file(sockets.runtime.join("fleece.sock"));
+    let _ = fs::remove_file(sockets.runtime.join(SOCKET));
     Ok(())
 }
 
@@ -548,6 +554,11 @@ fn room(dir: &Path) -> Result<()> {
     }
     let what = format!("{} are free; a backup of a running machine needs more", crate::units::bytes(free));
     Err(Fail::new(Code::Capacity, what).at(dir.display()))
+}
+
+/// Whether an NBD URI is that of caught disks.
+pub(crate) fn is_served_at(uri: &str) -> bool {
+    uri.starts_with("nbd+unix:") && uri.ends_with(SOCKET)
 }
 
 /// A path as a URI holds it.

@@ -1,0 +1,150 @@
+//! Three workers on one catalogue doing real backups: one is killed, one stands still past its lease and wakes up.
+//! Every machine has exactly one point, and each holds what its disk holds.
+
+use std::{
+    fs,
+    process::{Child, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use aquifer_runner::catalogue::{Catalogue, Event, EventFilter, SessionId, SessionResult, Url, Work, WorkState};
+use aquifer_tests::{postgres::Database, rng::Rng, site::Site};
+use rustix::process::{Pid, Signal, kill_process};
+
+const LEASE: Duration = Duration::from_secs(2);
+const MACHINES: usize = 6;
+const BYTES: usize = 4 << 20;
+
+struct Worker(Child);
+
+impl Worker {
+    fn start(site: &Site) -> Self {
+        let args = ["-c", &site.word("site.toml"), "worker", "--until-idle", "--tasks", "1", "--lease", "2s"];
+        let mut command = site.command(&args);
+        Self(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("a worker"))
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.0), signal).expect("a signal");
+    }
+
+    /// Stops it, not in the middle of a write: whoever is stopped there holds up a whole SQLite file.
+    fn pause(&self, catalogue: &Catalogue) {
+        self.signal(Signal::STOP);
+        while catalogue.event(&Event { object: "test".into(), op: "probe".into(), ..Event::default() }).is_err() {
+            self.signal(Signal::CONT);
+            thread::sleep(Duration::from_millis(7));
+            self.signal(Signal::STOP);
+        }
+    }
+
+    /// The piece of work it has in hand.
+    fn has(&self, catalogue: &Catalogue) -> Option<Work> {
+        let mine = format!(":{}:", self.0.id());
+        let work = catalogue.open_work().expect("work").into_iter();
+        work.filter(|w| w.state == WorkState::Running).find(|w| w.owner.as_ref().is_some_and(|o| o.contains(&mine)))
+    }
+
+    fn ends(&mut self) -> std::process::ExitStatus {
+        let until = Instant::now() + Duration::from_secs(90);
+        loop {
+            if let Some(status) = self.0.try_wait().expect("a status") {
+                return status;
+            }
+            assert!(Instant::now() < until, "the worker does not end");
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A site with images of some machines, and a job that backs all of them up, slowly.
+fn site(url: &Url) -> Site {
+    let site = Site::new();
+    let (mut machines, mut names) = (String::new(), Vec::new());
+    for number in 0..MACHINES {
+        let mut dice = Rng::new(number as u64);
+        let bytes: Vec<u8> = (0..BYTES / 8).flat_map(|_| dice.next_u64().to_le_bytes()).collect();
+        fs::write(site.path(&format!("m{number}.raw")), bytes).expect("an image");
+        machines +=
+            &format!("m{number} = {{ disks = {{ vda = \"raw:{}\" }} }}\n", site.word(&format!("m{number}.raw")));
+        names.push(format!("\"m{number}\""));
+    }
+    let text = format!(
+        "version = 1\n[catalogue]\nurl = \"{url}\"\n[repository]\nnas = {{ url = \"{}\", max_tasks = 6 }}\n[machine]\n{machines}\
+         [job.all]\nkind = \"backup\"\nmachines = [{}]\nto = \"nas\"\nlimits = {{ read = \"4MiB/s\" }}\n",
+        site.word("repo"),
+        names.join(", ")
+    );
+    fs::write(site.path("site.toml"), text).expect("a site file");
+    site.json(&["init"]);
+    site
+}
+
+fn backups_go_on_when_a_worker_is_killed_and_one_stands_still(url: &Url) {
+    let site = site(url);
+    let begun = site.json(&["-c", &site.word("site.toml"), "run", "all", "--no-wait"]).record("session");
+    let session = SessionId(begun["id"].as_i64().expect("a number"));
+    let catalogue = Catalogue::open_with_lease(url, LEASE).expect("open");
+    let mut workers = [Worker::start(&site), Worker::start(&site), Worker::start(&site)];
+    let until = Instant::now() + Duration::from_secs(60);
+    let stored = |work: &Work| work.progress.bytes_done > 0;
+    while !workers.iter().all(|worker| worker.has(&catalogue).as_ref().is_some_and(stored)) {
+        assert!(Instant::now() < until, "not all of them are at work: {:?}", catalogue.open_work());
+        thread::sleep(Duration::from_millis(10));
+    }
+    let [killed, paused, steady] = &mut workers;
+    killed.signal(Signal::KILL);
+    killed.ends();
+    paused.pause(&catalogue);
+    let lost = paused.has(&catalogue).expect("it was stopped in the middle of its work");
+    // Somebody else has it, in the end, while the one that stands still holds its files open.
+    let until = Instant::now() + Duration::from_secs(60);
+    while catalogue.work(lost.id).expect("work").epoch == lost.epoch {
+        assert!(Instant::now() < until, "nobody takes over");
+        thread::sleep(Duration::from_millis(20));
+    }
+    thread::sleep(Duration::from_millis(500));
+    paused.signal(Signal::CONT);
+    assert!(steady.ends().success() && paused.ends().success());
+    let ended = catalogue.session(session).expect("session");
+    assert_eq!(ended.result, SessionResult::Success, "{ended:?} {:?}", catalogue.work_of(session));
+    for work in catalogue.work_of(session).expect("work") {
+        assert_eq!(work.state, WorkState::Success, "{work:?}");
+    }
+    let events = catalogue.events(0, &EventFilter::default()).expect("events");
+    let takeovers = events.iter().filter(|record| record.event.op == "takeover").count();
+    assert_eq!(takeovers, 2, "of the one that was killed, and of the one that stood still");
+    for number in 0..MACHINES {
+        let name = format!("m{number}");
+        let points = site.json(&["points", &name]).records("point");
+        let states: Vec<&str> = points.iter().filter_map(|point| point["state"].as_str()).collect();
+        assert_eq!(states, ["complete"], "{name}: {points:?}");
+        let out = site.word("out.raw");
+        let _ = fs::remove_file(&out);
+        site.json(&["export", &format!("{name}@latest:vda"), &out]);
+        let same = fs::read(&out).expect("read") == fs::read(site.path(&format!("{name}.raw"))).expect("read");
+        assert!(same, "{name} is another");
+    }
+    // What the one that stood still had written goes with the next run's clearing, and stands in nobody's way.
+    let again = site.run(&["-c", &site.word("site.toml"), "run", "all"]);
+    assert_eq!(again.code, 0, "{again:#?}");
+}
+
+#[test]
+fn on_sqlite() {
+    let dir = tempfile::tempdir().expect("a folder");
+    backups_go_on_when_a_worker_is_killed_and_one_stands_still(&Url::Sqlite(dir.path().join("catalogue.db")));
+}
+
+#[test]
+fn on_postgres() {
+    backups_go_on_when_a_worker_is_killed_and_one_stands_still(&Database::make().url());
+}
