@@ -1,3 +1,5 @@
+//! The rule over made-up points: each period, days, floors, clocks that jump; and what holds for any rule.
+
 use proptest::prelude::*;
 
 use super::*;
