@@ -13,8 +13,8 @@ use aquifer_tests::{postgres::Database, rng::Rng, site::Site};
 use rustix::process::{Pid, Signal, kill_process};
 
 const LEASE: Duration = Duration::from_secs(2);
-const MACHINES: usize = 6;
-const BYTES: usize = 4 << 20;
+const MACHINES: usize = 5;
+const BYTES: usize = 3 << 20;
 
 struct Worker(Child);
 
@@ -79,7 +79,7 @@ fn site(url: &Url) -> Site {
     }
     let text = format!(
         "version = 1\n[catalogue]\nurl = \"{url}\"\n[repository]\nnas = {{ url = \"{}\", max_tasks = 6 }}\n[machine]\n{machines}\
-         [job.all]\nkind = \"backup\"\nmachines = [{}]\nto = \"nas\"\nlimits = {{ read = \"4MiB/s\" }}\n",
+         [job.all]\nkind = \"backup\"\nmachines = [{}]\nto = \"nas\"\nlimits = {{ read = \"1MiB/s\" }}\n",
         site.word("repo"),
         names.join(", ")
     );
