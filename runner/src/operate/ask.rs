@@ -139,14 +139,14 @@ fn put(catalogue: &Catalogue, user: &str, asks: &[Ask], at: &dyn Fn(usize) -> Ti
     Ok(Begun { session: catalogue.begin_work(&session, &works)? })
 }
 
+/// What came of an operation: its report, and what is to be looked at.
+pub(crate) type Came = Result<(Report, Option<String>)>;
+
 /// What came of each operation of a session that has ended, by replica.
 ///
 /// # Errors
 /// The catalogue's.
-pub fn reports(
-    catalogue: &Catalogue,
-    session: SessionId,
-) -> Result<BTreeMap<String, Result<(Report, Option<String>)>>> {
+pub fn reports(catalogue: &Catalogue, session: SessionId) -> Result<BTreeMap<String, Came>> {
     let all = catalogue.work_of(session)?.into_iter().filter(|work| work.kind == KIND).map(|work| {
         let name = work.object.strip_prefix("replica/").unwrap_or(&work.object).to_owned();
         let done = outcome(session, &work);
@@ -155,7 +155,7 @@ pub fn reports(
     Ok(all.collect())
 }
 
-fn outcome(session: SessionId, work: &Work) -> Result<(Report, Option<String>)> {
+fn outcome(session: SessionId, work: &Work) -> Came {
     let text = |key: &str| {
         work.outcome.as_ref().and_then(|outcome| outcome.get(key)).and_then(|v| v.as_str()).map(str::to_owned)
     };

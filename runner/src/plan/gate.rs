@@ -81,7 +81,7 @@ fn attempt(entry: &Entry<'_>, gate: &Gate, left: Duration, stop: Stop) -> Result
             program::run(path, &variables, left.max(ATTEMPT), stop)
         }
         Gate::Agent => agent(running(entry)?),
-        Gate::Tcp(port) => Way::into(running(entry)?, *port)?.is_taken(),
+        Gate::Tcp(port) => Way::into(running(entry)?, *port)?.taken(),
         Gate::Http { port, path } => Way::into(running(entry)?, *port)?.answers(path),
     }
 }
@@ -135,7 +135,7 @@ impl Way {
     }
 
     /// Whether the machine itself took a connection.
-    fn is_taken(mut self) -> Result<()> {
+    fn taken(mut self) -> Result<()> {
         let _stream = self.connect()?;
         let until = Instant::now() + ATTEMPT;
         let port = self.address.port().to_string();
