@@ -297,9 +297,7 @@ pub(super) fn finish_old(desk: &Desk<'_>, row: Row) -> Result<Vec<PointRecord>> 
     let name = work.name.clone();
     if let Err(fail) = Opened::of(desk, &work.source) {
         (desk.warn)(Code::WarnInterrupted, format!("what an earlier run of {name} began is dropped: {}", fail.what));
-        for top in &work.point.disks {
-            super::build::discard(&row.record.folder.join(&top.file))?;
-        }
+        work.discard(&row.record)?;
         let mut row = row;
         row.record.unfinished = None;
         desk.store(row)?;
@@ -535,6 +533,11 @@ impl RunWork {
         Ok(builds)
     }
 
+    /// Takes back whatever was written.
+    fn discard(&self, record: &ReplicaRecord) -> Result<()> {
+        self.point.disks.iter().try_for_each(|top| super::build::discard(&record.folder.join(&top.file)))
+    }
+
     fn copy(&mut self, desk: &Desk<'_>) -> Result<()> {
         let opened = Opened::of(desk, &self.source)?;
         let record = desk.load(&self.name)?.record;
@@ -615,8 +618,18 @@ impl Work for RunWork {
                 },
                 |_| Ok(()),
             )
-            // What was copied is kept: the next run goes on from it.
-            .step("copy", |work: &mut Self| work.copy(desk), |_| Ok(()))
+            // What was copied is kept, unless there is no room for the rest of it: the next run goes on from it.
+            .step(
+                "copy",
+                |work: &mut Self| match work.copy(desk) {
+                    Err(fail) if fail.code == Code::Capacity => {
+                        work.discard(&desk.load(&work.name)?.record)?;
+                        Err(fail)
+                    }
+                    copied => copied,
+                },
+                |_| Ok(()),
+            )
             .final_step("point", |work: &mut Self| desk.put_point(&work.name, &work.point))
             .final_step("describe", |work: &mut Self| {
                 let record = desk.load(&work.name)?.record;
@@ -642,8 +655,8 @@ impl Work for RunWork {
                 record.unfinished = None;
                 record.state = State::Ready;
             }
-            Went::Undone(_) => {
-                record.unfinished = Some(Box::new(self.clone()));
+            Went::Undone(fail) => {
+                record.unfinished = (fail.code != Code::Capacity).then(|| Box::new(self.clone()));
                 record.state = if self.point.number == 1 { State::Absent } else { State::Ready };
             }
         }

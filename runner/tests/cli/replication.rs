@@ -16,11 +16,17 @@ use crate::harness::{Outcome, Room};
 const MIB: usize = 1 << 20;
 const CLUSTER: usize = 64 << 10;
 
+/// Disks of a machine, by name.
+type Disks = Vec<(String, Vec<u8>)>;
+
+/// What production was at each point's moment.
+type Known = Vec<(Value, Disks)>;
+
 /// A site with production, two repositories and a host for replicas.
 pub(crate) struct Site {
     pub(crate) room: Room,
     /// Production's disks, as they are.
-    pub(crate) disks: Vec<(String, Vec<u8>)>,
+    pub(crate) disks: Disks,
     seed: u64,
 }
 
@@ -279,8 +285,8 @@ fn clusters(old: &[(String, Vec<u8>)], new: &[(String, Vec<u8>)]) -> u64 {
 #[test]
 fn alternating_repositories_a_new_full_and_resized_disks_move_what_differs() {
     let mut site = Site::new("restore_points_to_keep = 20");
-    let mut known: Vec<(Value, Vec<(String, Vec<u8>)>)> = Vec::new();
-    let mut before: Vec<(String, Vec<u8>)> = Vec::new();
+    let mut known: Known = Vec::new();
+    let mut before: Disks = Vec::new();
     // A run after a backup: the right point, of the right time, with the bytes that differ and no others.
     let mut follow = |site: &Site, repo: &str, what: &str| {
         let report = site.replicate();
@@ -500,6 +506,89 @@ fn a_new_point_begins_a_run() {
     serve.0.kill().expect("a kill");
 }
 
+#[test]
+fn every_missed_point_is_made_where_that_is_asked_for_and_a_dry_source_is_told() {
+    let mut site =
+        Site::with("{ from = \"backup\", repositories = [\"r1\"], catch_up = \"all\" }", "rpo_warn = \"1s\"");
+    let mut expected = Vec::new();
+    for _ in 0..3 {
+        site.back_up("r1", false);
+        expected.push(site.disks.clone());
+        if expected.len() != 2 {
+            site.replicate();
+        }
+        site.change(1);
+    }
+    let points = site.points();
+    assert_eq!(points.len(), 3, "the one that was missed is there");
+    points.iter().zip(&expected).for_each(|(point, disks)| site.assert_point(point, disks));
+    thread::sleep(Duration::from_millis(2100));
+    let dry = site.json(&["run", "dr"]);
+    let codes: Vec<_> = dry.kind("warning").iter().map(|warning| warning["code"].clone()).collect();
+    assert!(codes.iter().any(|code| code == "W_STALE_SOURCE"), "{codes:?}");
+    assert!(dry.one("replicated")["replica_lag_seconds"].as_i64() >= Some(2), "{}", dry.stdout);
+}
+
+#[test]
+fn a_machine_without_a_backup_fails_alone_and_one_without_a_seed_is_left_out() {
+    let site = Site::new("");
+    let other = format!("[machine]\ndb02 = {{ disks = {{ vda = \"raw:{}\" }} }}\n", site.room.text("prod/vda.raw"));
+    site.rewrite("[machine]\n", &other);
+    site.rewrite("machines = [\"db01\"]", "machines = [\"db02\", \"db01\"]");
+    site.back_up("r1", false);
+    let ran = site.json(&["run", "dr"]);
+    assert_eq!((ran.code, ran.one("error")["code"].as_str()), (2, Some("E_NOT_FOUND")), "{}", ran.stdout);
+    assert_eq!(ran.one("replicated")["machine"], "db01");
+    site.assert_point(&site.points()[0], &site.disks);
+
+    let site = Site::with("{ from = \"production\", seed = \"r2\" }", "");
+    let ran = site.json(&["run", "dr"]);
+    assert!(ran.code <= 1, "{}", ran.stdout);
+    assert!(ran.kind("warning").iter().any(|warning| warning["code"] == "W_SKIPPED"), "{}", ran.stdout);
+    assert!(ran.kind("replicated").is_empty() && !site.room.path("dr/db01_replica/machine.toml").exists());
+}
+
+/// A file system of its own, gone with the test.
+struct Small(PathBuf);
+
+impl Small {
+    fn mount(at: PathBuf, options: &str) -> Self {
+        let done = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(&at).status();
+        assert!(done.expect("mount").success(), "this test needs root");
+        Self(at)
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_target_costs_the_run_and_nothing_else() {
+    let mut site = Site::new("");
+    let small = Small::mount(site.room.path("dr"), "size=6m");
+    site.back_up("r1", false);
+    site.replicate();
+    let before = site.disks.clone();
+    site.disks[0].1.fill_with(|| 5);
+    site.disks[1].1.fill_with(|| 6);
+    site.put_production();
+    site.back_up("r1", false);
+    let full = site.json(&["run", "dr"]);
+    assert_eq!((full.code, full.one("error")["code"].as_str()), (2, Some("E_CAPACITY")), "{}", full.stdout);
+    let points = site.points();
+    assert_eq!(points.len(), 1);
+    site.assert_point(&points[0], &before);
+    let left: Vec<_> = fs::read_dir(site.room.path("dr/db01_replica/vda")).expect("a folder").flatten().collect();
+    assert_eq!(left.len(), 1, "the room is given back: {left:?}");
+    let grown = Command::new("mount").args(["-o", "remount,size=64m"]).arg(&small.0).status();
+    assert!(grown.expect("mount").success());
+    site.replicate();
+    site.assert_point(&site.points()[1], &site.disks);
+}
+
 struct Killed(Child);
 
 impl Drop for Killed {
@@ -514,11 +603,11 @@ impl Drop for Killed {
 fn no_kill_leaves_a_replica_without_a_way_out() {
     let scale = std::env::var("AQUIFER_TEST_SCALE").ok().and_then(|scale| scale.parse().ok()).unwrap_or(1);
     let mut site = Site::new("restore_points_to_keep = 3");
-    let mut known: Vec<(Value, Vec<(String, Vec<u8>)>)> = Vec::new();
+    let mut known: Known = Vec::new();
     let mut killed = 0;
     for round in 0..8 * scale {
-        let repo = if site.roll() % 3 == 0 { "r2" } else { "r1" };
-        let full = site.roll() % 4 == 0;
+        let repo = if site.roll().is_multiple_of(3) { "r2" } else { "r1" };
+        let full = site.roll().is_multiple_of(4);
         site.change(3);
         site.back_up(repo, full);
         known.push((site.newest_backup(repo), site.disks.clone()));
@@ -545,7 +634,7 @@ fn no_kill_leaves_a_replica_without_a_way_out() {
 }
 
 /// Every listed point is what production was then.
-fn check(site: &Site, known: &[(Value, Vec<(String, Vec<u8>)>)]) -> Vec<Value> {
+fn check(site: &Site, known: &[(Value, Disks)]) -> Vec<Value> {
     let points = site.points();
     for point in &points {
         let (_, disks) = known.iter().find(|(taken, _)| *taken == point["taken"]).expect("a point of ours");
