@@ -1,15 +1,18 @@
 //! How far writes that go straight to `disk.raw` may run ahead of the next sync.
 //!
 //! A flush has to sync all that anybody has written in place. So a client that floods the disk would make every other
-//! client's flush as long as its flood. It pays for that itself instead: while somebody asks for flushes, whoever has
-//! [`OverlayOptions::ahead_bytes`](super::OverlayOptions) in place and not synced syncs before it goes on.
+//! client's flush as long as its flood. It pays for that itself instead: while somebody asks for flushes and
+//! [`OverlayOptions::ahead_bytes`](super::OverlayOptions) are in place and not synced, whoever wrote a good part of them
+//! syncs before it goes on. Who wrote little goes on: it is not to wait for the flood of another.
 //!
 //! Invariants
-//! - While flushes are asked for, a flush finds no more in place than that, and a write of each thread.
+//! - While flushes are asked for, a flush finds no more in place than that, and of each thread a write and a sixteenth.
 //! - Where nobody flushes nobody waits: write-back is only begun early.
 //! - Decided by counting, never by a clock: the same calls always sync at the same places.
 //!
 //! Not here: syncing (`commit`).
+
+use std::cell::Cell;
 
 use crate::sync::{AtomicU64, Ordering};
 
@@ -17,6 +20,18 @@ use crate::sync::{AtomicU64, Ordering};
 const REMEMBERED: u64 = 16;
 /// After so many times the allowance write-back is begun where nobody flushes.
 const SEND_TIMES: u64 = 8;
+
+/// Whoever has this part of the allowance in place is one of those who pay.
+const PART: u64 = 16;
+
+/// Numbers for overlays, and for what was in place between two syncs of one: no two are the same. Nobody waits by it, so
+/// it need not be seen by the schedule test.
+static ROUNDS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+
+thread_local! {
+    /// What the calling thread has put in place, and in which round.
+    static MINE: Cell<(u64, u64)> = const { Cell::new((0, 0)) };
+}
 
 /// What a writer does before it stores more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,8 +47,10 @@ pub(super) enum Step {
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Ahead {
-    /// In place since the last group of flushes took what was there.
+    /// In place since the last sync began.
     bytes: AtomicU64,
+    /// Number of the time since then.
+    round: AtomicU64,
     /// How much of that has been sent on its way.
     sent: AtomicU64,
     /// Syncs to go until the last flush is forgotten.
@@ -42,16 +59,26 @@ pub(super) struct Ahead {
 
 impl Ahead {
     pub(super) fn new() -> Self {
-        Self { bytes: AtomicU64::new(0), sent: AtomicU64::new(0), asked: AtomicU64::new(0) }
+        let round = AtomicU64::new(next_round());
+        Self { bytes: AtomicU64::new(0), round, sent: AtomicU64::new(0), asked: AtomicU64::new(0) }
     }
 
-    /// Bytes went in place.
+    /// The calling thread put bytes in place.
     pub(super) fn add(&self, bytes: u64) {
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        let round = self.round.load(Ordering::Relaxed);
+        MINE.set((round, self.mine() + bytes));
     }
 
-    /// A group of flushes covers all that is in place.
+    /// What the calling thread has put in place since the last sync began.
+    fn mine(&self) -> u64 {
+        let (round, bytes) = MINE.get();
+        if round == self.round.load(Ordering::Relaxed) { bytes } else { 0 }
+    }
+
+    /// A sync that begins now covers all that is in place.
     pub(super) fn taken(&self) {
+        self.round.store(next_round(), Ordering::Relaxed);
         self.bytes.store(0, Ordering::Relaxed);
         self.sent.store(0, Ordering::Relaxed);
     }
@@ -69,6 +96,9 @@ impl Ahead {
         }
         let asked = self.asked.load(Ordering::Relaxed);
         if asked > 0 {
+            if self.mine() < allowed / PART {
+                return Step::Go;
+            }
             // Two at once may count as one: it is remembered for a little longer.
             self.asked.store(asked - 1, Ordering::Relaxed);
             return Step::Sync;
@@ -82,9 +112,35 @@ impl Ahead {
     }
 }
 
+fn next_round() -> u64 {
+    // From 1 on: a thread that has put nothing in place has the number 0.
+    ROUNDS.fetch_add(1, std::sync::atomic::Ordering::Relaxed) + 1
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_who_floods_pays() {
+        let ahead = Ahead::new();
+        ahead.asked();
+        std::thread::scope(|scope| {
+            let flood = scope.spawn(|| {
+                ahead.add(100);
+                ahead.step(64)
+            });
+            assert_eq!(flood.join().expect("it ends"), Step::Sync);
+        });
+        assert_eq!(ahead.step(64), Step::Go, "this thread wrote nothing");
+        ahead.add(4);
+        assert_eq!(ahead.step(64), Step::Sync, "this is a good part");
+        ahead.taken();
+        ahead.add(3);
+        assert_eq!((ahead.mine(), ahead.step(64)), (3, Step::Go));
+        let other = Ahead::new();
+        assert_eq!(other.mine(), 0, "of another disk");
+    }
 
     #[test]
     fn whoever_floods_syncs_while_somebody_flushes_and_only_then() {

@@ -6,7 +6,8 @@
 //! 3. `pending`, `intents`, `unsealed`, `owed`, `map_dirty`, `failure`: lists, held for a moment.
 //!
 //! `group` (who leads a flush) and `journal` (where the next record goes) are taken alone, or by whoever
-//! settles; the leader of a flush holds neither while it waits for anything.
+//! settles; the leader of a flush holds neither while it waits for anything. `raw_syncs` is taken alone or by whoever
+//! settles, and nothing but `failure` while it is held.
 
 use std::collections::BTreeSet;
 
@@ -57,6 +58,8 @@ pub(super) struct Core {
     pub(super) group_done: Condvar,
     pub(super) journal: Mutex<Journal>,
     pub(super) map: Mutex<MapFile>,
+    /// Held while `disk.raw` is synced, and until a failure of that is noted.
+    raw_syncs: Mutex<()>,
     /// Every write reaches `disk.raw` before it is acknowledged.
     pub(super) through: AtomicBool,
     /// `disk.raw` alone is the disk; see `plain`.
@@ -128,6 +131,7 @@ impl Core {
             group_done: Condvar::default(),
             journal: Mutex::new(journal),
             map: Mutex::new(map),
+            raw_syncs: Mutex::new(()),
             through: AtomicBool::new(false),
             plain: AtomicBool::new(false),
             unswept: AtomicBool::new(false),
@@ -350,6 +354,9 @@ impl Core {
 
     /// Syncs `disk.raw`; a failure is final. `more` are the ranges that hang on it.
     pub(super) fn sync_raw(&self, more: impl FnOnce() -> Delta) -> Result<()> {
+        // One after the other: a file tells of a lost write only once, and nobody else may take that for success.
+        let _turn = self.raw_syncs.lock();
+        self.check()?;
         self.raw().sync().map_err(|e| {
             let cause = io_failed(self.raw(), "sync", 0, e);
             self.fail(self.raw().label(), &cause, more())

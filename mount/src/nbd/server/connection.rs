@@ -360,7 +360,8 @@ impl Connection {
             return Ok(());
         }
         // Only for a client that waits for each answer: others keep the decoders busy themselves.
-        let alone = self.batch.requests == 0 && self.shared.flight.is_empty();
+        // A flush does not count: behind it a read would go to threads that others' reads keep busy.
+        let alone = self.batch.requests == 0 && self.shared.flight.has_no_data();
         let ahead = self.readahead.after(offset, len).filter(|_| alone);
         // Nobody waits behind it, so a decode here is quicker than a way to another thread and back.
         let decode = alone && len <= DECODE_INLINE_MAX && self.input.ready().is_empty();

@@ -63,6 +63,11 @@ impl Flight {
         self.air.lock().requests == 0
     }
 
+    /// Whether no data is in the air, neither a payload nor a promised answer; flushes and the like may be.
+    pub(super) fn has_no_data(&self) -> bool {
+        self.air.lock().bytes == 0
+    }
+
     /// Waits until all is answered; `false` once `over` says so or at the deadline.
     pub(super) fn wait_until_empty(&self, deadline: Option<Instant>, over: impl Fn() -> bool) -> bool {
         let mut air = self.air.lock();
