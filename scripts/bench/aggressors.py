@@ -43,6 +43,11 @@ AGGRESSORS = {
     "a storm of trims and zeros": lambda uri: ["/usr/bin/python3", "-c", STORM, uri, str(SECONDS + 4)],
 }
 
+# What nobody's door can do anything about: two threads that compute and ask for nothing.
+HOG = "two threads that only compute"
+AGGRESSORS[HOG] = lambda _: ["fio", "--name=hog", "--ioengine=cpuio", "--cpuload=100", "--numjobs=2", "--thread", f"--runtime={SECONDS + 4}",
+                             "--time_based", "--output-format=json"]
+
 
 def tail(uri):
     """Runs the victim; returns the 99th percentile of all it asked for, in microseconds."""
