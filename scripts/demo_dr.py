@@ -137,7 +137,6 @@ class Dr(demo.Demo):
         began = time.monotonic()
         self.make_site()
         self.protect()
-        self.replicate_without_production()
         self.lose_the_site()
         self.take_over()
         self.come_home()
@@ -187,20 +186,38 @@ class Dr(demo.Demo):
         self.say("$ aquifer serve &")
         log = open(self.path("serve.log"), "w")
         self.serve = subprocess.Popen([self.options.aquifer, "serve"], env=self.environment, cwd=self.work, stdout=log, stderr=log)
-        self.rounds = {}
+        self.rounds, self.layer_of = {}, {}
         for number in (0, 1, 2, 3):
             if number:
                 self.console.run(f"churn / {number}")
             have = len(self.points())
             # A run that began before this round may hold half of it; the one after holds it all.
             self.wait(lambda: len(self.points()) >= have + 2, "two more points", 240)
-            self.rounds[self.points()[-1]["point"]] = number
-            self.say(f"  round {number} is in point {self.points()[-1]['point'][:13]}")
+            if number == 0:
+                self.step("After each round: the replica, from the backups alone, with production's disks out of reach")
+            self.replicate_without_production(number)
         self.serve.send_signal(signal.SIGTERM)
         self.serve.wait(timeout=60)
         self.serve = None
         self.aquifer("points", "guest")
         self.report["restore points, made by the schedule"] = str(len(self.points()))
+
+    def replicate_without_production(self, number):
+        self.aquifer("jobs", "backup", "--pause", show=False)
+        self.wait(lambda: not [s for s in self.records("sessions", kind="session") if not s["ended"]], "the end of a backup", 120)
+        newest = self.points()[-1]["point"]
+        self.rounds[newest] = number
+        os.rename(self.path("prod", "images"), self.path("prod", "out-of-reach"))
+        self.say(f"  round {number} is in point {newest[:13]}; mv prod/images prod/out-of-reach")
+        session = self.run_job("replica")
+        os.rename(self.path("prod", "out-of-reach"), self.path("prod", "images"))
+        read = session["progress"]["bytes_read_production"]
+        self.expect(read == 0, "0 bytes were read from production")
+        self.layer_of[newest] = self.layers()[-1]
+        self.same(self.exported(newest), ["-F", "qcow2", self.layers()[-1]], f"replica and backup at {newest[:13]}")
+        if number:
+            self.figures.setdefault("replication_moved", []).append(session["progress"]["bytes_written"])
+        self.aquifer("jobs", "backup", "--resume", show=False)
 
     def wait(self, look, what, timeout):
         deadline = time.monotonic() + timeout
@@ -208,18 +225,6 @@ class Dr(demo.Demo):
             if time.monotonic() > deadline:
                 raise SystemExit(f"not within {timeout} s: {what}")
             time.sleep(0.3)
-
-    def replicate_without_production(self):
-        self.step("Build the replica from the backups; production's disks are out of reach")
-        os.rename(self.path("prod", "images"), self.path("prod", "out-of-reach"))
-        self.say("$ mv prod/images prod/out-of-reach")
-        session = self.run_job("replica")
-        read = session["progress"]["bytes_read_production"]
-        self.expect(read == 0, "0 bytes were read from production")
-        layers, points = self.layers(), self.points()
-        self.expect(len(layers) == len(points), f"{len(layers)} restore points of the replica, as many as of the backup")
-        for layer, point in list(zip(layers, points))[-4:]:
-            self.same(self.exported(point["point"]), ["-F", "qcow2", layer], f"replica at {point['point'][:13]} and the backup")
 
     def exported(self, point):
         out = self.path("export.raw")
@@ -239,22 +244,22 @@ class Dr(demo.Demo):
         self.console.run("(churn / 9; sync) > /dev/null 2>&1")
         self.machine.kill()
         self.machine.wait()
-        self.say(f"$ kill -9 {self.machine.pid}    # with writes that no backup has")
+        os.rename(self.path("prod", "images"), self.path("prod", "out-of-reach"))
+        self.say(f"$ kill -9 {self.machine.pid}; mv prod/images prod/out-of-reach    # with writes that no backup has")
 
     def take_over(self):
-        ids = [point["point"] for point in self.points()]
-        wanted = max(index for index, point in enumerate(ids) if self.rounds.get(point) == 2)
-        back = len(ids) - 1 - wanted
+        wanted = next(point for point, number in self.rounds.items() if number == 2)
+        time_of = next(point["created"] for point in self.points() if point["point"] == wanted)
         self.step("Fail over, to an older point: round 2, before the last one went wrong")
         began = time.monotonic()
-        report = self.does("failover", "guest_replica", "--to", f"latest~{back}", "--reason", "the site is lost")
+        report = self.does("failover", "guest_replica", "--to", time_of, "--reason", "the site is lost")
         self.report["command to running replica"] = f"{time.monotonic() - began:.1f} s"
-        self.point_layer = self.layers()[wanted]
+        self.point_layer = self.layer_of[wanted]
         self.console = self.log_in(report["console"])
         self.report["command to login prompt"] = f"{time.monotonic() - began:.1f} s"
         last = self.console.run("cat /etc/last-round").strip()
         self.expect(last == "2", f"the replica's guest is at round {last}")
-        self.same(self.exported(ids[wanted]), ["-F", "qcow2", self.point_layer], "the chosen point, which the guest runs above")
+        self.same(self.exported(wanted), ["-F", "qcow2", self.point_layer], "the chosen point, which the guest runs above")
         self.console.run("churn / 3; churn / 4; sync")
         self.say("  it wrote rounds 3 and 4 of its own")
 
