@@ -76,7 +76,7 @@ make_user_space() {
 serial --unit=0 --speed=115200
 terminal_output serial
 echo "grub: starting Debian $release"
-linux /boot/vmlinuz console=ttyS0,115200 quiet panic=-1 random.trust_cpu=on
+linux /boot/vmlinuz console=ttyS0,115200 quiet no_timer_check panic=-1 random.trust_cpu=on
 initrd /boot/initrd.img
 boot
 GRUB
