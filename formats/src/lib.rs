@@ -32,6 +32,7 @@ pub mod vbk;
 pub mod vdi;
 pub mod vhd;
 pub mod vhdx;
+pub mod virtnbd;
 pub mod vma;
 pub mod vmdk;
 

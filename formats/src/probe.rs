@@ -42,6 +42,8 @@ pub enum Format {
     Fidx,
     /// Veeam backup file: a full (`.vbk`) or an increment (`.vib`).
     Vbk,
+    /// Stream of virtnbdbackup.
+    Virtnbdbackup,
 }
 
 /// Longest head any magic below needs, in bytes.
@@ -52,7 +54,7 @@ const HEAD_BYTES: usize = 512;
 pub const AQL_MAGIC: [u8; 8] = *b"\x89AQL\r\n\x1a\n";
 
 /// A magic number: format, offset in the head, bytes.
-static MAGICS: [(Format, usize, &[u8]); 14] = [
+static MAGICS: [(Format, usize, &[u8]); 15] = [
     (Format::Aql, 0, &AQL_MAGIC),
     (Format::Qcow2, 0, b"QFI\xfb\0\0\0\x02"),
     (Format::Qcow2, 0, b"QFI\xfb\0\0\0\x03"),
@@ -67,11 +69,12 @@ static MAGICS: [(Format, usize, &[u8]); 14] = [
     (Format::Vma, 0, b"VMA\0"),
     (Format::Fidx, 0, b"\x2f\x7f\x41\xed\x91\xfd\x0f\xcd"),
     (Format::Vbk, 4, b"\x01\0\0\0\x03\0\0\0md5\0"),
+    (Format::Virtnbdbackup, 0, b"meta 0000000000000000 "),
 ];
 
 impl Format {
     /// Every format, in the order messages list them.
-    pub const ALL: [Format; 11] = [
+    pub const ALL: [Format; 12] = [
         Format::Raw,
         Format::Qcow2,
         Format::Aql,
@@ -83,6 +86,7 @@ impl Format {
         Format::Vma,
         Format::Fidx,
         Format::Vbk,
+        Format::Virtnbdbackup,
     ];
 
     /// The name people type.
@@ -99,6 +103,7 @@ impl Format {
             Format::Vma => "vma",
             Format::Fidx => "fidx",
             Format::Vbk => "vbk",
+            Format::Virtnbdbackup => "virtnbdbackup",
         }
     }
 

@@ -3,6 +3,7 @@
 
 mod archive;
 mod hyperv;
+mod streams;
 mod veeam;
 mod verbs;
 mod vmdk;
@@ -120,6 +121,7 @@ fn every_sample_reads_as_its_oracle_says() {
     let (old, after) = rest.split_once(END).expect("the table's end");
     let mut table = String::from("| format | sample | oracle | result |\n|---|---|---|---|\n");
     let samples = vmdk::SAMPLES.into_iter().chain(hyperv::SAMPLES).chain(archive::SAMPLES).chain(veeam::SAMPLES);
+    let samples = samples.chain(streams::SAMPLES);
     for sample in samples {
         let points = (sample.compare)(&Lab::new());
         let row = format!("| {} | {} | {} | equal, ", sample.format, sample.what, sample.oracle);

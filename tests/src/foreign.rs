@@ -5,6 +5,7 @@ pub mod hyperv;
 pub mod pbs;
 pub mod pypi;
 pub mod vbk;
+pub mod virtnbd;
 pub mod vma;
 pub mod vmdk;
 

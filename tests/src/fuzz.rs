@@ -22,6 +22,7 @@ use aquifer_formats::{
     vdi::VdiLayer,
     vhd::Vhd,
     vhdx::Vhdx,
+    virtnbd::VirtnbdLayer,
     vma::Vma,
     vmdk::Vmdk,
 };
@@ -171,7 +172,7 @@ fn tables(file: Vec<u8>) {
     }
 }
 
-/// Any bytes as an archive of disks: a machine's export, or Proxmox VE's.
+/// Any bytes as an archive of disks: a machine's export, or Proxmox VE's; and as a stream of virtnbdbackup.
 pub fn archive(data: &[u8]) {
     let storage = || -> Arc<dyn aquifer_formats::Storage> { Arc::new(MemoryStorage::new("fuzz", data.to_vec())) };
     if let Ok(archive) = Ova::open(storage()) {
@@ -180,6 +181,10 @@ pub fn archive(data: &[u8]) {
                 walk_layer(&layer, 16);
             }
         }
+    }
+    if let Ok(layer) = VirtnbdLayer::open(storage()) {
+        let _ = layer.below();
+        walk_layer(&layer, 16);
     }
     if let Ok(archive) = Vma::open(storage()) {
         for name in archive.disks().iter().take(4) {

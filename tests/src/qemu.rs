@@ -18,6 +18,14 @@ pub fn img(args: &[&str]) -> String {
     String::from_utf8_lossy(&done.stdout).into_owned()
 }
 
+/// Makes an image of `format`, with its `options`, of the raw image `raw`.
+///
+/// # Panics
+/// `qemu-img` fails.
+pub fn from_raw(raw: &Path, to: &Path, format: &str, options: &str) {
+    img(&["convert", "-f", "raw", "-O", format, "-o", options, text(raw), text(to)]);
+}
+
 /// Runs `commands` of `qemu-io` on one image, with discards really done.
 ///
 /// # Panics

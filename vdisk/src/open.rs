@@ -30,6 +30,7 @@ use aquifer_formats::{
     vdi::VdiLayer,
     vhd::Vhd,
     vhdx::Vhdx,
+    virtnbd::VirtnbdLayer,
     vma::Vma,
     vmdk::Vmdk,
 };
@@ -224,6 +225,10 @@ fn image_layers(
                 vhd_layers(gate, at, &mut layers)?;
                 return Ok(layers);
             }
+            (Format::Virtnbdbackup, None) => {
+                virtnbd_layers(gate, at, &mut layers)?;
+                return Ok(layers);
+            }
             (Format::Vdi, None) => {
                 layers.push(Arc::new(VdiLayer::open(at.storage())?));
                 return Ok(layers);
@@ -295,6 +300,48 @@ fn vhd_layers(gate: &Gate, first: Passage, layers: &mut Vec<Arc<dyn Layer>>) -> 
             image.check_parent(&parent).map(|()| parent)
         })?;
     }
+}
+
+/// A stream of virtnbdbackup and those below it, which lie in the same folder under names that tell nothing sure.
+fn virtnbd_layers(gate: &Gate, first: Passage, layers: &mut Vec<Arc<dyn Layer>>) -> Result<()> {
+    let mut at = first;
+    loop {
+        let layer = VirtnbdLayer::open(at.storage())?;
+        let wanted = layer.below()?.map(|below| (layer.disk().to_owned(), Some(below.to_owned())));
+        layers.push(Arc::new(layer));
+        let Some(wanted) = wanted else { return Ok(()) };
+        let holds = |name: &OsString| {
+            let other = gate.follow(&at, name).ok()?;
+            (VirtnbdLayer::names(other.storage()).ok()? == wanted).then_some(other)
+        };
+        let found = beside(&at, &["data"])?.iter().find_map(holds);
+        let missing = || {
+            let what = format!(
+                "it stands on the checkpoint {}, which no file beside it holds for disk {}",
+                wanted.1.as_deref().unwrap_or_default(),
+                wanted.0
+            );
+            FormatError::ChainBroken { path: label(&at), what }
+        };
+        at = found.ok_or_else(missing)?;
+    }
+}
+
+/// Names of the other files in the folder of `file` that end in one of `ends`, in order.
+fn beside(file: &Passage, ends: &[&str]) -> Result<Vec<OsString>> {
+    let folder = file.path().parent().unwrap_or(file.path());
+    let failed = |e| FormatError::io(folder.display().to_string(), "list", 0, e);
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(failed)? {
+        let name = entry.map_err(failed)?.file_name();
+        let end = Path::new(&name).extension();
+        let is_meant = end.is_some_and(|end| ends.iter().any(|wanted| end.eq_ignore_ascii_case(wanted)));
+        if is_meant && file.path().file_name() != Some(&name) {
+            names.push(name);
+        }
+    }
+    names.sort_unstable();
+    Ok(names)
 }
 
 /// The first of `names` that leads to a file which `accept` takes. What was wrong with the first one is

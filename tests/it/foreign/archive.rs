@@ -74,17 +74,7 @@ fn ova(lab: &Lab) -> u32 {
     for (number, bytes) in disks.iter().enumerate() {
         let raw = lab.write("content.raw", bytes);
         let path = lab.path(&format!("m-disk{number}.vmdk"));
-        qemu::img(&[
-            "convert",
-            "-f",
-            "raw",
-            "-O",
-            "vmdk",
-            "-o",
-            "subformat=streamOptimized",
-            qemu::text(&raw),
-            qemu::text(&path),
-        ]);
+        qemu::from_raw(&raw, &path, "vmdk", "subformat=streamOptimized");
     }
     lab.write("m.ovf", "<Envelope/>");
     for format in ["ustar", "gnu", "pax"] {

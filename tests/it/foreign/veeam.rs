@@ -168,8 +168,7 @@ fn many_blocks(lab: &Lab) -> u32 {
 fn hyperv(lab: &Lab) -> u32 {
     let raw = lab.write("content.raw", content(lab, 12 * MIB as usize, 5));
     let image = lab.path("disk.vhdx");
-    let options = ["convert", "-f", "raw", "-O", "vhdx", "-o", "block_size=1M", qemu::text(&raw), qemu::text(&image)];
-    qemu::img(&options);
+    qemu::from_raw(&raw, &image, "vhdx", "block_size=1M");
     let before = fs::read(&image).expect("read");
     qemu::img(&["convert", "-f", "vhdx", "-O", "raw", qemu::text(&image), qemu::text(&lab.path("truth0"))]);
     lab.scribble(&image, "vhdx", 12 * MIB, false, &mut Rng::new(6));
@@ -223,7 +222,7 @@ fn damage_below_an_image_keeps_its_kind() {
     let lab = Lab::new();
     let raw = lab.write("content.raw", content(&lab, 4 * MIB as usize, 5));
     let image = lab.path("disk.vhdx");
-    qemu::img(&["convert", "-f", "raw", "-O", "vhdx", "-o", "block_size=1M", qemu::text(&raw), qemu::text(&image)]);
+    qemu::from_raw(&raw, &image, "vhdx", "block_size=1M");
     let vhdx = fs::read(&image).expect("read");
     let machines = vec![full("hv01", vec![("Disk.vhdx", Body::Whole(&vhdx))])];
     let file = File { version: 13, block: 64 << 10, encodings: &[Encoding::Plain], machines };

@@ -62,7 +62,7 @@ fn a_vmware_chain_boots_and_becomes_local() {
     let (site, [first, _]) = (Site::new(), states());
     fs::write(site.path("content.raw"), first).expect("write");
     let [raw, base, top, flat] = ["content.raw", "base.vmdk", "top.vmdk", "flat.raw"].map(|name| site.word(name));
-    qemu::img(&["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized", &raw, &base]);
+    qemu::from_raw(Path::new(&raw), Path::new(&base), "vmdk", "subformat=streamOptimized");
     qemu::img(&["create", "-q", "-f", "vmdk", "-F", "vmdk", "-b", &base, &top]);
     qemu::io(Path::new(&top), "vmdk", &["write -P 90 9M 300k".into()]);
     qemu::img(&["convert", "-f", "vmdk", "-O", "raw", &top, &flat]);
@@ -74,7 +74,7 @@ fn a_vhdx_boots_and_becomes_local() {
     let (site, [_, second]) = (Site::new(), states());
     fs::write(site.path("content.raw"), &second).expect("write");
     let (raw, disk) = (site.word("content.raw"), site.word("disk.vhdx"));
-    qemu::img(&["convert", "-f", "raw", "-O", "vhdx", "-o", "block_size=1M", &raw, &disk]);
+    qemu::from_raw(Path::new(&raw), Path::new(&disk), "vhdx", "block_size=1M");
     every_verb(&site, &[&disk], "vhdx", &second);
 }
 

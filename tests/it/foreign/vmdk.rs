@@ -127,17 +127,7 @@ fn stream(lab: &Lab) -> u32 {
     for size in [MIB * 5, MIB * 5 / 2 + 512 * 3] {
         let raw = content(lab, size, 4);
         let path = lab.path("disk.vmdk");
-        qemu::img(&[
-            "convert",
-            "-f",
-            "raw",
-            "-O",
-            "vmdk",
-            "-o",
-            "subformat=streamOptimized",
-            qemu::text(&raw),
-            qemu::text(&path),
-        ]);
+        qemu::from_raw(&raw, &path, "vmdk", "subformat=streamOptimized");
         lab.compare(&path, "vmdk", "streamOptimized");
         lab.compare_with(&path, &raw, "what went in comes out");
         let chain = lab.open(&path).expect("opens");
@@ -189,17 +179,7 @@ fn stream_at_end(lab: &Lab) -> u32 {
 fn chain(lab: &Lab) -> u32 {
     let mut rng = Rng::new(6);
     let raw = content(lab, 4 * MIB, 6);
-    qemu::img(&[
-        "convert",
-        "-f",
-        "raw",
-        "-O",
-        "vmdk",
-        "-o",
-        "subformat=streamOptimized",
-        qemu::text(&raw),
-        qemu::text(&lab.path("0.vmdk")),
-    ]);
+    qemu::from_raw(&raw, &lab.path("0.vmdk"), "vmdk", "subformat=streamOptimized");
     lab.compare(&lab.path("0.vmdk"), "vmdk", "the base");
     let depth = 5;
     for number in 1..depth {

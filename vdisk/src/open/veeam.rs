@@ -22,7 +22,7 @@ use aquifer_formats::{
     vhdx::Vhdx,
 };
 
-use super::label;
+use super::{beside, label};
 use crate::{BlockCache, Chain, ChainStorage, Result};
 
 /// Deepest chain of differencing images inside one backup.
@@ -177,7 +177,7 @@ impl Image {
 /// point, the first by name is taken: the id says that they hold the same.
 fn points_beside(gate: &Gate, file: &Passage) -> Result<HashMap<String, OsString>> {
     let mut found = HashMap::new();
-    for name in beside(file)? {
+    for name in beside(file, &["vbk", "vib"])? {
         let Ok(vbk) = gate.follow(file, &name).and_then(|other| Vbk::open(other.storage())) else { continue };
         let Ok(backups) = vbk.backups() else { continue };
         for id in backups.iter().filter_map(Backup::id) {
@@ -185,22 +185,4 @@ fn points_beside(gate: &Gate, file: &Passage) -> Result<HashMap<String, OsString
         }
     }
     Ok(found)
-}
-
-/// Names of the other backup files in the folder of `file`, in order.
-fn beside(file: &Passage) -> Result<Vec<OsString>> {
-    let folder = file.path().parent().unwrap_or(file.path());
-    let failed = |e| FormatError::io(folder.display().to_string(), "list", 0, e);
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(failed)? {
-        let name = entry.map_err(failed)?.file_name();
-        let is_backup = std::path::Path::new(&name)
-            .extension()
-            .is_some_and(|end| end.eq_ignore_ascii_case("vbk") || end.eq_ignore_ascii_case("vib"));
-        if is_backup && file.path().file_name() != Some(&name) {
-            names.push(name);
-        }
-    }
-    names.sort_unstable();
-    Ok(names)
 }
