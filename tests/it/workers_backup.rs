@@ -121,7 +121,7 @@ fn backups_go_on_when_a_worker_is_killed_and_one_stands_still(url: &Url) {
     }
     let events = catalogue.events(0, &EventFilter::default()).expect("events");
     let takeovers = events.iter().filter(|record| record.event.op == "takeover").count();
-    assert_eq!(takeovers, 2, "of the one that was killed, and of the one that stood still");
+    assert!(takeovers >= 2, "of the one that was killed, and of the one that stood still: {takeovers}");
     for number in 0..MACHINES {
         let name = format!("m{number}");
         let points = site.json(&["points", &name]).records("point");

@@ -48,7 +48,7 @@ enum Source<'s> {
 /// Makes a restore point of one machine.
 ///
 /// # Errors
-/// The source or the repository; [`Code::Busy`] where another backup of the machine runs.
+/// The source or the repository; [`Code::FileLocked`] where another backup of the machine runs.
 pub fn run(run: &Run<'_>, job: &BackupJob) -> Result<Report> {
     let repo = repository::open_named_to_change(run.context, &job.to)?;
     let machine = repo.machine_or_new(run.machine)?;
