@@ -1,5 +1,5 @@
-//! Promise: the list of requirements is true to what is there: every state is one of four, what is called built names
-//! what shows it, and every test file and test that is named exists.
+//! Promise: the list of requirements is true to what is there: every state is one of four, whatever is not simply open
+//! says what shows it or what is missing, and every test file and test that is named exists.
 
 use std::{
     collections::BTreeSet,
@@ -44,7 +44,8 @@ fn the_list_of_requirements_names_what_there_is() {
     let mut ids = BTreeSet::new();
     let mut wrong = Vec::new();
     for line in text.lines().filter(|line| line.starts_with("| R-")) {
-        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+        // What shows it may hold bars of a command line.
+        let cells: Vec<&str> = line.trim_matches('|').splitn(5, '|').map(str::trim).collect();
         let [id, _, _, state, shown] = cells[..] else {
             wrong.push(format!("{line}: not five cells"));
             continue;
@@ -55,7 +56,7 @@ fn the_list_of_requirements_names_what_there_is() {
         if !STATES.contains(&state) {
             wrong.push(format!("{id}: `{state}` is no state"));
         }
-        if state != "built" && state != "not yet" && shown.is_empty() {
+        if state != "not yet" && shown.is_empty() {
             wrong.push(format!("{id}: {state}, and nothing says why"));
         }
         let words = || shown.split(|c: char| !(c.is_alphanumeric() || "_./".contains(c))).map(|w| w.trim_matches('.'));
@@ -75,9 +76,6 @@ fn the_list_of_requirements_names_what_there_is() {
             if !there {
                 wrong.push(format!("{id}: there is no test {test} in {files:?}"));
             }
-        }
-        if state == "built" && files.is_empty() && tests.is_empty() {
-            wrong.push(format!("{id}: built, and no test is named"));
         }
     }
     assert!(ids.len() > 100, "{} requirements were read", ids.len());
