@@ -4,11 +4,15 @@
 //! - Whoever reads looks at production only when it is clear that a point will be made, and what an earlier run had
 //!   begun is out of the way.
 //! - Images that are written to meanwhile make no restore point.
+//! - Content of two moments never becomes one point: a moment that is over is never gone on from.
 //!
 //! Not here: holding a running machine's disks still; how a disk is built ([`super::build`]).
 
+use std::collections::BTreeSet;
+
 use aquifer_formats::repo::record::MachineDescription;
 use jiff::Timestamp;
+use parking_lot::Mutex;
 use uuid::Uuid;
 
 use super::{
@@ -19,6 +23,39 @@ use super::{
     state::Op,
 };
 use crate::fail::Result;
+
+/// Moments of running machines that this process holds.
+static HELD: Mutex<BTreeSet<Uuid>> = Mutex::new(BTreeSet::new());
+
+/// A running machine's disks are as they were, until this is dropped. What is served at the same place afterwards is
+/// another moment, even if it looks alike.
+#[derive(Debug)]
+pub struct Moment(Uuid);
+
+impl Moment {
+    /// Begins now.
+    pub fn begin() -> Self {
+        let id = Uuid::now_v7();
+        HELD.lock().insert(id);
+        Self(id)
+    }
+
+    /// Its identity.
+    pub fn id(&self) -> Uuid {
+        self.0
+    }
+
+    /// Whether this process holds it still.
+    pub fn is_held(id: Uuid) -> bool {
+        HELD.lock().contains(&id)
+    }
+}
+
+impl Drop for Moment {
+    fn drop(&mut self) {
+        HELD.lock().remove(&self.0);
+    }
+}
 
 /// Production, ready to be read.
 #[derive(Clone, Debug)]

@@ -35,6 +35,7 @@ use super::{
     keep,
     layers::{self, said_above},
     model::{Carried, HomeDisk, Origin, PointRecord, ReplicaRecord, SourcePoint, Top, VERSION},
+    production::Moment,
     rules::Rules,
     state::{Op, State},
 };
@@ -124,6 +125,8 @@ pub enum RunSource {
     },
     /// The disks of a running machine as they were at one moment, served by its hypervisor.
     Doors {
+        /// Which moment: once it is over, what is served there is another.
+        moment: Uuid,
         /// Its disks.
         disks: Vec<SourceDoor>,
     },
@@ -413,7 +416,10 @@ impl Opened {
                     |disk: &HomeDisk| Ok((disk.disk.clone(), layers::open(&disk.path, disk.format, desk.cache)?));
                 Ok(Self { repo: None, disks: disks.iter().map(open).collect::<Result<_>>()? })
             }
-            RunSource::Doors { disks } => {
+            RunSource::Doors { moment, disks } => {
+                if !Moment::is_held(*moment) {
+                    return Err(Fail::new(Code::NotFound, "the moment of the running machine that was read is over"));
+                }
                 let open = |door: &SourceDoor| Ok((door.disk.clone(), layers::served(&door.uri, desk.cache)?));
                 Ok(Self { repo: None, disks: disks.iter().map(open).collect::<Result<_>>()? })
             }

@@ -486,3 +486,54 @@ fn points_of_a_running_machine_survive_kills_of_the_run_and_of_qemu() {
     }
     assert!(kills[0] + kills[1] > 0, "{kills:?}: nobody was killed in time");
 }
+
+#[test]
+fn two_moments_of_a_running_machine_never_become_one_point() {
+    let disks = ["vda"];
+    let mut machine = Machine::new(&disks);
+    let dr = machine.room.text("dr");
+    fs::create_dir_all(&dr).expect("folder");
+    let site = machine.room.path("site.toml");
+    let text = fs::read_to_string(&site).expect("read");
+    let more = format!(
+        "[host.dr]\nkind = \"qemu\"\nimages = \"{dr}\"\n[job.r]\nkind = \"replication\"\nmachines = [\"db01\"]\n\
+         source = {{ from = \"production\" }}\ntarget = {{ host = \"dr\" }}\n"
+    );
+    fs::write(&site, text.clone() + &more + "limits = { read = \"4MiB/s\" }\n").expect("write");
+    machine.start(&disks);
+    machine.write("vda", 7, "0", "24M");
+    let mut run = job(&machine, "r").stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("run");
+    let mark = machine.room.path("dr/db01_replica/vda/1.qcow2.mark");
+    let until = Instant::now() + WAIT * 2;
+    while !mark.exists() {
+        assert!(Instant::now() < until, "nothing was marked");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    run.kill().expect("kill");
+    run.wait().expect("it ends");
+    // What was copied already is changed now.
+    machine.write("vda", 9, "0", "1M");
+    machine.write("vda", 9, "20M", "1M");
+    fs::write(&site, text + &more).expect("write");
+    let image = machine.image("vda");
+    let (code, said) = run_until_whole(&machine);
+    assert!(code <= 1, "{said}");
+    let folder = machine.room.path("dr/db01_replica/vda");
+    let tops: Vec<PathBuf> = fs::read_dir(folder).expect("list").map(|entry| entry.expect("entry").path()).collect();
+    assert_eq!(tops.len(), 1, "{tops:?}");
+    let (image, top) = (image.display().to_string(), tops[0].display().to_string());
+    tool("qemu-img", &["compare", "-q", "-U", "-f", "raw", "-F", "qcow2", &image, &top]);
+    machine.quit();
+}
+
+/// Runs the job; what guards the machine may need a moment after a kill.
+fn run_until_whole(machine: &Machine) -> (i32, String) {
+    let until = Instant::now() + WAIT;
+    loop {
+        let (code, said) = run(machine, "r");
+        if code <= 1 || Instant::now() > until {
+            return (code, said);
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}

@@ -22,7 +22,7 @@ use crate::{
     replica::{
         desk::Desk,
         model::HomeDisk,
-        production::Look,
+        production::{Look, Moment},
         run::{RunSource, SourceDoor},
     },
     site::{Freeze, Machine, MachineSource, Site},
@@ -32,7 +32,8 @@ use crate::{
 /// Production, held still as far as it runs, until this is dropped.
 pub(super) struct Watched {
     pub(super) look: Look,
-    _fleece: Option<Fleece>,
+    // The moment is over before what serves it ends.
+    _held: Option<(Moment, Fleece)>,
 }
 
 impl Watched {
@@ -42,7 +43,7 @@ impl Watched {
     /// There is no such machine; a disk that cannot be read.
     pub(super) fn begin(context: &Context, desk: &Desk<'_>, site: &Site, machine: &str) -> Result<Self> {
         if let Some(look) = Self::images(context, desk, site, machine)? {
-            return Ok(Self { look, _fleece: None });
+            return Ok(Self { look, _held: None });
         }
         let entry = entry(site, machine)?;
         let place = place(context, site, entry)?.ok_or_else(|| Fail::new(Code::Bug, "a machine without a place"))?;
@@ -166,6 +167,8 @@ fn caught(context: &Context, desk: &Desk<'_>, entry: &Machine, machine: &str, pl
     }
     let description = about(context, entry, machine, Some(place), &wanted)?;
     drop(wanted);
-    let look = Look { source: RunSource::Doors { disks: doors }, disks: sizes, description, taken };
-    Ok(Watched { look, _fleece: Some(fleece) })
+    let moment = Moment::begin();
+    let source = RunSource::Doors { moment: moment.id(), disks: doors };
+    let look = Look { source, disks: sizes, description, taken };
+    Ok(Watched { look, _held: Some((moment, fleece)) })
 }
