@@ -3,6 +3,8 @@
 //!
 //! Rounds: a few; `AQUIFER_TEST_SCALE` times as many.
 
+#![allow(clippy::cast_possible_truncation, reason = "numbers of a small disk")]
+
 use std::{
     collections::BTreeMap,
     fs,
