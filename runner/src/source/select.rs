@@ -44,7 +44,7 @@ pub struct SourceOptions {
 /// The key of encrypted snapshots of Proxmox Backup Server.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct KeyOptions {
-    /// Key file of encrypted snapshots of Proxmox Backup Server
+    /// Key file of an encrypted snapshot of Proxmox Backup Server
     #[arg(long, value_name = "FILE")]
     pub key_file: Option<PathBuf>,
     /// File whose first line is the passphrase of that key file
