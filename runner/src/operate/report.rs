@@ -62,7 +62,8 @@ impl Report {
             Some(failover) => points.iter().find(|point| point.id == failover.point),
             None => points.last(),
         };
-        let failback = record.failback.as_ref().or(before.as_ref());
+        // What a way home moved is told as long as it stands, and once more when it is made final.
+        let failback = record.failback.as_ref().or(before.as_ref().filter(|_| op == Op::Commit));
         let running = match (&record.failback, &record.failover) {
             (Some(failback), _) if failback.running.is_some() => failback.running.clone(),
             (_, Some(_)) => desk.running(&record.folder),

@@ -54,6 +54,7 @@ impl Site {
              dr = {{ kind = \"qemu\", images = \"{0}/dr\", runtime = \"{0}/rd\" }}\n[machine]\ndb01 = {{ from = \"prod:db01\" }}\n\
              [job.dr]\nkind = \"replication\"\nmachines = [\"db01\"]\nsource = {{ from = \"backup\", repositories = [\"nas\"] }}\n\
              target = {{ host = \"dr\" }}\nschedule = {{ on_new_point = true }}\n\
+             [job.night]\nkind = \"backup\"\nmachines = [\"db01\"]\nto = \"nas\"\nretry = {{ count = 0 }}\n\
              [plan.all]\nentries = [{{ machine = \"db01\", gate = \"{0}/gate\", timeout = \"20s\" }}]\npre = [\"{0}/pre\"]\n",
             room.dir.path().display()
         );
@@ -373,4 +374,25 @@ fn whoever_was_left_behind_by_a_change_of_sides_touches_nothing() {
     let error = refused.one("error");
     assert_eq!((&error["code"], &error["exit"]), (&json!("E_FOREIGN_OWNER"), &json!(3)), "{}", refused.stdout);
     assert_eq!(site.running("dr").expect("it runs").process, before);
+}
+
+#[test]
+fn production_that_noted_its_changes_is_not_read_whole() {
+    let site = Site::new(1);
+    site.start_production();
+    for job in ["night", "dr"] {
+        let run = site.json(&["run", job]);
+        assert!(run.code <= 1, "{job}: {}{}", run.stdout, run.stderr);
+    }
+    let report = site.does(&["failover", REPLICA, "--fence", "graceful"]);
+    assert_eq!(report["state"], "failover");
+    assert!(site.running("prod").is_none(), "it was turned off in order, its notes are whole");
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 0x99 18M 128k", &site.production()]);
+    site.write("dr", 0x55, "16M", "64k");
+    let first = site.does(&["failback", REPLICA, "--yes"])["first"].clone();
+    assert_eq!(first["bytes_read_production"], 0, "{first}");
+    assert!(first["bytes_read"].as_u64().is_some_and(|read| read < 4 << 20), "{first}");
+    site.does(&["failback", REPLICA, "--switch", "now", "--no-start", "--yes"]);
+    let top = site.record().failover.expect("a takeover").tops[0].file.clone();
+    site.assert_same(&top);
 }
