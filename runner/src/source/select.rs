@@ -55,8 +55,7 @@ pub struct KeyOptions {
 impl KeyOptions {
     /// Where the key lies, in full: a session opens it again from elsewhere.
     fn place(&self) -> Result<Option<KeyPlace>> {
-        let full =
-            |path: &PathBuf| std::path::absolute(path).map_err(|e| Fail::io(&path.display().to_string(), "open", &e));
+        let full = |path: &PathBuf| std::path::absolute(path).map_err(|e| Fail::io(path.display(), "open", &e));
         let Some(file) = &self.key_file else { return Ok(None) };
         Ok(Some(KeyPlace { file: full(file)?, passphrase: self.key_passphrase.as_ref().map(full).transpose()? }))
     }

@@ -68,7 +68,8 @@ fn kill_machine(site: &Site, side: &str) {
 
 #[test]
 fn kills_at_any_moment_leave_a_way_on_and_the_right_disks() {
-    let seed = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("time").as_nanos() as u64 | 1;
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("time");
+    let seed = u64::from(now.subsec_nanos()) | 1;
     println!("seed {seed}");
     let mut dice = Dice(seed);
     let site = Site::new(1);

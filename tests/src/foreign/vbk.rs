@@ -95,7 +95,7 @@ impl Writer {
     fn page(&mut self) -> u64 {
         let number = self.pages.len();
         self.pages.push(vec![0; PAGE]);
-        ((number / BANK_PAGES) << 32 | number % BANK_PAGES) as u64
+        (((number / BANK_PAGES) << 32) | (number % BANK_PAGES)) as u64
     }
 
     fn at(&mut self, id: u64) -> &mut Vec<u8> {
