@@ -38,14 +38,14 @@ use crate::{
     host::{Running, placed},
     replica::{
         build::discard,
-        desk::{Desk, Went, Work},
+        desk::{Desk, Stamp, Went, Work},
         digests::Digests,
         images, keep, layers,
         model::{
             Carried, FailbackRecord, FailoverRecord, Home, HomeDisk, HomeKind, Origin, PointRecord, ReplicaRecord,
             Switch, Top, VERSION,
         },
-        run::describe,
+        run::{describe, refuse_strangers},
         state::{Op, State},
     },
     step::{AfterCrash, Plan},
@@ -107,14 +107,15 @@ pub fn failback(desk: &Desk<'_>, name: &str, home: Home, switch: Switch, changed
 /// Refuses a target before anything is turned off.
 fn check_home(desk: &Desk<'_>, record: &ReplicaRecord, failover: &FailoverRecord, home: &Home) -> Result<()> {
     let at = |fail: Fail| Err(fail.at(home.folder.display()));
-    if home.folder == record.folder {
+    let folder = std::fs::canonicalize(&home.folder).unwrap_or_else(|_| home.folder.clone());
+    if folder == record.folder {
         return at(Fail::new(Code::Refused, "a replica cannot come home to itself"));
     }
     if home.kind == HomeKind::New {
-        return match home.folder.join(placed::DESCRIPTION).exists() {
-            true => at(Fail::new(Code::Exists, format!("there is a machine in {} already", home.folder.display()))),
-            false => Ok(()),
-        };
+        return refuse_strangers(&home.folder);
+    }
+    if Stamp::read(&home.folder)?.is_some() {
+        return at(Fail::new(Code::Refused, format!("{} is a replica, not a home", home.folder.display())));
     }
     for top in &failover.tops {
         let Some(disk) = home.disks.iter().find(|disk| disk.disk == top.disk) else {
@@ -405,7 +406,7 @@ impl SwitchWork {
             digests.store(&keep::digest_file(&record, &self.protective, &top.disk))?;
         }
         self.protective.taken = Timestamp::now();
-        desk.put_point(&self.name, &self.protective)
+        Ok(())
     }
 
     fn second_pass(&mut self, desk: &Desk<'_>) -> Result<()> {
@@ -453,7 +454,8 @@ impl Work for SwitchWork {
             .step(
                 "protect",
                 |work: &mut Self| work.protect(desk),
-                |work: &mut Self| desk.drop_point(&work.name, work.protective.number),
+                // It is no restore point before the replica stays off for good: until then its machine may go on.
+                |_| Ok(()),
             )
             .step(
                 "second_pass",
@@ -465,6 +467,7 @@ impl Work for SwitchWork {
             .final_step("write_home", |work: &mut Self| write_home(&work.home, &work.tops, 2))
             .final_step("stamp", |work: &mut Self| {
                 let record = desk.load(&work.name)?.record;
+                desk.put_point(&work.name, &work.protective)?;
                 desk.stamp(&record.folder, record.lineage, work.epoch + 1)
             })
             .final_step("home_on", |work: &mut Self| {

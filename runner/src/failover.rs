@@ -153,6 +153,7 @@ impl Work for FailoverWork {
                 "layer",
                 |work: &mut Self| {
                     let record = desk.load(&work.name)?.record;
+                    whole(desk, &record, &work.below)?;
                     put_layers(&record.folder, &work.below, &work.tops)
                 },
                 |work: &mut Self| {
@@ -207,6 +208,14 @@ impl Work for FailoverWork {
             running: self.running.clone(),
         });
     }
+}
+
+/// Refuses a restore point whose layers do not hold what their tables name: a hypervisor would read zeros there.
+fn whole(desk: &Desk<'_>, record: &ReplicaRecord, disks: &[Top]) -> Result<()> {
+    disks.iter().try_for_each(|top| {
+        let chain = layers::open(&record.folder.join(&top.file), Format::Qcow2, desk.cache)?;
+        crate::copy::used_bytes(&aquifer_vdisk::Disk::read_only(&top.disk, chain)).map(drop)
+    })
 }
 
 /// Puts an empty layer on each disk.
@@ -311,6 +320,10 @@ pub fn loss(cache: &Arc<BlockCache>, points: &[PointRecord], record: &ReplicaRec
 /// [`Code::State`]; the machine cannot be turned off, and `force` was not given.
 pub fn undo(desk: &Desk<'_>, name: &str, force: bool) -> Result<()> {
     let row = desk.ready_for(name, Op::Undo)?;
+    if desk.points(name)?.is_empty() {
+        let what = format!("making the takeover of {name} final has begun, and cannot be taken back");
+        return Err(Fail::new(Code::State, what).help(format!("aquifer permanent {name}")));
+    }
     let work = UndoWork { kind: UndoWork::KIND.into(), name: name.into(), epoch: row.record.epoch, force };
     desk.carry_out(name, work, None)?;
     let record = desk.load(name)?.record;

@@ -102,7 +102,7 @@ impl Described {
 }
 
 /// Names of machines and disks: they become file and export names.
-fn plain_name(text: &str) -> Result<String, String> {
+pub(crate) fn plain_name(text: &str) -> Result<String, String> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     match text.chars().all(plain) && !text.is_empty() && text.len() <= 64 && !text.starts_with('.') {
         true => Ok(text.to_owned()),

@@ -34,7 +34,7 @@ use crate::{
         recover::recover,
         run::ReplicaSpec,
         seat::at_desk,
-        state::Op,
+        state::{Op, State},
     },
     site::Fencing,
     source::PointRef,
@@ -57,6 +57,9 @@ pub struct Ask {
     /// Where network cards of machines that are started are plugged in.
     #[serde(default)]
     pub network: Network,
+    /// The state that whoever asked has seen, where what is asked means another thing in another state.
+    #[serde(default)]
+    pub seen: Option<State>,
     /// What.
     pub act: Act,
 }
@@ -179,6 +182,9 @@ impl Ask {
         let is_done = |op: Op| ended.iter().any(|known| known.op == op.name() && known.state == "done");
         let before = desk.load(&self.replica)?.record.failback;
         let name = self.replica.as_str();
+        if !is_done(self.act.op()) {
+            self.still_meant(desk)?;
+        }
         match &self.act {
             Act::Failover { point, start, fence } if !is_done(Op::Failover) => {
                 self.fence(task, desk, *fence)?;
@@ -219,6 +225,18 @@ impl Ask {
             _ => {}
         }
         Report::of(desk, self.act.op(), name, before)
+    }
+
+    /// Taking back means the last step: one that somebody else has taken back meanwhile is not followed by the one before.
+    fn still_meant(&self, desk: &Desk<'_>) -> Result<()> {
+        let now = desk.load(&self.replica)?.record.state;
+        match self.seen.filter(|_| matches!(self.act, Act::Undo { .. })) {
+            Some(seen) if seen != now => {
+                let what = format!("{} was {seen} when this was asked, and is {now} now", self.replica);
+                Err(Fail::new(Code::State, what).at(object(&self.replica)))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Sees to it that production's machine does not run beside its replica, where that is wanted; tells where it does.

@@ -81,7 +81,12 @@ impl<'s> Recovered<'s> {
     fn keep_in_the_end(&self) {
         let mut said = Vec::new();
         for _ in 0..4 {
-            if self.site.sessions().iter().all(|session| session["name"] != self.name.as_str()) {
+            // A hypervisor whose door has just died says nothing until there is another.
+            let status = eventually("status tells", || {
+                let status = self.site.run(&["--json", "status"]);
+                (status.code == 0).then_some(status)
+            });
+            if status.records("session").iter().all(|session| session["name"] != self.name.as_str()) {
                 return;
             }
             let keep = self.site.run(&["finalize", &self.name, "--keep", "--timeout", "60s"]);

@@ -138,17 +138,21 @@ fn backups_go_on_when_a_worker_is_killed_and_one_stands_still(url: &Url) {
     let events = catalogue.events(0, &EventFilter::default()).expect("events");
     let takeovers = events.iter().filter(|record| record.event.op == "takeover").count();
     assert!(takeovers >= 2, "of the one that was killed, and of the one that stood still: {takeovers}");
+    // One that dies between its point and its word of it is done once more: that much is said twice, and nothing wrong.
+    let mut twice = 0;
     for number in 0..MACHINES {
         let name = format!("m{number}");
         let points = site.json(&["points", &name]).records("point");
         let states: Vec<&str> = points.iter().filter_map(|point| point["state"].as_str()).collect();
-        assert_eq!(states, ["complete"], "{name}: {points:?}");
+        assert!(!states.is_empty() && states.iter().all(|state| *state == "complete"), "{name}: {points:?}");
+        twice += states.len() - 1;
         let out = site.word("out.raw");
         let _ = fs::remove_file(&out);
         site.json(&["export", &format!("{name}@latest:vda"), &out]);
         let same = fs::read(&out).expect("read") == fs::read(site.path(&format!("{name}.raw"))).expect("read");
         assert!(same, "{name} is another");
     }
+    assert!(twice <= 2, "two workers were cut short, and {twice} points are there twice");
     // What the one that stood still had written goes with the next run's clearing, and stands in nobody's way.
     let again = site.run(&["-c", &site.word("site.toml"), "run", "all"]);
     assert_eq!(again.code, 0, "{again:#?}");

@@ -9,7 +9,7 @@ use crate::{
     catalogue::{Catalogue, NewSession, NewWork, Retries, SessionId, Wish, Work, WorkState},
     context::Context,
     fail::{Code, Fail, Result},
-    replica::{desk::object, model::ReplicaRecord},
+    replica::{desk::object, model::ReplicaRecord, state::State},
     tasks::is_gone,
 };
 
@@ -32,7 +32,11 @@ pub fn check(catalogue: &Catalogue, ask: &Ask) -> Result<ReplicaRecord> {
     let Some(row) = catalogue.replica::<ReplicaRecord>(name)? else {
         return Err(Fail::new(Code::NotFound, format!("there is no replica `{name}`")).help("aquifer replicas"));
     };
-    let record = row.record.check()?;
+    let mut record = row.record.check()?;
+    if record.state == State::Processing && !is_worked_on(catalogue, name)? {
+        // A run that died in the middle: it is brought to its end before anything else is done.
+        record.state = State::Ready;
+    }
     let refused = |refusal| Fail::from(refusal).at(object(name)).help(format!("aquifer replicas {name}"));
     record.state.step(ask.act.op()).map_err(refused)?;
     Ok(record)
@@ -65,6 +69,11 @@ pub fn interrupted(context: &Context, catalogue: &Catalogue, names: &[&str], can
         }
     }
     Ok(found)
+}
+
+fn is_worked_on(catalogue: &Catalogue, name: &str) -> Result<bool> {
+    let now = Timestamp::now();
+    Ok(catalogue.open_work()?.iter().any(|work| work.object == object(name) && is_in_hands(work, now)))
 }
 
 fn owner_of(work: &Work) -> String {

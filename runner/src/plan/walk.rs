@@ -264,7 +264,7 @@ impl Walk<'_> {
                 };
                 let reason = self.spec.reason.clone().or_else(|| Some(format!("plan {}", self.spec.plan)));
                 let (grace, network) = (self.spec.grace, self.spec.network);
-                let ask = Ask { replica: replica.clone(), reason, grace, network, act };
+                let ask = Ask { replica: replica.clone(), reason, grace, network, seen: None, act };
                 operate::begin(self.task.context, self.task.catalogue, &[ask])?.session.0
             }
         };

@@ -37,6 +37,7 @@ use super::{
 use crate::{
     copy::{Piece, each_data_range, is_zero_bytes, sweep},
     fail::{Code, Fail, Result},
+    tasks::is_gone,
 };
 
 /// Bytes looked at between two marks, at most.
@@ -95,6 +96,9 @@ pub struct DiskBuild {
     pub block: u64,
     /// Bytes between marks.
     pub mark_bytes: u64,
+    /// Who builds. What somebody else has begun is gone on from only if that one is known to have ended: it may wake up
+    /// with the file open.
+    pub owner: String,
 }
 
 /// A finished layer.
@@ -110,6 +114,7 @@ pub struct Built {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Mark {
     key: String,
+    owner: String,
     done_until: u64,
     clusters: u64,
     map_bytes: u64,
@@ -252,7 +257,10 @@ impl DiskBuild {
                 let folder = self.path.parent().unwrap_or(Path::new("/"));
                 fs::create_dir_all(folder).map_err(|e| Fail::io(folder.display(), "create", &e))?;
                 let storage: Arc<dyn Storage> = Arc::new(FileStorage::open(&files.part, Access::CreateNew)?);
-                Ok((NewQcow2::create(storage, size, backing)?, Mark { key: self.key.clone(), ..Mark::default() }))
+                Ok((
+                    NewQcow2::create(storage, size, backing)?,
+                    Mark { key: self.key.clone(), owner: self.owner.clone(), ..Mark::default() },
+                ))
             }
         }
     }
@@ -269,7 +277,9 @@ impl DiskBuild {
             bytes.get(..usize::try_from(len).ok()?).map(<[u8]>::to_vec)
         };
         let mark = fs::read(&files.mark).ok().and_then(|bytes| serde_json::from_slice::<Mark>(&bytes).ok());
-        let Some(mark) = mark.filter(|mark| mark.key == self.key) else { return Ok(None) };
+        let ours = |mark: &Mark| mark.key == self.key && (mark.owner == self.owner || is_gone(&mark.owner));
+        let Some(mut mark) = mark.filter(ours) else { return Ok(None) };
+        mark.owner.clone_from(&self.owner);
         let (Some(map), Some(sums)) = (read(&files.map, mark.map_bytes), read(&files.sums, mark.sums_bytes)) else {
             return Ok(None);
         };
@@ -366,6 +376,8 @@ impl Work<'_> {
     }
 
     fn mark(&self, files: &Files, mark: &mut Mark) -> Result<()> {
+        // Whoever has lost the work leaves the files to whoever has it now.
+        (self.pace)(Moved::Ahead(0))?;
         let (at, map) = self.image.checkpoint()?;
         let changed = std::mem::take(&mut *self.changed.lock());
         let sums: Vec<u8> =

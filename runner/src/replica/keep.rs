@@ -55,6 +55,7 @@ fn squash(desk: &Desk<'_>, record: &ReplicaRecord, top: &Top, squash_at: usize) 
     let merged = beside(&path, "merged");
     super::build::discard(&merged)?;
     let build = DiskBuild {
+        owner: desk.fence.owner.clone(),
         source: layers::open(&path, Format::Qcow2, desk.cache)?,
         base: None,
         digests: None,

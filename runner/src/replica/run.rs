@@ -231,6 +231,12 @@ pub(super) fn prepare(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<Row> {
     }
     super::recover::recover(desk, &spec.name)?;
     let mut row = desk.load(&spec.name)?;
+    if row.record.machine != spec.machine || row.record.host != spec.host {
+        let (machine, host) = (&row.record.machine, &row.record.host);
+        let what =
+            format!("{} is the replica of {machine} on {host}, not of {} on {}", spec.name, spec.machine, spec.host);
+        return Err(Fail::new(Code::Exists, what).help("aquifer config check"));
+    }
     if row.record.rules != spec.rules || row.record.job != spec.job {
         (row.record.rules, row.record.job) = (spec.rules.clone(), spec.job.clone());
         row = desk.store(row)?;
@@ -242,7 +248,7 @@ pub(super) fn prepare(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<Row> {
 ///
 /// # Errors
 /// [`Code::Exists`].
-pub(super) fn refuse_strangers(folder: &Path) -> Result<()> {
+pub(crate) fn refuse_strangers(folder: &Path) -> Result<()> {
     let is_free = match std::fs::read_dir(folder) {
         Ok(mut entries) => entries.next().is_none(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => true,
@@ -298,8 +304,11 @@ pub(super) fn finish_old(desk: &Desk<'_>, row: Row) -> Result<Vec<PointRecord>> 
     let Some(work) = row.record.unfinished.clone() else { return Ok(Vec::new()) };
     let work = *work;
     let name = work.name.clone();
-    if let Err(fail) = Opened::of(desk, &work.source) {
-        (desk.warn)(Code::WarnInterrupted, format!("what an earlier run of {name} began is dropped: {}", fail.what));
+    let points = desk.points(&name)?;
+    let overtaken = points.iter().any(|point| point.number >= work.point.number && point.id != work.point.id);
+    let gone = Opened::of(desk, &work.source).err().map(|fail| fail.what);
+    if let Some(why) = gone.or_else(|| overtaken.then(|| "the replica has newer points".to_owned())) {
+        (desk.warn)(Code::WarnInterrupted, format!("what an earlier run of {name} began is dropped: {why}"));
         work.discard(&row.record)?;
         let mut row = row;
         row.record.unfinished = None;
@@ -512,6 +521,7 @@ impl RunWork {
             let below =
                 newest.and_then(|point| point.disks.iter().find(|below| below.disk == top.disk).map(|b| (point, b)));
             let mut build = DiskBuild {
+                owner: desk.fence.owner.clone(),
                 source,
                 base: None,
                 digests: None,
@@ -577,8 +587,11 @@ impl RunWork {
             let (Some(build), Some(top)) = (builds.get(index), self.point.disks.get(index)) else { continue };
             digests.store(&keep::digest_file(&record, &self.point, &top.disk))?;
             build.settle()?;
-            if self.options.verify {
-                verify(desk, build, &digests)?;
+            if self.options.verify
+                && let Err(fail) = verify(desk, build, &digests)
+            {
+                super::build::discard(&build.path)?;
+                return Err(fail);
             }
             carried.add(moved);
         }
@@ -663,6 +676,10 @@ impl Work for RunWork {
             }
             Went::Undone(fail) => {
                 record.unfinished = (fail.code != Code::Capacity).then(|| Box::new(self.clone()));
+                if record.unfinished.is_some() && self.point.number > 1 {
+                    // Its files keep their number: what a takeover makes meanwhile has another one.
+                    record.next_layer = record.next_layer.max(self.point.number + 1);
+                }
                 record.state = if self.point.number == 1 { State::Absent } else { State::Ready };
             }
         }

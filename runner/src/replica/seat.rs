@@ -99,11 +99,6 @@ pub fn rooms(context: &Context) -> Result<Rooms> {
     Ok(Rooms { hosts: site.hosts.iter().map(of_host).collect(), others: runtime.join("machines") })
 }
 
-/// The name of a machine's replica.
-pub fn replica_name(job: &ReplicationJob, machine: &str) -> String {
-    job.mapping.get(machine).cloned().unwrap_or_else(|| format!("{machine}{}", job.name_suffix))
-}
-
 /// What a job says of the replica of `machine`.
 ///
 /// # Errors
@@ -122,7 +117,7 @@ pub fn spec(context: &Context, job_name: &str, job: &ReplicationJob, machine: &s
         }
         ReplicaSource::Production { repositories, .. } => (repositories, false),
     };
-    let name = replica_name(job, machine);
+    let name = job.replica_of(machine);
     let metadata = match &job.metadata {
         Some(name) => folder(name)?.join("replicas"),
         // Near what is read, so that nobody has to ask the other site what it has.

@@ -264,6 +264,13 @@ pub struct ReplicationJob {
     pub verify: bool,
 }
 
+impl ReplicationJob {
+    /// The name of a machine's replica.
+    pub fn replica_of(&self, machine: &str) -> String {
+        self.mapping.get(machine).cloned().unwrap_or_else(|| format!("{machine}{}", self.name_suffix))
+    }
+}
+
 /// Where a replica's content comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReplicaSource {

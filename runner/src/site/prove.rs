@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{JobKind, MachineSource, Reading, Site, shape::Values};
-use crate::{schedule::When, strict::nearest};
+use crate::{machine::plain_name, schedule::When, strict::nearest};
 
 /// What a name refers to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,14 +155,10 @@ fn one_writer(reading: &mut Reading<'_>, top: Values<'_, '_>, site: &Site) {
                 job.machines.iter().map(|m| (format!("repository.{}", job.to), m.clone())).collect()
             }
             JobKind::Copy(job) => job.machines.iter().map(|m| (format!("repository.{}", job.to), m.clone())).collect(),
-            JobKind::Replication(job) => job
-                .machines
-                .iter()
-                .map(|m| {
-                    let replica = job.mapping.get(m).cloned().unwrap_or_else(|| format!("{m}{}", job.name_suffix));
-                    (format!("host.{}", job.host), replica)
-                })
-                .collect(),
+            // A replica is known by its name alone.
+            JobKind::Replication(job) => {
+                job.machines.iter().map(|m| ("the site".to_owned(), job.replica_of(m))).collect()
+            }
             JobKind::Health(_) => Vec::new(),
         };
         // Several backup jobs into one repository take turns: their points follow each other in one chain.
@@ -186,7 +182,10 @@ fn not_on_itself(reading: &mut Reading<'_>, top: Values<'_, '_>, site: &Site) {
     for (name, table, _) in top.named("job") {
         let Some(JobKind::Replication(job)) = site.jobs.get(&name).map(|job| &job.kind) else { continue };
         for machine in &job.machines {
-            let replica = job.mapping.get(machine).cloned().unwrap_or_else(|| format!("{machine}{}", job.name_suffix));
+            let replica = job.replica_of(machine);
+            if let Err(what) = plain_name(&replica) {
+                reading.reader.problem(table.place("machines"), format!("the name of a replica of {machine}: {what}"));
+            }
             let taken = site.machines.iter().find(|(_, known)| {
                 matches!(&known.source, MachineSource::Host { host, name } if *host == job.host && *name == replica)
             });

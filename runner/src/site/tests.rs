@@ -145,6 +145,18 @@ fn every_name_is_proven() {
 }
 
 #[test]
+fn a_replica_has_a_name_of_its_own_wherever_it_stands() {
+    let job = "\n[job.second]\nkind = \"replication\"\nmachines = [\"db01\"]\nsource = { from = \"backup\", repositories = [\"nas\"] }\ntarget = { host = \"prod\" }\n";
+    let what = wrong(&format!("{WHOLE}{job}"));
+    assert!(what.contains("both write db01_replica"), "{what}");
+    for away in ["../prod/db01", "/etc"] {
+        let what =
+            wrong(&WHOLE.replacen("name_suffix = \"_replica\"", &format!("mapping = {{ db01 = \"{away}\" }}"), 1));
+        assert!(what.contains("is not 1 to 64 of letters"), "{what}");
+    }
+}
+
+#[test]
 fn a_plan_needs_replicas_of_its_machines() {
     let what = wrong(&WHOLE.replacen("machines = [\"web01\", \"db01\"]", "machines = [\"web01\"]", 1));
     assert!(what.contains("plan.site-dr fails `db01` over, but no replication job makes a replica of it"), "{what}");

@@ -99,7 +99,7 @@ fn replication(site: &Site, job: &ReplicationJob, machine: Option<&str>) -> (Str
         }
     }
     let machine = machine.unwrap_or_default();
-    let replica = job.mapping.get(machine).cloned().unwrap_or_else(|| format!("{machine}{}", job.name_suffix));
+    let replica = job.replica_of(machine);
     (format!("replica/{replica}"), needs)
 }
 

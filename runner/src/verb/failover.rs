@@ -79,7 +79,13 @@ fn at_point(catalogue: &Catalogue, args: &Args, record: &ReplicaRecord) -> Resul
     points.sort_by_key(|point| point.number);
     // One that failed stands on its point already. Which point is meant is settled now, not when it begins.
     let point = match &record.failover {
-        Some(_) => args.to.clone(),
+        Some(failed) => {
+            if args.to != "latest" && pick(&record.name, &points, &wanted)?.id != failed.point {
+                let what = format!("{} stands on the point {} already", record.name, failed.point);
+                return Err(Fail::new(Code::State, what).help(format!("aquifer undo {}", record.name)));
+            }
+            args.to.clone()
+        }
         None => pick(&record.name, &points, &wanted)?.id.to_string(),
     };
     Ok(Act::Failover { point, start: !args.no_start, fence: args.fence })

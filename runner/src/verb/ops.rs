@@ -74,6 +74,7 @@ impl Machines {
             reason: self.reason.clone(),
             grace: self.grace,
             network: self.network.into(),
+            seen: None,
             act,
         }
     }
@@ -136,8 +137,9 @@ pub(super) fn carry_out(
     let mut asks = Vec::new();
     let mut losses = Vec::new();
     for name in names {
-        let wanted = want(&catalogue, &record(&catalogue, name)?)?;
+        let mut wanted = want(&catalogue, &record(&catalogue, name)?)?;
         let record = operate::check(&catalogue, &wanted.ask)?;
+        wanted.ask.seen = Some(record.state);
         let to = record.state.step(wanted.ask.act.op()).map(|arrow| arrow.success).unwrap_or(record.state);
         let line = format!("{name}: {} -> {to}", record.state);
         if manner.dry.dry_run {

@@ -19,5 +19,6 @@ mod signals;
 mod site_jobs;
 mod storm;
 mod takeover;
+mod takeover_kept;
 mod takeover_killed;
 mod whole;

@@ -135,18 +135,18 @@ impl Site {
         points.last().expect("a point").id.to_string()
     }
 
-    fn json(&self, args: &[&str]) -> Outcome {
+    pub(crate) fn json(&self, args: &[&str]) -> Outcome {
         self.room.json(["-c", "site.toml"].iter().chain(args).copied())
     }
 
     /// Runs with machines without a network that need not be waited for.
-    fn does(&self, args: &[&str]) -> Value {
+    pub(crate) fn does(&self, args: &[&str]) -> Value {
         let outcome = self.json(&[args, &["--grace", "1s", "--network", "none"]].concat());
         assert!(outcome.code <= 1, "{args:?}: {}\n{}", outcome.stdout, outcome.stderr);
         outcome.one("replica")
     }
 
-    fn refused(&self, args: &[&str], code: &str) -> Value {
+    pub(crate) fn refused(&self, args: &[&str], code: &str) -> Value {
         let outcome = self.json(args);
         let error = outcome.one("error");
         assert_eq!(error["code"], code, "{args:?}: {}", outcome.stdout);
@@ -158,7 +158,7 @@ impl Site {
         catalogue.replica::<ReplicaRecord>(REPLICA).expect("read").expect("a replica").record
     }
 
-    fn state(&self) -> String {
+    pub(crate) fn state(&self) -> String {
         self.record().state.name().to_owned()
     }
 
