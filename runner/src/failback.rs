@@ -45,7 +45,7 @@ use crate::{
             Carried, FailbackRecord, FailoverRecord, Home, HomeDisk, HomeKind, Origin, PointRecord, ReplicaRecord,
             Switch, Top, VERSION,
         },
-        run::{describe, refuse_strangers},
+        run::{describe, refuse_strangers, written},
         state::{Op, State},
     },
     step::{AfterCrash, Plan},
@@ -71,6 +71,9 @@ pub struct BackWork {
     /// Milliseconds that comparing and sending took.
     #[serde(default)]
     took_ms: Option<u64>,
+    /// As in the record.
+    #[serde(default)]
+    written: Vec<i64>,
 }
 
 /// Sends home what differs; the replica goes on serving.
@@ -97,6 +100,7 @@ pub fn failback(desk: &Desk<'_>, name: &str, home: Home, switch: Switch, changed
         switch,
         changed,
         layered: 0,
+        written: Vec::new(),
         since: Timestamp::now(),
         carried: Carried::default(),
         took_ms: None,
@@ -263,6 +267,10 @@ impl Work for BackWork {
                 }
                 write_home(&work.home, &work.sent, 1)
             })
+            .final_step("look", |work: &mut Self| {
+                work.written = work.home.disks.iter().map(|disk| written(&disk.path)).collect::<Result<_>>()?;
+                Ok(())
+            })
     }
 
     fn settle(&self, record: &mut ReplicaRecord, went: &Went) {
@@ -281,6 +289,7 @@ impl Work for BackWork {
                 since: self.since,
                 switch: self.switch,
                 sent: self.sent.clone(),
+                written: self.written.clone(),
                 first: self.carried,
                 first_ms: self.took_ms,
                 second: None,
@@ -353,6 +362,7 @@ pub fn switchover(desk: &Desk<'_>, name: &str, power_on: bool, grace: Duration) 
     let missing = || Fail::new(Code::Bug, "a way home without a record");
     let failover = record.failover.clone().ok_or_else(missing)?;
     let failback = record.failback.clone().ok_or_else(missing)?;
+    stands_still(desk, name, &failback)?;
     let points = desk.points(name)?;
     let base = points.iter().find(|point| point.id == failover.point);
     let number = record.next_layer.max(points.last().map_or(0, |last| last.number + 1));
@@ -389,6 +399,21 @@ pub fn switchover(desk: &Desk<'_>, name: &str, power_on: bool, grace: Duration) 
     let work = desk.carry_out(name, work, None)?;
     let downtime = work.off_since.zip(work.on_since).map(|(off, on)| on.as_millisecond() - off.as_millisecond());
     Ok(Switched { carried: work.carried, downtime_ms: downtime.filter(|_| work.was_on) })
+}
+
+/// Refuses a home that somebody has changed since the first pass: the second one sends only what the replica wrote.
+fn stands_still(desk: &Desk<'_>, name: &str, failback: &FailbackRecord) -> Result<()> {
+    let home = &failback.home;
+    let known = home.disks.iter().zip(&failback.written);
+    let mut changed = known.filter(|(disk, as_of)| written(&disk.path).ok() != Some(**as_of));
+    let what = match (desk.running(&home.folder), changed.next()) {
+        (Some(_), _) => format!("{} runs: what it writes would be lost", home.machine),
+        (None, Some((disk, _))) => format!("{} of {} was written to since the first pass", disk.disk, home.machine),
+        (None, None) => return Ok(()),
+    };
+    Err(Fail::new(Code::State, what)
+        .at(home.folder.display())
+        .help(format!("aquifer undo {name}    # then failback again")))
 }
 
 impl SwitchWork {
@@ -485,6 +510,10 @@ impl Work for SwitchWork {
         if *went != Went::Done {
             if let (Some(failover), Some(running)) = (&mut record.failover, &self.replica_running) {
                 failover.running = Some(running.clone());
+            }
+            if let (Some(failback), Went::Stuck(_)) = (&mut record.failback, went) {
+                // Some of it may be home.
+                failback.written.clear();
             }
             // The point that was made, if it stands, keeps its number.
             record.next_layer = record.next_layer.max(self.protective.number + 1);

@@ -177,6 +177,10 @@ pub struct FailbackRecord {
     pub switch: Switch,
     /// The layers whose content production has since the last pass.
     pub sent: Vec<Top>,
+    /// When each of production's disks was written to last, as the first pass left them, nanoseconds; none where a second
+    /// pass has begun to write.
+    #[serde(default)]
+    pub written: Vec<i64>,
     /// What the first pass moved.
     pub first: Carried,
     /// Milliseconds that took.

@@ -499,7 +499,7 @@ fn untouched(disks: &[HomeDisk], as_of: &[i64]) -> Result<()> {
 ///
 /// # Errors
 /// I/O.
-pub(super) fn written(path: &Path) -> Result<i64> {
+pub(crate) fn written(path: &Path) -> Result<i64> {
     let meta = std::fs::metadata(path).map_err(|e| Fail::io(path.display(), "look at", &e))?;
     Ok(meta.mtime().saturating_mul(1_000_000_000).saturating_add(meta.mtime_nsec()))
 }

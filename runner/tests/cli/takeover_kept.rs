@@ -72,6 +72,21 @@ fn what_is_somebody_elses_is_no_home() {
 }
 
 #[test]
+fn a_home_that_was_changed_between_the_passes_is_not_switched_to() {
+    let site = Site::new(1);
+    site.does(&["failover", REPLICA, "--no-start"]);
+    site.does(&["failback", REPLICA, "--yes", "--full"]);
+    let production = site.room.text("prod/db01/vda.qcow2");
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 0x99 2M 64k", &production]);
+    site.refused(&["failback", REPLICA, "--switch", "now", "--no-start", "--yes"], "E_STATE");
+    assert_eq!(site.state(), "ready_to_switch");
+    site.does(&["undo", REPLICA]);
+    site.does(&["failback", REPLICA, "--yes", "--full", "--switch", "now", "--no-start"]);
+    let top = site.record().failover.expect("a takeover").tops[0].file.clone();
+    site.assert_same(&top);
+}
+
+#[test]
 fn a_layer_that_lost_its_end_is_not_started_on() {
     let site = Site::new(1);
     let layer = site.room.path("dr").join(REPLICA).join("vda/1.qcow2");
