@@ -178,11 +178,11 @@ mod tests {
         });
         let sum: u64 = taken.iter().sum();
         // What was saved up, and one piece of each task, come on top.
-        assert!((10 * MIB..=54 * MIB).contains(&sum), "{sum} in 1.2 s at 40 MiB/s");
+        assert!((30 * MIB..=54 * MIB).contains(&sum), "{sum} in 1.2 s at 40 MiB/s");
         let (least, most) = (taken.iter().min().copied().unwrap_or(0), taken.iter().max().copied().unwrap_or(0));
         assert!(most <= least * 3, "{taken:?}");
         let rate = rates.of("repository/nas", Direction::Read, Some(40 * MIB));
-        assert!((5 * MIB..=50 * MIB).contains(&rate.measured()), "{}", rate.measured());
+        assert!((20 * MIB..=50 * MIB).contains(&rate.measured()), "{}", rate.measured());
         // The other direction is another rate, and without a limit nothing waits.
         let free = rates.of("repository/nas", Direction::Write, None);
         let began = Instant::now();
