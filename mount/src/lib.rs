@@ -8,6 +8,7 @@
 //! Not here: what a backup is, which point to recover, hypervisors (`aquifer`).
 
 pub mod confine;
+pub mod dial;
 pub mod errno;
 pub mod fuse;
 pub mod loopdev;

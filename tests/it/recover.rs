@@ -199,6 +199,29 @@ fn everything_killed_comes_back_by_one_command() {
 }
 
 #[test]
+fn a_silent_hypervisor_hides_neither_its_session_nor_the_way_on() {
+    let site = Site::new();
+    chain(&site);
+    let guest = recover(&site, &site.word("chain/two.qcow2"), "db01", &["--no-hydrate"]);
+    let session = site.session("db01");
+    let machine = pid(&session["machine"]["pid"]);
+    kill_process(machine, Signal::STOP).expect("stop");
+    for process in [&session["door"]["supervisor"], &session["door"]["pid"]] {
+        kill_process(pid(process), Signal::KILL).expect("kill");
+    }
+    let now = site.session("db01");
+    assert_eq!((&now["machine"]["power"], now["machine"]["silent"].is_string()), (&Value::Null, true), "{now}");
+    // Its door comes up all the same: a hypervisor may be silent because it waits for just that.
+    site.run(&["session", "resume", "db01"]);
+    let now = site.session("db01");
+    kill_process(machine, Signal::CONT).expect("go on");
+    assert_eq!(now["door"]["status"], "running", "{now}");
+    site.json(&["session", "resume", "db01"]);
+    guest.goes_on(3);
+    site.json(&["finalize", "db01", "--discard", "--yes"]);
+}
+
+#[test]
 fn a_failed_start_leaves_nothing_behind() {
     let site = Site::new();
     chain(&site);

@@ -6,7 +6,6 @@
 
 use std::{
     io,
-    os::unix::net::UnixStream,
     path::Path,
     time::{Duration, Instant},
 };
@@ -169,7 +168,7 @@ impl Client {
     fn ask(&self, request: &Request, wait: Duration) -> Result<Answer> {
         let spec = self.folder.load()?;
         let socket = spec.control_socket();
-        let stream = match UnixStream::connect(&socket) {
+        let stream = match crate::dial::unix(&socket, ANSWER_WAIT) {
             Ok(stream) => stream,
             // Refused: the socket is the leftover of a door that was killed.
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {

@@ -17,6 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aquifer_mount::dial;
 use serde_json::{Value, json};
 
 /// Longest line that is read, in bytes. `query-named-block-nodes` of 64 disks stays far below.
@@ -107,8 +108,16 @@ impl Qmp {
     /// [`Error::Io`], [`Error::Timeout`], [`Error::Protocol`].
     pub fn connect(path: &Path, timeout: Duration) -> Result<Self> {
         let failed = |source| Error::Io { path: path.to_path_buf(), action: "connect", source };
-        let stream = UnixStream::connect(path).map_err(failed)?;
-        Self::over(stream, path, timeout)
+        let begun = Instant::now();
+        let stream = match dial::unix(path, timeout) {
+            Ok(stream) => stream,
+            Err(e) if e.kind() == io::ErrorKind::TimedOut => {
+                let (command, seconds) = ("a connection".to_owned(), timeout.as_secs());
+                return Err(Error::Timeout { path: path.to_path_buf(), command, seconds });
+            }
+            Err(e) => return Err(failed(e)),
+        };
+        Self::over(stream, path, timeout.saturating_sub(begun.elapsed()))
     }
 
     /// Negotiates over an open connection; `path` names it in messages.

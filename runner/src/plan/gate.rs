@@ -97,7 +97,7 @@ fn not_yet(what: impl Into<String>) -> Fail {
 fn agent(running: &Running) -> Result<()> {
     let socket = running.orders.with_file_name("agent.sock");
     let failed = |e: std::io::Error| not_yet(format!("its agent does not answer ({e})"));
-    let mut stream = std::os::unix::net::UnixStream::connect(&socket).map_err(failed)?;
+    let mut stream = aquifer_mount::dial::unix(&socket, ATTEMPT).map_err(failed)?;
     stream.set_read_timeout(Some(ATTEMPT)).map_err(failed)?;
     stream.write_all(b"{\"execute\":\"guest-ping\"}\n").map_err(failed)?;
     let mut answer = [0; 256];

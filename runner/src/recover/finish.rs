@@ -96,14 +96,16 @@ pub fn keep(context: &Context, folder: &Folder) -> Result<Kept> {
     if spec.state == State::Stopped {
         return Err(Fail::new(Code::State, format!("{} has been finalized", spec.name)));
     }
+    // The door first: a hypervisor that waits for it answers nobody.
+    if spec.state != State::Dismounting && folder.owner()?.is_none() {
+        start::resume(context, folder)?;
+    }
+    let spec = folder.load()?;
     let machine = Machine::of(&spec)?;
     let power = machine.as_ref().map_or(Ok(Power::Off), Machine::power)?;
     let mut disks = Vec::new();
     if spec.state != State::Dismounting {
         let client = Client::of(folder.clone());
-        if folder.owner()?.is_none() {
-            start::resume(context, folder)?;
-        }
         let supervisor = door::supervisor(folder);
         client.drain(None)?;
         for (index, disk) in spec.disks.iter().enumerate() {

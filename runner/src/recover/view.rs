@@ -45,8 +45,11 @@ pub struct View {
 /// A machine as it is now.
 #[derive(Clone, Debug, Serialize)]
 pub struct MachineView {
-    /// How it fares.
-    pub power: Power,
+    /// How it fares; `None` while its hypervisor lives and does not answer, as one does that waits for its door.
+    pub power: Option<Power>,
+    /// Why that is not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub silent: Option<String>,
     /// When it was started.
     pub since: Option<Timestamp>,
     /// Seconds since then, while it runs.
@@ -71,10 +74,10 @@ impl View {
     /// Looks at a session.
     ///
     /// # Errors
-    /// The session's files cannot be read, or a process of it lives and does not answer.
+    /// The session's files cannot be read, or its door lives and does not answer.
     pub fn of(folder: &Folder) -> Result<Self> {
         let status = Client::of(folder.clone()).status()?;
-        let machine = Machine::of(&folder.load()?)?.map(|m| MachineView::of(&m)).transpose()?;
+        let machine = Machine::of(&folder.load()?)?.map(|m| MachineView::of(&m));
         let (local_bytes, used_bytes) =
             status.disks.iter().map(local_of_used).fold((0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
         let local_percent = percent(local_bytes, used_bytes, status.is_local());
@@ -99,8 +102,9 @@ impl View {
         let _ = write!(out, "{}  {}", status.name, status.state);
         if let Some(machine) = &self.machine {
             let _ = match (machine.power, machine.running_seconds) {
-                (Power::Running, Some(seconds)) => write!(out, "  RUNNING for {}", units::seconds(seconds)),
-                (power, _) => write!(out, "  machine {}", power.word()),
+                (Some(Power::Running), Some(seconds)) => write!(out, "  RUNNING for {}", units::seconds(seconds)),
+                (Some(power), _) => write!(out, "  machine {}", power.word()),
+                (None, _) => write!(out, "  machine silent"),
             };
         }
         let _ = writeln!(out, "  session {}", short_id(&status.id.simple().to_string()));
@@ -142,6 +146,9 @@ impl View {
         if let Some(console) = self.machine.as_ref().and_then(|m| m.console.as_deref()) {
             let _ = writeln!(out, "  console  {}", console_command(console));
         }
+        if let Some(why) = self.machine.as_ref().and_then(|machine| machine.silent.as_ref()) {
+            let _ = writeln!(out, "  note     {why}");
+        }
         for warning in &status.warnings {
             let _ = writeln!(out, "  note     {warning}");
         }
@@ -162,14 +169,18 @@ impl View {
 }
 
 impl MachineView {
-    fn of(machine: &Machine) -> Result<Self> {
-        let power = machine.power()?;
-        let alive = power != Power::Off;
+    fn of(machine: &Machine) -> Self {
+        let (power, silent) = match machine.power() {
+            Ok(power) => (Some(power), None),
+            Err(fail) => (None, Some(fail.what)),
+        };
+        let alive = power != Some(Power::Off);
         let age = |since: Timestamp| Timestamp::now().duration_since(since).as_secs().max(0).unsigned_abs();
         let path = |path: &std::path::Path| path.display().to_string();
         let running = machine.running.as_ref().filter(|_| alive);
-        Ok(Self {
+        Self {
             power,
+            silent,
             since: machine.since,
             running_seconds: machine.since.filter(|_| alive).map(age),
             host: machine.host.clone(),
@@ -178,7 +189,7 @@ impl MachineView {
             console: running.map(|r| path(&r.console)),
             screen: running.and_then(|r| r.screen.as_deref()).map(path),
             pid: running.map(|r| r.process.pid),
-        })
+        }
     }
 }
 

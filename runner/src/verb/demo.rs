@@ -14,7 +14,7 @@ pub mod guest;
 use std::{
     fs,
     io::Write,
-    os::{fd::AsFd, unix::net::UnixStream},
+    os::fd::AsFd,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -221,7 +221,7 @@ impl Demo<'_> {
     }
 
     fn turn_off(&self, host: &dyn Host, running: &Running) -> Result<()> {
-        if let Ok(mut console) = UnixStream::connect(&running.console) {
+        if let Ok(mut console) = aquifer_mount::dial::unix(&running.console, Duration::from_secs(5)) {
             let _ = console.write_all(b"q");
             running.process.wait_gone(Duration::from_secs(5));
         }

@@ -66,9 +66,10 @@ impl FromStr for Goal {
 impl Goal {
     fn reached(self, view: &View) -> bool {
         let power = view.machine.as_ref().map(|m| m.power);
+        let has = |wanted| power.is_some_and(|power| power == Some(wanted));
         match self {
-            Self::Running => power == Some(Power::Running),
-            Self::Off => power.is_none_or(|p| p == Power::Off),
+            Self::Running => has(Power::Running),
+            Self::Off => power.is_none() || has(Power::Off),
             Self::Local => view.status.is_local(),
             Self::State(state) => view.status.state == state,
         }

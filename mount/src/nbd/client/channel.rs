@@ -171,7 +171,7 @@ impl Target {
 
     fn connect(&self) -> io::Result<OwnedFd> {
         match &self.place {
-            Place::Unix(path) => Ok(std::os::unix::net::UnixStream::connect(path)?.into()),
+            Place::Unix(path) => Ok(crate::dial::unix(path, self.connect_timeout)?.into()),
             Place::Tcp { host, port } => {
                 let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
                 for place in std::net::ToSocketAddrs::to_socket_addrs(&(host.as_str(), *port))? {

@@ -11,11 +11,18 @@
 
 use std::{
     fs::{self, File, OpenOptions},
+    io,
     os::unix::{ffi::OsStrExt, fs::OpenOptionsExt},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
+use aquifer_mount::dial;
+
 use crate::host::{Error, Process, Result};
+
+/// How long a listener may take to let us in before its command line is asked instead.
+const PEER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Where the process writes its number.
 pub(super) fn number_file(dir: &Path) -> PathBuf {
@@ -40,9 +47,28 @@ pub(super) fn running_in(dir: &Path) -> Option<Process> {
 
 /// The process behind a monitor's socket: a machine that somebody started by hand has no number file.
 pub(super) fn listening_at(monitor: &Path) -> Option<Process> {
-    let stream = std::os::unix::net::UnixStream::connect(monitor).ok()?;
-    let peer = rustix::net::sockopt::socket_peercred(stream).ok()?;
-    Process::of(u32::try_from(peer.pid.as_raw_nonzero().get()).ok()?)
+    match dial::unix(monitor, PEER_TIMEOUT) {
+        Ok(stream) => {
+            let peer = rustix::net::sockopt::socket_peercred(stream).ok()?;
+            Process::of(u32::try_from(peer.pid.as_raw_nonzero().get()).ok()?)
+        }
+        // It lives and takes nobody, and must not pass for one that is off.
+        Err(e) if e.kind() == io::ErrorKind::TimedOut => processes().find(|process| names(*process, monitor)),
+        Err(_) => None,
+    }
+}
+
+fn processes() -> impl Iterator<Item = Process> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| Process::of(entry.file_name().to_str()?.parse().ok()?))
+}
+
+/// Whether the command line of a QEMU names this socket.
+fn names(process: Process, monitor: &Path) -> bool {
+    let Ok(command) = fs::read(format!("/proc/{}/cmdline", process.pid)) else { return false };
+    let program = command.split(|byte| *byte == 0).next().unwrap_or_default();
+    let wanted = monitor.as_os_str().as_bytes();
+    program.windows(4).any(|part| part == b"qemu") && command.windows(wanted.len().max(1)).any(|part| part == wanted)
 }
 
 /// Whether a command line, its words ended by zero bytes, is that of the machine in `dir`.

@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aquifer_mount::dial;
 use serde_json::{Value, json};
 
 /// Longest answer that is read, bytes.
@@ -53,7 +54,7 @@ impl Agent {
     }
 
     fn connect_within(path: &Path, patience: Duration) -> io::Result<Self> {
-        let stream = UnixStream::connect(path)?;
+        let stream = dial::unix(path, patience)?;
         let mut agent = Self { stream, pending: Vec::new(), path: path.to_path_buf() };
         // What an earlier client left unread comes first; the number tells ours from that.
         let number = u64::from(uuid::Uuid::new_v4().as_fields().0);
