@@ -30,6 +30,7 @@ use crate::{
     host::Network,
     replica::{
         desk::{Desk, object},
+        member,
         model::{Home, Switch},
         recover::recover,
         run::ReplicaSpec,
@@ -177,6 +178,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
 
 impl Ask {
     fn carry_out(&self, task: &Task<'_>, desk: &Desk<'_>) -> Result<Report> {
+        member::settle(desk, task.context.site()?, &self.replica)?;
         recover(desk, &self.replica)?;
         let ended = task.catalogue.operations_of(task.work.id)?;
         let is_done = |op: Op| ended.iter().any(|known| known.op == op.name() && known.state == "done");
@@ -192,7 +194,8 @@ impl Ask {
                 failover::failover(desk, name, &wanted, self.reason.clone(), *start)?;
             }
             Act::Planned { spec, start, restart } if !is_done(Op::Failover) => {
-                planned(desk, &spec.replica, &spec.home, *restart, *start)?;
+                let replica = member::place(desk, task.context.site()?, &spec.replica.host, &spec.replica)?;
+                planned(desk, &replica, &spec.home, *restart, *start)?;
             }
             Act::Failback { home, switch, power_on, compare } => {
                 if !is_done(Op::Failback) {

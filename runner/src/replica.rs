@@ -23,6 +23,7 @@ pub mod foresee;
 pub mod images;
 pub mod keep;
 pub mod layers;
+pub mod member;
 pub mod model;
 pub mod production;
 pub mod recover;

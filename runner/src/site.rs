@@ -69,6 +69,8 @@ pub struct Site {
     pub repositories: BTreeMap<String, RepositoryEntry>,
     /// Hosts by name.
     pub hosts: BTreeMap<String, Host>,
+    /// Clusters of hosts by name.
+    pub clusters: BTreeMap<String, Cluster>,
     /// Machines by name.
     pub machines: BTreeMap<String, Machine>,
     /// Jobs by name.
@@ -127,6 +129,7 @@ impl Site {
             proxy: proxy(top),
             repositories: reading.repositories(top),
             hosts: reading.hosts(top),
+            clusters: reading.clusters(top),
             machines: reading.machines(top),
             jobs: reading.jobs(top),
             plans: reading.plans(top),
@@ -142,6 +145,22 @@ impl Site {
     pub fn default_repository(&self) -> Option<&RepositoryEntry> {
         let marked = self.repositories.values().find(|r| r.default);
         marked.or_else(|| self.repositories.values().next().filter(|_| self.repositories.len() == 1))
+    }
+
+    /// The hosts that a name stands for: the members of a cluster, or the host itself.
+    pub fn members(&self, name: &str) -> Vec<(&str, &Host)> {
+        let names = self.clusters.get(name).map_or_else(|| vec![name.to_owned()], |cluster| cluster.members.clone());
+        names
+            .iter()
+            .filter_map(|name| self.hosts.get_key_value(name))
+            .map(|(name, host)| (name.as_str(), host))
+            .collect()
+    }
+
+    /// The cluster that a host is a member of.
+    pub fn cluster_of(&self, host: &str) -> Option<&str> {
+        let mut clusters = self.clusters.iter();
+        clusters.find(|(_, cluster)| cluster.members.iter().any(|member| member == host)).map(|(name, _)| name.as_str())
     }
 
     /// The zone of clock times.
@@ -260,6 +279,21 @@ impl Reading<'_> {
         hosts
     }
 
+    fn clusters(&mut self, top: Values<'_, '_>) -> BTreeMap<String, Cluster> {
+        let mut clusters = BTreeMap::new();
+        for (name, table, _) in
+            top.named("host").into_iter().filter(|(_, table, _)| table.text("kind").as_deref() == Some("cluster"))
+        {
+            let members = self.refer_all(prove::What::OneHost, "members", &format!("host.{name}"), table);
+            if table.has("members") && members.is_empty() {
+                self.reader.problem(table.place("members"), format!("host.{name}: `members` is empty"));
+            }
+            self.names.clusters.insert(name.clone());
+            clusters.insert(name, Cluster { members, max_tasks: table.number("max_tasks") });
+        }
+        clusters
+    }
+
     fn machines(&mut self, top: Values<'_, '_>) -> BTreeMap<String, Machine> {
         let mut machines = BTreeMap::new();
         for (name, table, place) in top.named("machine") {
@@ -279,7 +313,7 @@ impl Reading<'_> {
             }
             (Some(from), false) => match from.split_once(':') {
                 Some((host, there)) if !host.is_empty() && shape::is_name(there) => {
-                    self.names.refer(prove::What::Host, host, &format!("machine.{name}"), table.place("from"));
+                    self.names.refer(prove::What::OneHost, host, &format!("machine.{name}"), table.place("from"));
                     Some(MachineSource::Host { host: host.to_owned(), name: there.to_owned() })
                 }
                 _ => {

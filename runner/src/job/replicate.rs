@@ -28,6 +28,7 @@ use crate::{
         build::Moved,
         desk::Desk,
         foresee::{self, Foreseen},
+        member,
         model::{Carried, Origin, PointRecord, ReplicaRecord},
         production,
         run::{Ran, ReplicaSpec, newest_backup, replicate, replicate_as},
@@ -106,6 +107,25 @@ impl<'a> Run<'a> {
     /// The newest point is to be no older than this.
     fn rpo(&self) -> Option<Duration> {
         self.job.rpo_warn.or_else(|| self.site.machines.get(self.machine).and_then(|machine| machine.rpo))
+    }
+
+    /// Does it on whichever member of a cluster can be used: one that is lost on the way is replaced by another.
+    fn on_a_member(&self, desk: &Desk<'_>) -> Result<(Self, Came)> {
+        let mut members = self.site.members(&self.job.host).len();
+        loop {
+            let spec = member::place(desk, self.site, &self.job.host, &self.spec)?;
+            let run = Self { context: self.context, site: self.site, job: self.job, machine: self.machine, spec };
+            members = members.saturating_sub(1);
+            match run.carry_out(desk) {
+                Err(_) if members > 0 && run.has_lost_its_host(desk) => {}
+                came => return Ok((run, came?)),
+            }
+        }
+    }
+
+    fn has_lost_its_host(&self, desk: &Desk<'_>) -> bool {
+        let record = desk.load(&self.spec.name).map(|row| row.record);
+        record.and_then(|record| member::is_lost(self.site, &record)).unwrap_or(false)
     }
 
     fn carry_out(&self, desk: &Desk<'_>) -> Result<Came> {
@@ -260,7 +280,8 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
     stored::script((&spec.job, &machine), job.pre.as_deref(), "pre", &warn);
     let (done, _) = seat::at_desk(task, Network::None, Duration::ZERO, |desk| {
         let desk = Desk { pace: &pace, warn: &warn, ..*desk };
-        let made = match run.carry_out(&desk)? {
+        let (run, came) = run.on_a_member(&desk)?;
+        let made = match came {
             Came::Made(points) => points,
             Came::Nothing => {
                 warn(Code::WarnNoNewPoint, format!("{} has the newest point of {machine} already", run.spec.name));

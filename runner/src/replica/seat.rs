@@ -106,7 +106,9 @@ pub fn rooms(context: &Context) -> Result<Rooms> {
 pub fn spec(context: &Context, job_name: &str, job: &ReplicationJob, machine: &str) -> Result<ReplicaSpec> {
     let site = context.site()?;
     let missing = |what: String| Fail::new(Code::NotFound, what).help("aquifer config check");
-    let host = site.hosts.get(&job.host).ok_or_else(|| missing(format!("there is no host `{}`", job.host)))?;
+    // Which member of a cluster it is, is settled at the desk.
+    let host = site.members(&job.host).into_iter().next();
+    let (host_name, host) = host.ok_or_else(|| missing(format!("there is no host `{}`", job.host)))?;
     let folder = |name: &str| -> Result<PathBuf> {
         let entry = site.repositories.get(name);
         Ok(entry.ok_or_else(|| missing(format!("there is no repository `{name}`")))?.url.clone())
@@ -139,7 +141,7 @@ pub fn spec(context: &Context, job_name: &str, job: &ReplicationJob, machine: &s
         name,
         machine: machine.to_owned(),
         job: Some(job_name.to_owned()),
-        host: job.host.clone(),
+        host: host_name.to_owned(),
         metadata,
         repositories: repositories.iter().map(|name| folder(name)).collect::<Result<_>>()?,
         options,

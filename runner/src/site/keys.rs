@@ -88,7 +88,7 @@ pub const SITE: Shape = Shape {
         may("site", Kind::Table(&ABOUT), "what the site is called"),
         may("catalogue", Kind::Table(&CATALOGUE), "where jobs, sessions and replicas are recorded"),
         may("repository", Kind::Named(&REPOSITORY), "where restore points are kept"),
-        may("host", Kind::NamedKinds(&[&HOST_QEMU, &HOST_LIBVIRT, &HOST_PROXMOX]), "where machines run"),
+        may("host", Kind::NamedKinds(&[&HOST_QEMU, &HOST_CLUSTER, &HOST_LIBVIRT, &HOST_PROXMOX]), "where machines run"),
         may("machine", Kind::Named(&MACHINE), "what is protected"),
         may("job", Kind::NamedKinds(JOBS), "what is done, and when"),
         may("plan", Kind::Named(&PLAN), "in which order machines fail over"),
@@ -184,6 +184,16 @@ const HOST_QEMU: Shape = Shape {
         may("runtime", Kind::Path, "folder of the QMP sockets of running machines (default: below the runtime folder)"),
         may("max_tasks", Kind::Number(1, 1024), "disks read or written at once (default 4)"),
         may("address", Kind::Text, "a mover on another computer: not built yet"),
+    ],
+};
+
+const HOST_CLUSTER: Shape = Shape {
+    name: "cluster",
+    doc: "Hosts that have one folder of machines between them, each where it has it mounted. A replica stands on one member; when that is lost, another one goes on with it and starts it.",
+    keys: &[
+        must("kind", Kind::OneOf(&["cluster"]), "this one"),
+        must("members", Kind::Texts, "names of hosts of the kind `qemu`; the first that can be used is used"),
+        may("max_tasks", Kind::Number(1, 1024), "disks read or written at once on all of them (default: their sum)"),
     ],
 };
 
@@ -326,7 +336,7 @@ const TARGET: Shape = Shape {
     name: "target",
     doc: "Where replicas stand.",
     keys: &[
-        must("host", Kind::Text, "name of a host"),
+        must("host", Kind::Text, "name of a host, or of a cluster"),
         may("path", Kind::Path, "another folder than the host's `images`"),
     ],
 };

@@ -72,6 +72,15 @@ pub struct Host {
     pub max_tasks: Option<u32>,
 }
 
+/// Hosts that have one folder of machines between them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cluster {
+    /// Names of hosts, the one to begin with first.
+    pub members: Vec<String>,
+    /// Disks read or written at once on all of them; `None` is the sum of the members'.
+    pub max_tasks: Option<u32>,
+}
+
 /// A machine that is protected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Machine {

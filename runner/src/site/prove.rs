@@ -13,7 +13,10 @@ use crate::{machine::plain_name, schedule::When, strict::nearest};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum What {
     Repository,
+    /// A host or a cluster.
     Host,
+    /// A host itself.
+    OneHost,
     Machine,
     Job,
     /// A machine of which some job makes a replica.
@@ -33,7 +36,9 @@ struct Reference {
 /// Names that were defined (also by what could not be read further) and referred to.
 #[derive(Debug, Default)]
 pub(super) struct Names {
+    /// Hosts and clusters.
     pub(super) hosts: BTreeSet<String>,
+    pub(super) clusters: BTreeSet<String>,
     pub(super) machines: BTreeSet<String>,
     pub(super) jobs: BTreeSet<String>,
     references: Vec<Reference>,
@@ -57,6 +62,7 @@ pub(super) fn prove(reading: &mut Reading<'_>, top: Values<'_, '_>, site: &Site)
     no_circle(reading, top, site);
     one_writer(reading, top, site);
     not_on_itself(reading, top, site);
+    one_cluster(reading, top, site);
 }
 
 fn references(reading: &mut Reading<'_>, top: Values<'_, '_>, site: &Site) {
@@ -69,11 +75,13 @@ fn references(reading: &mut Reading<'_>, top: Values<'_, '_>, site: &Site) {
         _ => None,
     });
     let replicated: BTreeSet<String> = replicated.flatten().collect();
+    let single: BTreeSet<String> = reading.names.hosts.difference(&reading.names.clusters).cloned().collect();
     for reference in std::mem::take(&mut reading.names.references) {
         let Reference { what, name, by, place } = reference;
         let (known, kind) = match what {
             What::Repository => (&repositories, "repository"),
             What::Host => (&reading.names.hosts, "host"),
+            What::OneHost => (&single, "host"),
             What::Machine => (&reading.names.machines, "machine"),
             What::Job => (&reading.names.jobs, "job"),
             What::Target => (&targets, "target"),
@@ -86,6 +94,11 @@ fn references(reading: &mut Reading<'_>, top: Values<'_, '_>, site: &Site) {
             }
         };
         if known.contains(&name) {
+            continue;
+        }
+        if what == What::OneHost && reading.names.clusters.contains(&name) {
+            let problem = format!("{by} names `{name}`, which is a cluster; name one of its members");
+            reading.reader.problem(place, problem);
             continue;
         }
         let words: Vec<&str> = known.iter().map(String::as_str).collect();
@@ -187,13 +200,35 @@ fn not_on_itself(reading: &mut Reading<'_>, top: Values<'_, '_>, site: &Site) {
                 reading.reader.problem(table.place("machines"), format!("the name of a replica of {machine}: {what}"));
             }
             let taken = site.machines.iter().find(|(_, known)| {
-                matches!(&known.source, MachineSource::Host { host, name } if *host == job.host && *name == replica)
+                let there = site.members(&job.host);
+                matches!(&known.source, MachineSource::Host { host, name } if there.iter().any(|(on, _)| on == host) && *name == replica)
             });
             if let Some((other, _)) = taken {
                 let problem =
                     format!("job.{name} would make the replica `{replica}` on {}, where machine.{other} is", job.host);
                 reading.reader.problem(table.place("target"), problem);
             }
+        }
+    }
+}
+
+/// A host belongs to one cluster, and a cluster's replicas stand in the folder that its members have between them.
+fn one_cluster(reading: &mut Reading<'_>, top: Values<'_, '_>, site: &Site) {
+    let mut seen: BTreeMap<&String, &String> = BTreeMap::new();
+    for (name, table, _) in top.named("host") {
+        let Some((name, cluster)) = site.clusters.get_key_value(&name) else { continue };
+        for member in &cluster.members {
+            if let Some(other) = seen.insert(member, name).filter(|other| *other != name) {
+                let problem = format!("host.{member} is a member of host.{other} and of host.{name}");
+                reading.reader.problem(table.place("members"), problem);
+            }
+        }
+    }
+    for (name, table, _) in top.named("job") {
+        let Some(JobKind::Replication(job)) = site.jobs.get(&name).map(|job| &job.kind) else { continue };
+        if job.path.is_some() && site.clusters.contains_key(&job.host) {
+            let problem = format!("job.{name}: `path` and a cluster exclude each other: its members have `images`");
+            reading.reader.problem(table.place("target"), problem);
         }
     }
 }

@@ -264,3 +264,32 @@ fn fits(schema: &serde_json::Value, value: &serde_json::Value) -> bool {
         _ => false,
     }
 }
+
+#[test]
+fn a_cluster_is_of_hosts_and_nothing_stands_on_it_but_replicas() {
+    let text = |members: &str, more: &str| {
+        format!(
+            "version = 1\n[host]\na = {{ kind = \"qemu\", images = \"/a\", max_tasks = 3 }}\nb = {{ kind = \"qemu\", images = \"/b\" }}\n\
+             dr = {{ kind = \"cluster\", members = {members} }}\n[repository]\nnas = {{ url = \"/nas\" }}\n{more}"
+        )
+    };
+    let site = Site::parse("s.toml", &text("[\"b\", \"a\"]", "")).expect("valid");
+    let names: Vec<&str> = site.members("dr").iter().map(|(name, _)| *name).collect();
+    assert_eq!((names, site.cluster_of("a"), site.cluster_of("dr")), (vec!["b", "a"], Some("dr"), None));
+    assert!(wrong(&text("[\"a\", \"c\"]", "")).contains("host.dr names the host `c`, which is not in this file"));
+    assert!(wrong(&text("[\"a\", \"dr\"]", "")).contains("host.dr names `dr`, which is a cluster"));
+    assert!(wrong(&text("[]", "")).contains("host.dr: `members` is empty"));
+    let twice = text("[\"a\"]", "[host.dr2]\nkind = \"cluster\"\nmembers = [\"a\"]\n");
+    assert!(wrong(&twice).contains("host.a is a member of host.dr and of host.dr2"));
+    let on_it = text("[\"a\"]", "[machine]\nm = { from = \"dr:m\" }\n");
+    assert!(wrong(&on_it).contains("machine.m names `dr`, which is a cluster; name one of its members"));
+    let job = "[machine]\nm = { disks = { vda = \"raw:/m\" } }\n[job.j]\nkind = \"replication\"\nmachines = [\"m\"]\n\
+               source = { from = \"backup\", repositories = [\"nas\"] }\ntarget = { host = \"dr\"PATH }\n";
+    let path = text("[\"a\"]", &job.replace("PATH", ", path = \"/p\""));
+    assert!(wrong(&path).contains("job.j: `path` and a cluster exclude each other"));
+    // Work on any of its members takes a slot of the cluster's: there are as many as its members have.
+    let site = Site::parse("s.toml", &text("[\"a\", \"b\"]", &job.replace("PATH", ""))).expect("valid");
+    let works = crate::tasks::expand::works(&site, "j", &site.jobs["j"], false);
+    let host = works[0].needs.iter().find(|need| need.resource == "host/dr").expect("slots of the cluster");
+    assert_eq!(host.limit, 7);
+}

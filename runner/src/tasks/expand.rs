@@ -91,10 +91,9 @@ fn replication(site: &Site, job: &ReplicationJob, machine: Option<&str>) -> (Str
         }
         ReplicaSource::Production { .. } => {
             let source = machine.and_then(|machine| site.machines.get(machine)).map(|machine| &machine.source);
-            if let Some(MachineSource::Host { host, .. }) = source
-                && *host != job.host
-            {
+            if let Some(MachineSource::Host { host, .. }) = source {
                 needs.push(of_host(site, host));
+                needs.dedup();
             }
         }
     }
@@ -131,7 +130,10 @@ fn of_repository(site: &Site, name: &str) -> Need {
     Need { resource: format!("repository/{name}"), limit }
 }
 
+/// Members of a cluster have their slots together: on which of them work is done is not known before it begins.
 fn of_host(site: &Site, name: &str) -> Need {
-    let limit = site.hosts.get(name).and_then(|host| host.max_tasks).unwrap_or(TASKS);
+    let name = site.cluster_of(name).unwrap_or(name);
+    let sum = site.members(name).iter().map(|(_, host)| host.max_tasks.unwrap_or(TASKS)).reduce(u32::saturating_add);
+    let limit = site.clusters.get(name).and_then(|cluster| cluster.max_tasks).or(sum).unwrap_or(TASKS);
     Need { resource: format!("host/{name}"), limit }
 }

@@ -1,6 +1,7 @@
 //! The command line as its users meet it: a contract, told by running the binary.
 
 mod bitmap;
+mod cluster;
 mod contract;
 mod docs;
 mod foreign;

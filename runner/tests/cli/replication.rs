@@ -145,13 +145,13 @@ impl Site {
     }
 
     /// Begins a run that somebody will kill.
-    fn begin(&self) -> Child {
+    pub(crate) fn begin(&self) -> Child {
         let mut command = self.room.command(["-c", "site.toml", "run", "dr", "--json"]);
         command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("a run")
     }
 
     /// Changes a line of the site file.
-    fn rewrite(&self, from: &str, to: &str) {
+    pub(crate) fn rewrite(&self, from: &str, to: &str) {
         let path = self.room.path("site.toml");
         let text = fs::read_to_string(&path).expect("a site file");
         assert!(text.contains(from), "{from} in {text}");

@@ -1,0 +1,170 @@
+//! Promise: a replica of a cluster is made, kept and started as long as one member can be used; a member that is lost, also
+//! in the middle of a run, is replaced by another without a byte copied twice, and never while its machine still runs.
+
+use std::{
+    path::PathBuf,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+use crate::replication::Site;
+
+/// The members' folder as one of them has it mounted; gone with the test.
+struct Mounted {
+    shared: PathBuf,
+    at: PathBuf,
+}
+
+impl Mounted {
+    fn new(site: &Site, name: &str) -> Self {
+        let mounted = Self { shared: site.room.path("dr"), at: site.room.path(name) };
+        std::fs::create_dir(&mounted.at).expect("a folder");
+        mounted.come_back();
+        mounted
+    }
+
+    fn come_back(&self) {
+        let done = Command::new("mount").arg("--bind").args([&self.shared, &self.at]).status();
+        assert!(done.expect("mount").success(), "this test needs root");
+    }
+
+    /// What is left is an empty folder, as where a network file system is not mounted.
+    fn is_lost(&self) {
+        let done = Command::new("umount").arg("-l").arg(&self.at).status();
+        assert!(done.expect("umount").success());
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.at).status();
+    }
+}
+
+/// A site whose host for replicas is a cluster of two.
+fn cluster(more: &str) -> (Site, Mounted, Mounted) {
+    let site = Site::new(more);
+    let (one, two) = (Mounted::new(&site, "m1"), Mounted::new(&site, "m2"));
+    let member = |name: &str| {
+        let room = site.room.dir.path().display();
+        format!("{name} = {{ kind = \"qemu\", images = \"{room}/{name}\", runtime = \"{room}/run-{name}\" }}\n")
+    };
+    let single = format!("dr = {{ kind = \"qemu\", images = \"{}\" }}\n", site.room.text("dr"));
+    let both = "dr = { kind = \"cluster\", members = [\"m1\", \"m2\"] }\n";
+    site.rewrite(&single, &format!("{}{}{both}", member("m1"), member("m2")));
+    (site, one, two)
+}
+
+fn replica(site: &Site) -> Value {
+    site.json(&["replicas"]).one("replica")
+}
+
+fn assert_on(site: &Site, member: &str, points: u64) {
+    let replica = replica(site);
+    let is = (replica["host"].as_str(), replica["points"].as_u64(), replica["state"].as_str());
+    assert_eq!(is, (Some(member), Some(points), Some("ready")), "{replica}");
+    site.assert_point(site.points().last().expect("a point"), &site.disks);
+}
+
+#[test]
+fn a_job_succeeds_while_one_member_can_be_used() {
+    let (mut site, one, two) = cluster("");
+    site.back_up("r1", false);
+    site.replicate();
+    assert_on(&site, "m1", 1);
+    one.is_lost();
+    let changed = site.change(2);
+    site.back_up("r1", false);
+    let report = site.replicate();
+    assert_on(&site, "m2", 2);
+    assert_eq!(report["bytes_written"].as_u64(), Some(changed), "it goes on, and is not made anew");
+    two.is_lost();
+    site.change(2);
+    site.back_up("r1", false);
+    let none = site.json(&["run", "dr"]);
+    assert_eq!(none.one("error")["code"], "E_REPO_OFFLINE", "{}", none.stdout);
+    let empty = |name: &str| std::fs::read_dir(site.room.path(name)).expect("a folder").next().is_none();
+    assert!(empty("m1") && empty("m2"), "nothing is put where the members' folder should be");
+    one.come_back();
+    site.replicate();
+    assert_on(&site, "m1", 3);
+    two.come_back();
+    // A third folder is not theirs.
+    std::fs::create_dir(site.room.path("strange")).expect("a folder");
+    one.is_lost();
+    std::fs::write(
+        site.room.path("m1/aquifer-cluster.json"),
+        "{\"version\":1,\"cluster\":\"dr\",\"id\":\"4d6b5b3e-8a64-4f6e-9d55-000000000000\"}",
+    )
+    .expect("a mark");
+    site.change(2);
+    site.back_up("r1", false);
+    let refused = site.json(&["run", "dr"]);
+    assert_eq!(refused.one("error")["code"], "E_REFUSED", "{}", refused.stdout);
+}
+
+#[test]
+fn a_member_that_is_lost_in_the_middle_of_a_run_is_replaced_in_that_run() {
+    let (mut site, one, _two) = cluster("limits = { read = \"1MiB/s\" }");
+    for disk in &mut site.disks {
+        disk.1.fill(7);
+    }
+    site.put_production();
+    site.back_up("r1", false);
+    let mut run = site.begin();
+    let began = Instant::now();
+    let mark = site.room.path("dr/db01_replica/vda/1.qcow2.mark");
+    while !mark.exists() {
+        assert!(began.elapsed() < Duration::from_secs(30), "no mark is put");
+        thread::sleep(Duration::from_millis(10));
+    }
+    one.is_lost();
+    let ended = run.wait().expect("it ends");
+    assert!(ended.code().is_some_and(|code| code <= 1), "{ended}");
+    assert_on(&site, "m2", 1);
+    let events = site.json(&["events"]).kind("transition");
+    assert!(events.iter().any(|event| event["op"] == "move"), "{events:?}");
+}
+
+#[test]
+fn a_takeover_begins_on_another_member_and_never_on_two() {
+    let (site, one, two) = cluster("");
+    site.back_up("r1", false);
+    site.replicate();
+    one.is_lost();
+    let over = site.json(&["failover", "db01_replica", "--network", "none"]);
+    assert!(over.code <= 1, "{}{}", over.stdout, over.stderr);
+    let state = replica(&site);
+    assert_eq!((state["host"].as_str(), state["state"].as_str()), (Some("m2"), Some("failover")), "{state}");
+    assert!(site.room.path("run-m2/db01_replica/qmp.sock").exists(), "it runs on the other one");
+    // Its folder is gone from where it runs, and it runs: nobody else touches it.
+    two.is_lost();
+    one.come_back();
+    let refused = site.json(&["undo", "db01_replica", "--yes"]);
+    assert_eq!(refused.one("error")["code"], "E_STATE", "{}", refused.stdout);
+    two.come_back();
+    let undone = site.json(&["undo", "db01_replica", "--yes"]);
+    assert!(undone.code <= 1, "{}", undone.stdout);
+    assert_on(&site, "m2", 1);
+}
+
+#[test]
+fn another_target_is_for_new_replicas() {
+    let mut site = Site::new("");
+    site.back_up("r1", false);
+    site.replicate();
+    let more = format!("[host]\nelsewhere = {{ kind = \"qemu\", images = \"{}\" }}\n", site.room.text("elsewhere"));
+    site.rewrite("[host]\n", &more);
+    site.rewrite("target = { host = \"dr\" }", "target = { host = \"elsewhere\" }");
+    site.change(1);
+    site.back_up("r1", false);
+    let ran = site.json(&["run", "dr"]);
+    assert_eq!(ran.code, 1, "{}", ran.stdout);
+    let told = ran.one("replicated")["warnings"].to_string();
+    assert!(told.contains("stays on dr"), "{told}");
+    assert_on(&site, "dr", 2);
+    assert!(!site.room.path("elsewhere/db01_replica").exists());
+}
