@@ -5,7 +5,7 @@ export PATH := $(HOME)/.cargo/bin:$(PATH)
 CARGO ?= cargo
 BIN := $(or $(CARGO_TARGET_DIR),target)/release/aquifer
 
-.PHONY: help setup build test test-long fuzz-long proofs bench lint deny man demo demo-dr clean
+.PHONY: help setup build test test-postgres test-long fuzz-long proofs bench lint deny man demo demo-dr clean
 
 help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,13 @@ test: setup      ## everything that must hold, in minutes
 	$(CARGO) test --workspace --locked --quiet
 	$(CARGO) test -p aquifer-tests --features schedule --test schedule --locked --quiet
 	$(CARGO) test -p aquifer-tests --features planted --test planted --locked --quiet
+	$(MAKE) test-postgres
+
+# What has its catalogue in either: jobs, replicas, takeovers, plans.
+ON_EITHER := replication takeover storm repo_jobs survive_kills oracle:: model::
+test-postgres: setup ## the tests of jobs, replicas and takeovers with their catalogue in PostgreSQL
+	$(CARGO) build --locked -p aquifer
+	AQUIFER_TEST_CATALOGUE=postgres $(CARGO) test --workspace --test cli --test replica --locked --quiet -- $(ON_EITHER)
 
 test-long: setup ## the same with many more cases, whole guests, long fuzzing and the licence gate
 	$(CARGO) build --release --locked -p aquifer
@@ -33,11 +40,13 @@ FUZZ_SECONDS ?= 1800
 fuzz-long: setup ## every fuzz target under libFuzzer for FUZZ_SECONDS, as many side by side as there are processors
 	AQUIFER_LEDGER=$${AQUIFER_LEDGER:-$(CURDIR)/target/fuzz.jsonl} scripts/fuzz.py --seconds $(FUZZ_SECONDS) $(FUZZ_FLAGS)
 
+KILLS := storm:: replication_killed:: takeover_killed:: survive_kills
 LEDGER := $(CURDIR)/target/proofs.jsonl
 proofs: setup    ## count what the tests prove, into docs/proofs.md
 	rm -f $(LEDGER)
 	AQUIFER_LEDGER=$(LEDGER) $(CARGO) test -p aquifer-tests --test it --locked --quiet -- \
 		backups:: crash:: overlay:: stored:: filesystems:: kill:: outage::outages fuzz_smoke::
+	AQUIFER_LEDGER=$(LEDGER) $(CARGO) test --workspace --test cli --locked --quiet -- $(KILLS)
 	AQUIFER_LEDGER=$(LEDGER) $(CARGO) test -p aquifer-tests --features planted --test planted --locked --quiet
 	scripts/proofs.py $(LEDGER) $(LONG_LEDGER) > target/proofs.md && mv target/proofs.md docs/proofs.md
 

@@ -7,7 +7,7 @@ set -euo pipefail
 QEMU=(qemu-system-x86 qemu-utils qemu-block-extra)
 PLAIN=(build-essential pkg-config ca-certificates curl git make python3
        nbdkit libnbd-bin python3-libnbd fio nbd-client ovmf gdisk fdisk dosfstools mtools
-       e2fsprogs xfsprogs btrfs-progs debootstrap grub-common grub-pc-bin grub-efi-amd64-bin busybox-static cpio kmod iproute2 fuse3 zstd xz-utils openssl postgresql socat jq strace tmux)
+       e2fsprogs xfsprogs btrfs-progs debootstrap grub-common grub-pc-bin grub-efi-amd64-bin busybox-static cpio kmod iproute2 fuse3 zstd xz-utils openssl postgresql socat jq strace tmux rsync b3sum)
 
 missing() { local p; for p in "$@"; do dpkg-query -W -f='${Status}' "$p" 2>/dev/null | grep -q 'ok installed' || echo "$p"; done; }
 

@@ -20,7 +20,7 @@ use std::{path::PathBuf, sync::Arc, time::Instant};
 use aquifer_formats::{
     aql::Stats,
     repo::{
-        DiskName, Machine, NewPoint, Point, PointQuery, Repository, Transaction,
+        DiskName, Error, Machine, NewPoint, Point, PointQuery, PointState, Repository, Transaction,
         record::{Consistency, Found, Holder, MachineDescription, Origin, PointKind, PointRecord},
     },
 };
@@ -211,7 +211,29 @@ enum Stored {
 impl Order<'_> {
     /// This process and its work, as leases name them.
     fn holder(&self) -> Holder {
-        Holder { session: self.hand.map(|hand| hand.to_string()), ..repository::holder(self.by) }
+        let session = self.hand.map(|hand| hand.to_string());
+        Holder { session, work: self.work(), ..repository::holder(self.by) }
+    }
+
+    /// The piece of work the point is made for, as the point names it; a run that copies makes several.
+    fn work(&self) -> Option<String> {
+        let work = self.hand?.work();
+        let of = self.origin.as_ref().map(|origin| format!(", copy of {}", origin.point));
+        Some(work + &of.unwrap_or_default())
+    }
+
+    /// The point that an earlier attempt at this work has made, before it was cut short.
+    ///
+    /// # Errors
+    /// The repository's.
+    pub(crate) fn made_already(&self, repo: &Repository, machine: &Machine) -> Result<Option<Made>> {
+        let Some(work) = self.work() else { return Ok(None) };
+        let points = repo.points(machine)?.into_iter().rev();
+        let mut whole = points.filter(|point| point.state == PointState::Complete).filter_map(|point| point.record);
+        let Some(record) = whole.find(|record| record.work.as_ref() == Some(&work)) else { return Ok(None) };
+        self.context.out.say(format_args!("{}: the point {} of this run is there already", machine.name, record.id));
+        let bytes_stored = record.disks.iter().map(|disk| disk.file_bytes).sum();
+        Ok(Some(Made { record, bytes_stored, bytes_read: 0, seconds: 0 }))
     }
 
     /// Says what a run would do; answers the bytes it would read.
@@ -269,9 +291,14 @@ impl Order<'_> {
         let new =
             NewPoint { created, consistency: self.consistency, machine: description, origin: self.origin.clone() };
         let id = begun.transaction.id();
-        let record = match self.instead {
-            Some(damaged) => begun.transaction.commit_instead(damaged)?,
-            None => begun.transaction.commit(new)?,
+        let committed = match self.instead {
+            Some(damaged) => begun.transaction.commit_instead(damaged),
+            None => begun.transaction.commit(new),
+        };
+        let record = match committed {
+            // Another attempt at this work, which was thought lost, was first.
+            Err(error @ Error::Exists { .. }) => return self.made_already(repo, machine)?.ok_or_else(|| error.into()),
+            outcome => outcome?,
         };
         resume::forget(self.context, id);
         let made = Made { record, bytes_stored, bytes_read, seconds: clock.elapsed().as_secs() };

@@ -131,7 +131,13 @@ pub fn find(repo: &Repository, machine: &str, point: &PointRef) -> Result<(Machi
 
 /// This process, as leases name it.
 pub fn holder(verb: &str) -> Holder {
-    Holder { name: format!("aquifer {verb}"), host: host_exactly(), process: std::process::id(), session: None }
+    Holder {
+        name: format!("aquifer {verb}"),
+        host: host_exactly(),
+        process: std::process::id(),
+        session: None,
+        work: None,
+    }
 }
 
 /// What can be seen of holders from here.

@@ -34,6 +34,7 @@ mod outage;
 mod overlay;
 mod qcow2;
 mod recover;
+mod recover_merged;
 mod repository;
 mod requirements;
 mod same_bytes;

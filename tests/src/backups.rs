@@ -47,7 +47,7 @@ fn me() -> Owner {
 }
 
 fn holder() -> Holder {
-    Holder { name: "backup".into(), host: "here".into(), process: std::process::id(), session: None }
+    Holder { name: "backup".into(), host: "here".into(), process: std::process::id(), session: None, work: None }
 }
 
 fn vda() -> DiskName {

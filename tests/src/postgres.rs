@@ -120,6 +120,25 @@ fn cluster() -> &'static Cluster {
     CLUSTER.get_or_init(Cluster::start)
 }
 
+/// Whether the tests that can have their catalogue in either are to have it in PostgreSQL: `AQUIFER_TEST_CATALOGUE` says
+/// `postgres`.
+///
+/// # Panics
+/// It says something else than that or `sqlite`.
+#[must_use]
+pub fn wanted() -> bool {
+    match std::env::var("AQUIFER_TEST_CATALOGUE").as_deref() {
+        Ok("postgres") => true,
+        Ok("sqlite") | Err(_) => false,
+        Ok(other) => panic!("AQUIFER_TEST_CATALOGUE is `{other}`, and neither sqlite nor postgres"),
+    }
+}
+
+fn next_name() -> String {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    format!("site_{}", NUMBER.fetch_add(1, Ordering::Relaxed))
+}
+
 /// A database of its own, empty.
 #[derive(Clone, Debug)]
 pub struct Database {
@@ -130,9 +149,22 @@ impl Database {
     /// Makes one; starts the server for the first.
     #[must_use]
     pub fn make() -> Self {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let name = format!("site_{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let name = next_name();
         cluster().psql("postgres", &format!("CREATE DATABASE {name}")).unwrap();
+        Self { name }
+    }
+
+    /// Another one with what this one holds. Nobody may be connected to this one.
+    #[must_use]
+    pub fn copy(&self) -> Self {
+        let name = next_name();
+        let order = format!("CREATE DATABASE {name} TEMPLATE {}", self.name);
+        let until = Instant::now() + START;
+        // Whoever has just ended may still be seen as connected.
+        while let Err(said) = cluster().psql("postgres", &order) {
+            assert!(Instant::now() < until, "{said}");
+            thread::sleep(Duration::from_millis(50));
+        }
         Self { name }
     }
 

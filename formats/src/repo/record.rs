@@ -401,6 +401,9 @@ pub struct PointRecord {
     /// The point it has its content from, unless it is that itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<Origin>,
+    /// The piece of work it was made for, as [`Holder::work`] named it: there is one point for it, not one for each attempt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub work: Option<String>,
 }
 
 /// A point in a manifest.
@@ -456,6 +459,9 @@ pub struct Holder {
     /// Session to stop, if it is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub session: Option<String>,
+    /// The piece of work it does, if it does one: the same for every attempt at it, and never that of another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub work: Option<String>,
 }
 
 impl fmt::Display for Holder {

@@ -31,7 +31,7 @@ fn me() -> Owner {
 }
 
 fn holder() -> Holder {
-    Holder { name: "test".into(), host: "h".into(), process: 1, session: None }
+    Holder { name: "test".into(), host: "h".into(), process: 1, session: None, work: None }
 }
 
 fn options() -> WriterOptions {

@@ -7,6 +7,7 @@
 //! - The commit looks once more whether the append lease is still held and the repository still owned:
 //!   whoever lost them meanwhile adds nothing. It looks again once the point is received: a keeper that took
 //!   the lease before that may have deleted what the point needs; one that takes it later sees the point.
+//! - Of several attempts at one piece of work one makes its point, whoever else wakes up at whatever moment.
 
 use std::sync::Arc;
 
@@ -14,7 +15,7 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use super::{
-    DiskName, Error, Lease, Machine, Point, Repository, Result, manifest, name,
+    DiskName, Error, Lease, Machine, Point, PointState, Repository, Result, manifest, name,
     record::{
         BeginRecord, Consistency, Found, Hash, Holder, MachineDescription, ManifestPoint, Origin, PointDisk, PointKind,
         PointRecord, encode, read,
@@ -314,8 +315,8 @@ impl Transaction<'_> {
     /// Makes the point exist.
     ///
     /// # Errors
-    /// No disk was noted; the lease or the ownership was lost; a file it needs is gone; I/O. The backup
-    /// can then be gone on with.
+    /// No disk was noted; the lease or the ownership was lost; a file it needs is gone; [`Error::Exists`] if another
+    /// attempt at the same work has made its point; I/O. The backup can then be gone on with.
     pub fn commit(self, new: NewPoint) -> Result<PointRecord> {
         let store = self.repo.store();
         let folder = store.path_of(&name::point_folder(self.machine.id, self.begin.id));
@@ -341,10 +342,13 @@ impl Transaction<'_> {
             machine: new.machine,
             disks: self.disks.clone(),
             origin: new.origin,
+            work: self.lease.record().holder.work.clone(),
         };
         let mut bytes = Vec::new();
         manifest::change(self.repo, &self.machine, |manifest| {
+            held()?;
             self.check_files(&record)?;
+            self.only_of_its_work(&record, &mut manifest.points)?;
             record.receipt = manifest.generation;
             bytes = encode(&record)?;
             manifest.points.retain(|p| p.id != record.id);
@@ -362,6 +366,30 @@ impl Transaction<'_> {
         store.create(&name::point(self.machine.id, record.id), &bytes)?;
         self.lease.release()?;
         Ok(record)
+    }
+
+    /// Refuses where another attempt at the same work has made its point, and takes what such an attempt has received
+    /// and not completed off the list: whoever wakes up and completes it now completes nothing that is listed.
+    fn only_of_its_work(&self, new: &PointRecord, points: &mut Vec<ManifestPoint>) -> Result<()> {
+        if new.work.is_none() {
+            return Ok(());
+        }
+        let (store, machine) = (self.repo.store(), self.machine.id);
+        let mut overtaken = Vec::new();
+        for other in points.iter().filter(|point| point.retained && point.id != new.id) {
+            let found = self.repo.point_state(&self.machine, other)?;
+            if found.state == PointState::Complete && found.record.is_some_and(|made| made.work == new.work) {
+                return Err(Error::Exists { path: store.path_of(&name::point(machine, other.id)) });
+            }
+            if found.state == PointState::Incomplete
+                && read::<BeginRecord>(store, &name::begin(machine, other.id))
+                    .is_ok_and(|begun| begun.is_some_and(|begun| begun.holder.work == new.work))
+            {
+                overtaken.push(other.id);
+            }
+        }
+        points.retain(|point| !overtaken.contains(&point.id));
+        Ok(())
     }
 
     fn check_files(&self, record: &PointRecord) -> Result<()> {

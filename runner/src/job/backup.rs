@@ -52,25 +52,10 @@ enum Source<'s> {
 pub fn run(run: &Run<'_>, job: &BackupJob) -> Result<Report> {
     let repo = repository::open_named_to_change(run.context, &job.to)?;
     let machine = repo.machine_or_new(run.machine)?;
-    let parent = backup::newest(&repo, &machine)?;
-    let points = marked(&repo, &machine)?;
     let mut report = Report::default();
-    let made = match source(run)? {
-        Source::Images(entry) => {
-            let wanted = images(run, entry, &points)?;
-            store(run, job, &repo, &machine, parent.as_ref(), &wanted, &about(run, entry, None), Consistency::Unknown)?
-        }
-        Source::Off(place) => {
-            let entry = entry(run)?;
-            let wanted = files(run, entry, &place, &points)?;
-            let about = about(run, entry, Some(&place));
-            store(run, job, &repo, &machine, parent.as_ref(), &wanted, &about, Consistency::Off)?
-        }
-        Source::Running(place) => {
-            let (made, frozen_ms) = live(run, job, &repo, &machine, parent.as_ref(), &points, &place)?;
-            report.frozen_ms = frozen_ms;
-            made
-        }
+    let made = match order(run, job, Consistency::Unknown, None).made_already(&repo, &machine)? {
+        Some(made) => made,
+        None => make(run, job, &repo, &machine, &mut report)?,
     };
     report.points.push(made.record.id);
     report.bytes_read = made.bytes_read;
@@ -78,6 +63,28 @@ pub fn run(run: &Run<'_>, job: &BackupJob) -> Result<Report> {
     drop(repo);
     report.retained = run.retain(&job.to, job.keep.as_ref());
     Ok(report)
+}
+
+fn make(run: &Run<'_>, job: &BackupJob, repo: &Repository, machine: &Machine, report: &mut Report) -> Result<Made> {
+    let parent = backup::newest(repo, machine)?;
+    let points = marked(repo, machine)?;
+    Ok(match source(run)? {
+        Source::Images(entry) => {
+            let wanted = images(run, entry, &points)?;
+            store(run, job, repo, machine, parent.as_ref(), &wanted, &about(run, entry, None), Consistency::Unknown)?
+        }
+        Source::Off(place) => {
+            let entry = entry(run)?;
+            let wanted = files(run, entry, &place, &points)?;
+            let about = about(run, entry, Some(&place));
+            store(run, job, repo, machine, parent.as_ref(), &wanted, &about, Consistency::Off)?
+        }
+        Source::Running(place) => {
+            let (made, frozen_ms) = live(run, job, repo, machine, parent.as_ref(), &points, &place)?;
+            report.frozen_ms = frozen_ms;
+            made
+        }
+    })
 }
 
 /// Bytes a run would read: of a running machine by what its bitmaps count now.

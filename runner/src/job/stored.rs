@@ -110,7 +110,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
             context: task.context,
             job: &spec.job,
             machine,
-            hand: Some(Hand::of(task.fence)),
+            hand: Some(Hand::of(task.work)),
             stop: task.stop,
             pace: &pace,
             notes: Mutex::default(),

@@ -114,8 +114,10 @@ impl Digests {
         let block = this.lock().block;
         let taker = |offset: u64, piece: Piece<'_>| {
             each_block(offset, piece, block, &mut |index, bytes| {
+                // Computed before the lock is taken: other threads do theirs meanwhile.
+                let sum = bytes.map(sum_of);
                 let mut this = this.lock();
-                let sum = bytes.map_or_else(|| this.zero_at(index), sum_of);
+                let sum = sum.unwrap_or_else(|| this.zero_at(index));
                 this.set(index, sum);
                 Ok(())
             })

@@ -5,7 +5,7 @@ use std::fmt;
 
 use aquifer_formats::repo::record::Holder;
 
-use crate::catalogue::Fence;
+use crate::catalogue::Work;
 
 /// A piece of work in one claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,12 +13,20 @@ pub struct Hand {
     session: Option<i64>,
     work: i64,
     epoch: i64,
+    /// When it was put into the queue, in milliseconds since 1970: the numbers of a catalogue that was made anew begin anew.
+    queued: i64,
 }
 
 impl Hand {
-    /// Of a fence.
-    pub fn of(fence: &Fence) -> Self {
-        Self { session: fence.session.map(|id| id.0), work: fence.work.0, epoch: fence.epoch }
+    /// Of work that was claimed.
+    pub fn of(work: &Work) -> Self {
+        let Work { session, id, epoch, queued, .. } = work;
+        Self { session: session.map(|id| id.0), work: id.0, epoch: *epoch, queued: queued.as_millisecond() }
+    }
+
+    /// The piece of work, whatever the claim: what is made for it carries this, so that another attempt finds it.
+    pub fn work(&self) -> String {
+        format!("{}@{}", self.work, self.queued)
     }
 
     /// Whether a lease's holder had this very piece of work in an earlier claim: it has lost it, dead or alive.
@@ -47,9 +55,11 @@ mod tests {
     #[test]
     fn only_an_earlier_claim_of_the_same_work_is_superseded() {
         let holder = |session: Option<String>| Holder { session, ..crate::repository::holder("backup") };
-        let hand = Hand { session: Some(3), work: 12, epoch: 4 };
-        let of = |work, epoch| holder(Some(Hand { session: None, work, epoch }.to_string()));
+        let hand = Hand { session: Some(3), work: 12, epoch: 4, queued: 5 };
+        let of = |work, epoch| holder(Some(Hand { session: None, work, epoch, queued: 5 }.to_string()));
         assert_eq!(hand.to_string(), "3, work 12.4");
+        assert_eq!(hand.work(), Hand { epoch: 1, ..hand }.work());
+        assert_ne!(hand.work(), Hand { queued: 6, ..hand }.work());
         assert!(hand.supersedes(&of(12, 3)));
         assert!(hand.supersedes(&holder(Some(Hand { epoch: 1, ..hand }.to_string()))));
         for other in [of(12, 4), of(12, 5), of(11, 1), of(112, 1), holder(None), holder(Some("db01".into()))] {

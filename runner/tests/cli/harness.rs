@@ -2,12 +2,17 @@
 
 use std::{
     ffi::OsStr,
+    fs,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
+    sync::OnceLock,
 };
 
+use aquifer_runner::catalogue::{Catalogue, Url};
 use serde_json::Value;
 use tempfile::TempDir;
+
+use crate::postgres::{Database, wanted};
 
 /// The binary under test.
 pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_aquifer");
@@ -15,6 +20,8 @@ pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_aquifer");
 /// A private folder, with a repository place and a home inside.
 pub(crate) struct Room {
     pub(crate) dir: TempDir,
+    /// Of the catalogue, where that lies in PostgreSQL.
+    database: OnceLock<Database>,
 }
 
 /// How a command ended.
@@ -26,7 +33,47 @@ pub(crate) struct Outcome {
 
 impl Room {
     pub(crate) fn new() -> Self {
-        Self { dir: tempfile::Builder::new().prefix("aqcli").tempdir().expect("a folder") }
+        Self { dir: tempfile::Builder::new().prefix("aqcli").tempdir().expect("a folder"), database: OnceLock::new() }
+    }
+
+    /// Writes the site file; its catalogue lies where the environment of the tests says.
+    pub(crate) fn write_site(&self, text: &str) {
+        let mut text = text.to_owned();
+        if wanted() {
+            let url = self.catalogue_url();
+            text = text.replacen("version = 1\n", &format!("version = 1\ncatalogue = {{ url = \"{url}\" }}\n"), 1);
+        }
+        fs::write(self.path("site.toml"), text).expect("a site file");
+    }
+
+    /// Where the catalogue of the site lies.
+    pub(crate) fn catalogue_url(&self) -> Url {
+        if wanted() {
+            return self.database.get_or_init(Database::make).url();
+        }
+        Url::Sqlite(self.path("home/catalogue.db"))
+    }
+
+    /// The catalogue of the site.
+    pub(crate) fn catalogue(&self) -> Catalogue {
+        Catalogue::open(&self.catalogue_url()).expect("the catalogue")
+    }
+
+    /// Whether nobody made a catalogue; of a database that was there before that is not asked.
+    pub(crate) fn has_no_catalogue(&self) -> bool {
+        wanted() || !self.path("home/catalogue.db").exists()
+    }
+
+    /// A site file of whoever has the state folder `home`, a copy of ours, with a copy of our catalogue. Kept as long as
+    /// the database.
+    pub(crate) fn site_of_copy(&self, home: &str) -> (String, Option<Database>) {
+        let Some(ours) = self.database.get() else { return (self.text("site.toml"), None) };
+        let theirs = ours.copy();
+        let text = fs::read_to_string(self.path("site.toml")).expect("the site file");
+        let text = text.replace(&ours.url().to_string(), &theirs.url().to_string());
+        let file = self.text(&format!("{home}.toml"));
+        fs::write(&file, text).expect("a site file");
+        (file, Some(theirs))
     }
 
     pub(crate) fn path(&self, name: impl AsRef<Path>) -> PathBuf {

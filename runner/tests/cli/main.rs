@@ -1,6 +1,7 @@
 //! The command line as its users meet it: a contract, told by running the binary.
 
 mod bitmap;
+mod carrier;
 mod cluster;
 mod contract;
 mod docs;
@@ -10,10 +11,17 @@ mod harness;
 mod hostile;
 mod images;
 mod kept;
+#[path = "../../../tests/src/ledger.rs"]
+#[allow(dead_code, unreachable_pub, reason = "shared with the tests of the other rooms")]
+mod ledger;
 mod look;
 mod measure;
+#[path = "../../../tests/src/postgres.rs"]
+#[allow(dead_code, unreachable_pub, reason = "shared with the tests of the other rooms")]
+mod postgres;
 mod reclaim;
 mod replication;
+mod replication_killed;
 mod repo_jobs;
 mod running;
 mod signals;

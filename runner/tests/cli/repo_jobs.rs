@@ -25,7 +25,7 @@ impl Site {
         let text = format!(
             "version = 1\nhome = \"{dir}/home\"\n[repository]\nnas = {{ url = \"{dir}/repo\", default = true }}\nvault = {{ url = \"{dir}/vault\" }}\n[machine]\nfiles = {{ disks = {{ data = \"{dir}/data.qcow2\" }} }}\n{jobs}"
         );
-        fs::write(room.path("site.toml"), text).expect("write");
+        room.write_site(&text);
         room.ok(["init"]);
         room.ok(["-r", &room.text("vault"), "init", "--block", "256KiB"]);
         tool("qemu-img", &["create", "-q", "-f", "qcow2", &room.text("data.qcow2"), "8M"]);
@@ -182,7 +182,7 @@ fn a_look_ahead_names_the_bytes_of_every_kind() {
     assert_eq!(bytes("b"), 2 << 20, "what the image holds");
     let refused = ahead("c");
     assert_eq!((refused.code, refused.one("error")["code"].as_str()), (2, Some("E_NOT_FOUND")), "nothing to copy");
-    assert!(!site.room.path("home/catalogue.db").exists(), "who looks ahead leaves no trace");
+    assert!(site.room.has_no_catalogue(), "who looks ahead leaves no trace");
     assert_eq!(site.points("repo").len(), 0);
     site.ok("b");
     assert_eq!(bytes("c"), 2 << 20);

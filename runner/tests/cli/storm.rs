@@ -1,20 +1,26 @@
-//! Promise: whatever is killed at whatever moment of a backup, a copy, a check or their retention, no point is lost or
-//! there by half, each holds what its disk held, and the next run succeeds.
+//! Promise: whatever is killed at whatever moment of a backup, a copy, a check or their retention, no point is lost, there
+//! by half or there twice, each holds what its disk held, and the next run succeeds. Whoever carries the work out is
+//! killed: the command, a worker, the service.
 //!
-//! Rounds: a few; `AQUIFER_TEST_SCALE` times as many.
+//! Rounds: [`rounds`], of each kind.
 
 #![allow(clippy::cast_possible_truncation, reason = "numbers of a small disk")]
 
 use std::{
     collections::BTreeMap,
     fs,
-    process::{Command, Stdio},
+    path::PathBuf,
+    thread,
     time::{Duration, Instant},
 };
 
 use serde_json::Value;
 
-use crate::harness::Room;
+use crate::{
+    carrier::{Carrier, newest_run},
+    harness::Room,
+    ledger::Ledger,
+};
 
 /// Bytes of the disk.
 const SIZE: usize = 3 << 20;
@@ -43,15 +49,26 @@ impl Dice {
     }
 }
 
-/// How many rounds a test has, of `few` in the short form.
+/// How many rounds a test has: so few in the short form, five times `AQUIFER_TEST_SCALE` in the long one, so a hundred
+/// where that is 20, as in `make test-long`.
 pub(crate) fn rounds(few: u32) -> u32 {
-    few * std::env::var("AQUIFER_TEST_SCALE").ok().and_then(|s| s.parse().ok()).unwrap_or(1)
+    let scale = std::env::var("AQUIFER_TEST_SCALE").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
+    if scale == 1 { few } else { 5 * scale }
 }
 
 /// A moment within most of the time something takes.
 pub(crate) fn moment(dice: &mut Dice, takes: Duration) -> Duration {
     let millis = usize::try_from(takes.as_millis()).expect("short") * 8 / 10;
     Duration::from_millis(dice.below(millis.max(1)) as u64)
+}
+
+/// What is in the way of a killer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Moment {
+    /// Any of the whole run.
+    Any,
+    /// After the new point was made: of retention.
+    Retention,
 }
 
 struct Storm {
@@ -64,11 +81,12 @@ struct Storm {
     told: BTreeMap<&'static str, u32>,
     /// How long each job takes.
     takes: BTreeMap<&'static str, Duration>,
-    kills: u32,
+    kills: BTreeMap<&'static str, u64>,
+    points: u64,
 }
 
 impl Storm {
-    fn new() -> Self {
+    fn new(seed: u64) -> Self {
         let room = Room::new();
         let dir = room.dir.path().display().to_string();
         let text = format!(
@@ -79,20 +97,29 @@ impl Storm {
              keep = {{ last = 4 }}\n\
              [job.h]\nkind = \"health\"\nrepository = \"nas\"\npoints = \"all\"\nrepair_from = [\"vault\"]\n"
         );
-        fs::write(room.path("site.toml"), text).expect("write");
+        room.write_site(&text);
         room.ok(["init"]);
         room.ok(["-r", &room.text("vault"), "init", "--block", "256KiB"]);
         let mut storm = Self {
             room,
-            dice: Dice(0x5707),
+            dice: Dice(seed),
             disk: vec![0; SIZE],
             history: BTreeMap::new(),
             told: BTreeMap::new(),
             takes: BTreeMap::new(),
-            kills: 0,
+            kills: BTreeMap::new(),
+            points: 0,
         };
         let Self { dice, disk, .. } = &mut storm;
         dice.fill(disk);
+        for _ in 0..3 {
+            storm.change();
+            storm.run("b");
+            storm.run("c");
+        }
+        storm.run("h");
+        storm.judge("nas", 3);
+        storm.judge("vault", 3);
         storm
     }
 
@@ -106,29 +133,45 @@ impl Storm {
         self.history.insert(version, self.disk.clone());
     }
 
-    fn command(&self, job: &str) -> Command {
-        self.room.command(["-c", &self.room.text("site.toml"), "run", job])
-    }
-
     /// Runs a job to its end, and it succeeds.
     fn run(&mut self, job: &'static str) {
+        let since = newest_run(&self.room, job);
         let began = Instant::now();
-        let output = self.command(job).output().expect("run");
-        let said = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
-        // With a warning where the session of a run that was killed goes on.
-        let good = output.status.success() || (output.status.code() == Some(1) && said.contains("W_RESUMED"));
-        assert!(good, "{job}: {:?}: {said}", output.status);
+        Carrier::Command.carries_through(&self.room, job, since);
         self.takes.insert(job, began.elapsed());
     }
 
-    fn kill(&mut self, job: &'static str) {
+    fn kill(&mut self, job: &'static str, carrier: Carrier, when: Moment) {
         let takes = self.takes.get(job).copied().unwrap_or(Duration::from_secs(1));
-        let moment = moment(&mut self.dice, takes);
-        let mut child = self.command(job).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("run");
-        std::thread::sleep(moment);
-        self.kills += u32::from(child.try_wait().expect("a status").is_none());
-        child.kill().expect("kill");
-        child.wait().expect("gone");
+        let killed = match when {
+            Moment::Any => {
+                let moment = moment(&mut self.dice, takes);
+                carrier.is_killed(&self.room, job, moment)
+            }
+            Moment::Retention => {
+                let before = self.made();
+                let mut process = carrier.begins(&self.room, job);
+                let until = Instant::now() + Duration::from_secs(60);
+                while self.made() == before && Instant::now() < until && process.runs() {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                thread::sleep(Duration::from_micros(self.dice.below(60_000) as u64));
+                process.kill()
+            }
+        };
+        let who = match carrier {
+            Carrier::Command => "commands killed",
+            Carrier::Worker => "workers killed",
+            Carrier::Serve => "services killed",
+        };
+        *self.kills.entry(who).or_default() += u64::from(killed);
+    }
+
+    /// The newest record of a point.
+    fn made(&self) -> Option<PathBuf> {
+        let machines = fs::read_dir(self.room.path("repo/machines")).expect("machines").flatten();
+        let points = machines.filter_map(|machine| fs::read_dir(machine.path().join("points")).ok()).flatten();
+        points.flatten().map(|point| point.path().join("point.json")).filter(|record| record.exists()).max()
     }
 
     /// Versions that a repository lists, oldest first; each is looked at byte by byte.
@@ -150,9 +193,10 @@ impl Storm {
             let version = u32::from_le_bytes(bytes[..4].try_into().expect("four"));
             assert!(self.history.get(&version) == Some(&bytes), "{repo}: {id} is not version {version}");
             versions.push(version);
+            self.points += 1;
         }
-        // A run that was killed after its point was there is repeated: one more point of the same.
-        assert!(versions.is_sorted(), "{repo}: {versions:?}");
+        // A run that was killed after its point was there has made its point.
+        assert!(versions.is_sorted_by(|a, b| a < b), "{repo}: {versions:?}");
         let newest = versions.last().copied().unwrap_or(0);
         let told = self.told.entry(repo).or_default();
         assert!(newest >= *told, "{repo}: {versions:?}, and {told} had been there");
@@ -165,27 +209,23 @@ impl Storm {
     }
 }
 
-#[test]
-fn no_point_is_lost_or_half_there_whatever_is_killed() {
-    let mut storm = Storm::new();
-    for _ in 0..3 {
+/// Kills of one job, each followed by a look at every point and by runs of all jobs.
+fn kills(proof: &'static str, seed: u64, victim: &'static str, when: Moment) {
+    let ledger = Ledger::begin(proof);
+    let mut storm = Storm::new(seed);
+    let rounds = rounds(3);
+    for round in 0..rounds {
+        let carrier = Carrier::of(round);
         storm.change();
-        storm.run("b");
-        storm.run("c");
-    }
-    storm.run("h");
-    storm.judge("nas", 3);
-    storm.judge("vault", 3);
-    for round in 0..rounds(6) {
-        storm.change();
-        let victim = ["b", "c", "b", "h", "b", "c"][round as usize % 6];
-        if victim == "c" {
+        if victim != "b" {
             storm.run("b");
         }
-        storm.kill(victim);
+        let since = newest_run(&storm.room, victim);
+        storm.kill(victim, carrier, when);
         storm.judge("nas", 3);
         storm.judge("vault", 3);
-        for job in ["b", "c", "h"] {
+        carrier.carries_through(&storm.room, victim, since);
+        for job in ["c", "h"].into_iter().filter(|job| *job != victim) {
             storm.run(job);
         }
         storm.judge("nas", 3);
@@ -193,9 +233,33 @@ fn no_point_is_lost_or_half_there_whatever_is_killed() {
         let version = storm.history.len() as u32;
         assert_eq!((storm.newest("nas"), storm.newest("vault")), (version, version), "round {round}");
     }
-    assert!(storm.kills > 0, "nobody was killed in time");
     for repo in ["repo", "vault"] {
         let left = storm.room.json(["-r", &storm.room.text(repo), "leases"]);
         assert!(left.kind("lease").iter().all(|lease: &Value| lease["state"] != "alive"), "{}", left.stdout);
     }
+    let mut counts = vec![("rounds", u64::from(rounds))];
+    counts.extend(storm.kills.iter().map(|(who, count)| (*who, *count)));
+    assert!(rounds < 50 || storm.kills.values().sum::<u64>() >= u64::from(rounds) / 3, "{counts:?}: too few in time");
+    counts.push(("points compared", storm.points));
+    ledger.tell(&seed.to_string(), &counts);
+}
+
+#[test]
+fn no_point_is_lost_or_half_there_when_a_backup_is_killed() {
+    kills("kills of a backup of images", 0x5707, "b", Moment::Any);
+}
+
+#[test]
+fn no_point_is_lost_or_half_there_when_a_copy_is_killed() {
+    kills("kills of a copy", 0x5708, "c", Moment::Any);
+}
+
+#[test]
+fn no_point_is_lost_or_half_there_when_a_check_is_killed() {
+    kills("kills of a health check", 0x5709, "h", Moment::Any);
+}
+
+#[test]
+fn no_point_is_lost_or_half_there_when_retention_is_killed() {
+    kills("kills of retention", 0x570a, "b", Moment::Retention);
 }

@@ -4,7 +4,7 @@
 use std::{fs, path::PathBuf, process::Command, time::Duration};
 
 use aquifer_runner::{
-    catalogue::{Catalogue, NewWork, Retries, Url},
+    catalogue::{NewWork, Retries},
     host::{Host, Network, Power, Rooms, placed::Placed, qemu::Qemu, qmp::Qmp},
     recover::shape::Wishes,
     replica::{
@@ -58,7 +58,7 @@ impl Site {
              [plan.all]\nentries = [{{ machine = \"db01\", gate = \"{0}/gate\", timeout = \"20s\" }}]\npre = [\"{0}/pre\"]\n",
             room.dir.path().display()
         );
-        fs::write(room.path("site.toml"), text).expect("site");
+        room.write_site(&text);
         for (name, script) in [("gate", "grep -q READY \"$AQUIFER_CONSOLE_LOG\""), ("pre", "touch \"$0.done\"")] {
             fs::write(room.path(name), format!("#!/bin/sh\n{script}\n")).expect("program");
             tool("chmod", &["755", &room.text(name)]);
@@ -76,14 +76,14 @@ impl Site {
         site
     }
 
-    fn production(&self) -> String {
+    pub(crate) fn production(&self) -> String {
         self.room.text("prod/db01/vda.qcow2")
     }
 
     /// One run of the job, as a worker does it; the point's id.
     fn replicate(&self) -> String {
         let room = &self.room;
-        let catalogue = Catalogue::open(&Url::Sqlite(room.path("home/catalogue.db"))).expect("catalogue");
+        let catalogue = room.catalogue();
         let new = NewWork {
             kind: "test".into(),
             object: String::new(),
@@ -154,8 +154,7 @@ impl Site {
     }
 
     pub(crate) fn record(&self) -> ReplicaRecord {
-        let catalogue = Catalogue::open(&Url::Sqlite(self.room.path("home/catalogue.db"))).expect("catalogue");
-        catalogue.replica::<ReplicaRecord>(REPLICA).expect("read").expect("a replica").record
+        self.room.catalogue().replica::<ReplicaRecord>(REPLICA).expect("read").expect("a replica").record
     }
 
     pub(crate) fn state(&self) -> String {
@@ -176,7 +175,7 @@ impl Site {
     }
 
     /// Starts production's machine, as whoever works there does.
-    fn start_production(&self) {
+    pub(crate) fn start_production(&self) {
         let folder = self.folder("prod");
         let placed = Placed::read(&folder).expect("a machine");
         let wishes = Wishes { network: Network::None, ..Wishes::default() };
@@ -366,11 +365,12 @@ fn whoever_was_left_behind_by_a_change_of_sides_touches_nothing() {
     let ours: Value = serde_json::from_str(&text).expect("json");
     let other = text.replace(ours["id"].as_str().expect("id"), "01890000-0000-7000-8000-000000000001");
     fs::write(catalogue("other"), other).expect("another installation");
+    let (theirs, _copy) = site.room.site_of_copy("other");
 
     site.does(&["failover", REPLICA]);
     let before = site.running("dr").expect("it runs").process;
     let home = site.room.text("other");
-    let refused = site.json(&["--home", &home, "failover", REPLICA, "--network", "none"]);
+    let refused = site.room.json(["-c", &theirs, "--home", &home, "failover", REPLICA, "--network", "none"]);
     let error = refused.one("error");
     assert_eq!((&error["code"], &error["exit"]), (&json!("E_FOREIGN_OWNER"), &json!(3)), "{}", refused.stdout);
     assert_eq!(site.running("dr").expect("it runs").process, before);

@@ -1,103 +1,319 @@
 //! Promise: whoever carries a takeover or a way home out may be killed at any moment, and so may the machines: the same
-//! command typed again leads to its end, no replica is left in a state without a way out, and disks are what they must be.
+//! command typed again leads to its end, no replica is left in a state without a way out, no restore point is lost, and
+//! disks are what they must be.
+//!
+//! Rounds: [`rounds`], of each operation.
 
 use std::{
-    process::Stdio,
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    process::Command,
     thread,
     time::{Duration, SystemTime},
 };
 
-use aquifer_runner::replica::state::State;
+use aquifer_runner::{
+    catalogue::WorkState,
+    replica::state::State,
+    verb::demo::guest::{AWAY_SECTORS, FIRST_LBA, SECTOR_BYTES, SECTORS},
+};
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 
-use crate::takeover::{REPLICA, Site};
+use crate::{
+    carrier::{Carrier, Process, is_at_work, kill_all},
+    ledger::Ledger,
+    storm::{Dice, moment, rounds},
+    takeover::{REPLICA, Site},
+};
 
-/// Moments at which something is killed; printed, so that a failure can be made again.
-struct Dice(u64);
+/// Rounds on one site: each way home adds a restore point.
+const ROUNDS_PER_SITE: u32 = 8;
 
-impl Dice {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
+/// Who is killed.
+#[derive(Clone, Copy, Debug)]
+enum Victim {
+    /// Who carries it out.
+    Carrier(Carrier),
+    /// Every machine.
+    Machines,
+}
+
+impl Victim {
+    fn any(dice: &mut Dice) -> Self {
+        match dice.below(4) {
+            0 => Self::Machines,
+            other => Self::Carrier(Carrier::ALL[other - 1]),
+        }
     }
 }
 
-fn scale() -> u64 {
-    std::env::var("AQUIFER_TEST_SCALE").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
+struct Storm {
+    site: Site,
+    dice: Dice,
+    /// Restore points, each with what its disk holds.
+    points: BTreeMap<String, Vec<u8>>,
+    takes: BTreeMap<&'static str, Duration>,
+    kills: BTreeMap<&'static str, u64>,
 }
 
-/// Begins a command, kills its process at some moment, and types it again until the replica is in `wanted`.
-fn in_spite_of_kills(site: &Site, dice: &mut Dice, args: &[&str], wanted: State) {
-    let more = ["--grace", "0s", "--network", "none"];
-    let all: Vec<&str> = ["-c", "site.toml"].iter().chain(args).chain(&more).copied().collect();
-    let mut child = site.room.command(&all).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the binary");
-    let moment = Duration::from_millis(dice.below(1500));
-    thread::sleep(moment);
-    let _ = child.kill();
-    child.wait().expect("reap");
-    let state = site.record().state;
-    assert!(!state.allowed().is_empty(), "{args:?} killed after {moment:?} left {state}, which has no way out");
-    for _ in 0..4 {
-        let said = site.room.json(&all);
-        if said.code <= 1 {
-            break;
-        }
-        // Who was killed had brought it to its end already.
-        let error = said.one("error");
-        let ended = error["code"] == "E_STATE" && site.record().state == wanted;
-        assert!(
-            ended || error["retryable"] == true || error["code"] == "E_FAILED",
-            "{args:?} after {moment:?}: {error}"
-        );
-        if ended {
-            break;
-        }
-        thread::sleep(Duration::from_millis(200));
+impl Storm {
+    fn new(seed: u64) -> Self {
+        let mut storm = Self {
+            site: Site::new(1),
+            dice: Dice(seed),
+            points: BTreeMap::new(),
+            takes: BTreeMap::new(),
+            kills: BTreeMap::new(),
+        };
+        storm.judge();
+        storm
     }
-    assert_eq!(site.record().state, wanted, "{args:?} killed after {moment:?}");
+
+    /// A new site; what is known of times stays.
+    fn afresh(&mut self) {
+        self.site = Site::new(1);
+        self.points.clear();
+        self.judge();
+    }
+
+    fn listed(&self) -> Vec<Value> {
+        let listed = self.site.json(&["replicas", REPLICA]);
+        assert_eq!(listed.code, 0, "{}", listed.stdout);
+        listed.kind("point")
+    }
+
+    /// Every restore point is there and what it was; a new one is what production is now, but for what its guest has
+    /// written itself.
+    fn judge(&mut self) {
+        let listed = self.listed();
+        for point in &listed {
+            let id = point["id"].as_str().expect("an id").to_owned();
+            let bytes = raw(&self.replicas(point["disks"][0]["file"].as_str().expect("a file")));
+            if let Some(oracle) = self.points.get(&id) {
+                assert!(*oracle == bytes, "{point} is another");
+                continue;
+            }
+            let production = raw(Path::new(&self.site.production()));
+            assert!(without_own(production) == without_own(bytes.clone()), "{point} is not production");
+            self.points.insert(id, bytes);
+        }
+        assert_eq!(listed.len(), self.points.len(), "a restore point is lost");
+    }
+
+    fn replicas(&self, file: &str) -> std::path::PathBuf {
+        self.site.room.path("dr").join(REPLICA).join(file)
+    }
+
+    fn top(&self) -> String {
+        self.site.record().failover.expect("a takeover").tops[0].file.clone()
+    }
+
+    /// Changes what the replica serves, whether its machine runs or not.
+    fn write(&mut self) {
+        let (pattern, at) = (1 + self.dice.below(250), format!("{}M", 15 + self.dice.below(4)));
+        if self.site.running("dr").is_some() {
+            self.site.write("dr", u8::try_from(pattern).expect("small"), &at, "256k");
+        } else {
+            let top = self.replicas(&self.top()).display().to_string();
+            tool("qemu-io", &["-f", "qcow2", "-c", &format!("write -P {pattern} {at} 256k"), &top]);
+        }
+    }
+
+    /// Begins a command, kills somebody at some moment, and types it again until the replica is in `wanted`.
+    fn in_spite_of_kills(&mut self, op: &'static str, args: &[&str], wanted: State) {
+        let victim = Victim::any(&mut self.dice);
+        let more = ["--grace", "0s", "--network", "none"];
+        let all: Vec<&str> = ["-c", "site.toml"].iter().chain(args).chain(&more).copied().collect();
+        let takes = self.takes.get(op).copied().unwrap_or(Duration::from_millis(700));
+        let after = moment(&mut self.dice, takes * 5 / 4);
+        let killed = match victim {
+            Victim::Carrier(Carrier::Command) => {
+                let mut child = Process::start(self.site.room.command(&all));
+                if let Some(took) = child.ends_within(after) {
+                    self.takes.insert(op, took);
+                }
+                child.kill()
+            }
+            Victim::Carrier(carrier) => self.hand_over(carrier, &all, after),
+            Victim::Machines => {
+                let mut child = Process::start(self.site.room.command(&all));
+                if let Some(took) = child.ends_within(after) {
+                    self.takes.insert(op, took);
+                }
+                let killed = kill_all(&self.site.room, "qemu-system");
+                child.ends();
+                killed > 0
+            }
+        };
+        let count = match victim {
+            Victim::Carrier(Carrier::Command) => "commands killed",
+            Victim::Carrier(Carrier::Worker) => "workers killed",
+            Victim::Carrier(Carrier::Serve) => "services killed",
+            Victim::Machines => "machines killed",
+        };
+        *self.kills.entry(count).or_default() += u64::from(killed);
+        *self.kills.entry(op).or_default() += 1;
+        let state = self.site.record().state;
+        let what = format!("{args:?}, {victim:?} killed after {after:?}");
+        assert!(!state.allowed().is_empty() || state == wanted, "{what} left {state}, which has no way out");
+        if let Victim::Carrier(carrier @ (Carrier::Worker | Carrier::Serve)) = victim
+            && is_at_work(&self.site.room)
+        {
+            carrier.finishes(&self.site.room);
+        }
+        self.typed_again(&all, wanted, &what);
+    }
+
+    /// Types a command until the replica is where it leads.
+    fn typed_again(&self, all: &[&str], wanted: State, what: &str) {
+        for _ in 0..6 {
+            let said = self.site.room.json(all);
+            if said.code <= 1 {
+                break;
+            }
+            // Who was killed had brought it to its end already.
+            let error = said.one("error");
+            let ended = error["code"] == "E_STATE" && self.site.record().state == wanted;
+            assert!(ended || error["retryable"] == true || error["code"] == "E_FAILED", "{what}: {error}");
+            if ended {
+                break;
+            }
+            thread::sleep(Duration::from_millis(200));
+        }
+        assert_eq!(self.site.record().state, wanted, "{what}");
+    }
+
+    /// Lets a command put its work into the queue, and others do it: whoever does is killed after that time.
+    fn hand_over(&self, carrier: Carrier, all: &[&str], after: Duration) -> bool {
+        let mut child = Process::start(self.site.room.command(all));
+        let catalogue = self.site.room.catalogue();
+        let begun = || {
+            let open = catalogue.open_work().expect("work");
+            open.iter().any(|work| work.kind == "operation" && work.state == WorkState::Running)
+        };
+        while child.runs() && !begun() {
+            thread::sleep(Duration::from_millis(2));
+        }
+        child.kill();
+        let hand = carrier.hand(&self.site.room);
+        thread::sleep(after);
+        hand.kill() && is_at_work(&self.site.room)
+    }
+
+    fn counts(&self) -> Vec<(&'static str, u64)> {
+        self.kills.iter().map(|(what, count)| (*what, *count)).collect()
+    }
+
+    fn kill_machine(&self, side: &str) {
+        let Some(running) = self.site.running(side) else { return };
+        let pid = i32::try_from(running.process.pid).ok().and_then(Pid::from_raw).expect("a process");
+        kill_process(pid, Signal::KILL).expect("kill");
+        assert!(running.process.wait_gone(Duration::from_secs(5)));
+    }
 }
 
-fn kill_machine(site: &Site, side: &str) {
-    let Some(running) = site.running(side) else { return };
-    let pid = i32::try_from(running.process.pid).ok().and_then(Pid::from_raw).expect("a process");
-    kill_process(pid, Signal::KILL).expect("kill");
-    assert!(running.process.wait_gone(Duration::from_secs(5)));
+/// The same disk without what its guest writes itself, at any moment.
+fn without_own(mut disk: Vec<u8>) -> Vec<u8> {
+    let first = usize::try_from(FIRST_LBA + AWAY_SECTORS).expect("small") * SECTOR_BYTES;
+    disk[first..first + SECTORS as usize * SECTOR_BYTES].fill(0);
+    disk
+}
+
+/// What an image holds, by QEMU's own tool.
+fn raw(file: &Path) -> Vec<u8> {
+    let out = tempfile::NamedTempFile::new().expect("a file");
+    let (from, to) = (file.display().to_string(), out.path().display().to_string());
+    tool("qemu-img", &["convert", "-U", "-f", "qcow2", "-O", "raw", &from, &to]);
+    fs::read(out.path()).expect("read")
+}
+
+fn tool(program: &str, args: &[&str]) {
+    let output = Command::new(program).args(args).output().expect("the tool is installed");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{program} {args:?}: {said}");
+}
+
+fn seed() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("time");
+    let seed = std::env::var("AQUIFER_TEST_SEED").ok().and_then(|text| text.parse().ok());
+    let seed = seed.unwrap_or_else(|| u64::from(now.subsec_nanos()));
+    println!("seed {seed}");
+    seed
 }
 
 #[test]
 fn kills_at_any_moment_leave_a_way_on_and_the_right_disks() {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("time");
-    let seed = u64::from(now.subsec_nanos()) | 1;
-    println!("seed {seed}");
-    let mut dice = Dice(seed);
-    let site = Site::new(1);
-    for round in 0..scale() {
-        in_spite_of_kills(&site, &mut dice, &["failover", REPLICA], State::Failover);
-        assert!(site.running("prod").is_none());
-        if site.running("dr").is_some() {
-            site.write("dr", 0x50 + u8::try_from(round % 64).unwrap_or(0), "16M", "256k");
+    let ledger = Ledger::begin("kills of takeovers and ways home");
+    let seed = seed();
+    let mut storm = Storm::new(seed);
+    let rounds = if rounds(1) == 1 { 2 } else { 2 * rounds(1) };
+    for round in 0..rounds {
+        if round > 0 && round % ROUNDS_PER_SITE == 0 {
+            storm.afresh();
         }
-        if dice.below(2) == 0 {
-            kill_machine(&site, "dr");
+        // Every other one is planned, and of two one is taken back.
+        let (planned, committed) = (round % 2 == 1, round / 2 % 2 == 0);
+        let started = storm.dice.below(2) == 0;
+        let mut args = vec!["failover", REPLICA];
+        args.extend(planned.then_some("--planned"));
+        args.extend((!started).then_some("--no-start"));
+        if planned && storm.dice.below(2) == 0 {
+            storm.site.start_production();
+            storm.site.write("prod", 0x31, "15M", "200k");
         }
-        in_spite_of_kills(&site, &mut dice, &["failback", REPLICA, "--yes"], State::ReadyToSwitch);
-        in_spite_of_kills(
-            &site,
-            &mut dice,
-            &["failback", REPLICA, "--switch", "now", "--no-start", "--yes"],
-            State::Failback,
-        );
-        assert!(site.running("dr").is_none() && site.running("prod").is_none());
-        let top = site.record().failover.expect("a takeover").tops[0].file.clone();
-        site.assert_same(&top);
-        if round % 2 == 0 {
-            in_spite_of_kills(&site, &mut dice, &["commit", REPLICA, "--force", "--yes"], State::Ready);
+        storm.in_spite_of_kills(if planned { "planned failover" } else { "failover" }, &args, State::Failover);
+        assert!(storm.site.running("prod").is_none());
+        let top = storm.top();
+        if planned && !started {
+            storm.site.assert_same(&top);
+        }
+        // With the points that brought it up to date.
+        storm.judge();
+        storm.write();
+        if storm.dice.below(2) == 0 {
+            storm.kill_machine("dr");
+        }
+        storm.in_spite_of_kills("failback", &["failback", REPLICA, "--yes"], State::ReadyToSwitch);
+        storm.write();
+        let switch = ["failback", REPLICA, "--switch", "now", "--no-start", "--yes"];
+        storm.in_spite_of_kills("switchover", &switch, State::Failback);
+        assert!(storm.site.running("dr").is_none() && storm.site.running("prod").is_none());
+        let top = storm.top();
+        storm.site.assert_same(&top);
+        if committed {
+            storm.in_spite_of_kills("commit", &["commit", REPLICA, "--force", "--yes"], State::Ready);
         } else {
-            in_spite_of_kills(&site, &mut dice, &["undo", REPLICA, "--yes"], State::Failover);
-            kill_machine(&site, "dr");
-            in_spite_of_kills(&site, &mut dice, &["undo", REPLICA, "--yes"], State::Ready);
+            storm.in_spite_of_kills("undo", &["undo", REPLICA, "--yes"], State::Failover);
+            storm.kill_machine("dr");
+            storm.in_spite_of_kills("undo", &["undo", REPLICA, "--yes"], State::Ready);
         }
+        storm.judge();
     }
+    ledger.tell(&seed.to_string(), &storm.counts());
+}
+
+#[test]
+fn kills_while_a_takeover_is_made_final_leave_a_machine_with_the_right_disk() {
+    let ledger = Ledger::begin("kills of takeovers made final");
+    let seed = seed();
+    let mut storm = Storm::new(seed);
+    for round in 0..rounds(2) {
+        if round > 0 {
+            storm.afresh();
+        }
+        let started = storm.dice.below(2) == 0;
+        let start: &[&str] = if started { &[] } else { &["--no-start"] };
+        storm.site.does(&[&["failover", REPLICA], start].concat());
+        storm.write();
+        let top = storm.replicas(&storm.top());
+        let oracle = raw(&top);
+        storm.in_spite_of_kills("permanent", &["permanent", REPLICA, "--yes"], State::PermanentFailover);
+        let folder = storm.site.room.path("dr").join(REPLICA).join("vda");
+        let left: Vec<_> = fs::read_dir(folder).expect("disk").flatten().map(|entry| entry.path()).collect();
+        assert_eq!(left.len(), 1, "one image, and no file of ours: {left:?}");
+        assert!(without_own(raw(&left[0])) == without_own(oracle), "round {round}: the disk is another");
+    }
+    ledger.tell(&seed.to_string(), &storm.counts());
 }

@@ -6,6 +6,9 @@
 mod fake;
 mod model;
 mod oracle;
+#[path = "../../../tests/src/postgres.rs"]
+#[allow(dead_code, unreachable_pub, reason = "shared with the tests of the other rooms")]
+mod postgres;
 mod stage;
 
 use std::path::Path;
@@ -19,7 +22,8 @@ use jiff::Timestamp;
 
 /// A catalogue, with the lease everything is done under.
 pub(crate) fn catalogue_of(dir: &Path) -> (Catalogue, Fence) {
-    let catalogue = Catalogue::open(&Url::Sqlite(dir.join("catalogue.db"))).expect("catalogue");
+    let url = if postgres::wanted() { postgres::Database::make().url() } else { Url::Sqlite(dir.join("catalogue.db")) };
+    let catalogue = Catalogue::open(&url).expect("catalogue");
     let new = NewWork {
         kind: "test".into(),
         object: String::new(),

@@ -184,7 +184,8 @@ impl Stage {
         let machine = repo.machine_or_new(MACHINE).expect("machine");
         let points = repo.points(&machine).expect("points");
         let parent = if full { None } else { points.last() };
-        let holder = Holder { name: "test".into(), host: "here".into(), process: std::process::id(), session: None };
+        let holder =
+            Holder { name: "test".into(), host: "here".into(), process: std::process::id(), session: None, work: None };
         let mut transaction = repo.begin(&machine, parent, holder).expect("begin");
         crate::write_point(&mut transaction, disks);
         let description = MachineDescription {

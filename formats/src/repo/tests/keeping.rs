@@ -272,3 +272,38 @@ fn of_backups_that_begin_at_the_same_moment_one_goes_on() {
         begun.into_iter().for_each(|tx| tx.interrupt().expect("interrupt"));
     }
 }
+
+#[test]
+fn of_several_attempts_at_one_piece_of_work_one_makes_a_point() {
+    let dir = tempfile::tempdir().expect("dir");
+    let repo = init(dir.path());
+    let machine = repo.machine_or_new("db01").expect("machine");
+    let holder = |work: &str| Holder { work: Some(work.into()), ..holder() };
+    let attempt = |work: &str| {
+        let mut tx = repo.begin(&machine, None, holder(work)).expect("begin");
+        write_disk(&mut tx, &vda(), &bytes(1)).expect("vda");
+        tx
+    };
+    let made = attempt("7@1").commit(new_point("2026-01-01T00:00:00Z")).expect("the first");
+    assert_eq!(made.work.as_deref(), Some("7@1"));
+    let again = attempt("7@1").commit(new_point("2026-01-01T00:00:00Z"));
+    assert!(matches!(again, Err(Error::Exists { .. })), "{again:?}");
+    let lease = repo.leases().expect("leases").remove(0);
+    keeper::withdraw(repo.store(), lease.id).expect("withdraw");
+    attempt("8@1").commit(new_point("2026-01-02T00:00:00Z")).expect("other work");
+    assert_eq!(repo.points(&machine).expect("points").len(), 2);
+
+    // One that was received and not completed when another attempt overtook it, and is completed then.
+    let file = dir.path().join(name::point(machine.id, made.id));
+    let record = std::fs::read(&file).expect("record");
+    std::fs::remove_file(&file).expect("not yet");
+    let other = attempt("7@1").commit(new_point("2026-01-01T00:00:00Z")).expect("overtakes");
+    std::fs::write(&file, record).expect("wakes up");
+    let points = repo.points(&machine).expect("points");
+    let of_it = points.iter().filter(|p| p.record.as_ref().is_some_and(|r| r.work.as_deref() == Some("7@1")));
+    assert_eq!(of_it.map(|p| p.id).collect::<Vec<_>>(), [other.id]);
+    assert!(points.iter().all(|point| point.state == PointState::Complete), "{points:?}");
+    // Damage of what was made is no reason to do without.
+    keeper::mark_damaged(&repo, &machine, other.id, Some("a test".into())).expect("mark");
+    attempt("7@1").commit(new_point("2026-01-01T00:00:00Z")).expect("another one");
+}
