@@ -72,3 +72,43 @@ pub trait Storage: Debug + Send + Sync {
     /// Makes everything written so far durable (data and length).
     fn sync(&self) -> io::Result<()>;
 }
+
+/// The methods of a [`Storage`] that change bytes, for one that has none to change: all are refused, and what only gives
+/// hints or makes durable has nothing to do.
+#[macro_export]
+macro_rules! storage_is_read_only {
+    () => {
+        fn write_at(&self, _offset: u64, _buf: &[u8]) -> std::io::Result<()> {
+            Err($crate::storage::read_only())
+        }
+
+        fn punch(&self, _offset: u64, _len: u64) -> std::io::Result<()> {
+            Err($crate::storage::read_only())
+        }
+
+        fn set_len(&self, _len: u64) -> std::io::Result<()> {
+            Err($crate::storage::read_only())
+        }
+
+        fn reserve(&self, _offset: u64, _len: u64) -> std::io::Result<()> {
+            Err($crate::storage::read_only())
+        }
+
+        fn start_writeback(&self, _offset: u64, _len: u64) -> std::io::Result<()> {
+            Ok(())
+        }
+
+        fn forget_cached(&self, _offset: u64, _len: u64) -> std::io::Result<()> {
+            Ok(())
+        }
+
+        fn sync(&self) -> std::io::Result<()> {
+            Ok(())
+        }
+    };
+}
+
+/// What a write to a source is answered.
+pub fn read_only() -> io::Error {
+    io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "a source is never written to")
+}

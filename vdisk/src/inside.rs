@@ -38,10 +38,6 @@ fn as_io(error: Error) -> io::Error {
     }
 }
 
-fn read_only() -> io::Error {
-    io::ErrorKind::ReadOnlyFilesystem.into()
-}
-
 impl Storage for ChainStorage {
     fn label(&self) -> &str {
         &self.label
@@ -63,35 +59,9 @@ impl Storage for ChainStorage {
         self.chain.read_now(offset, buf).map_err(as_io)
     }
 
-    fn write_at(&self, _offset: u64, _buf: &[u8]) -> io::Result<()> {
-        Err(read_only())
-    }
-
     fn allocated(&self, _offset: u64, len_max: u64) -> io::Result<(bool, u64)> {
         Ok((true, len_max))
     }
 
-    fn punch(&self, _offset: u64, _len: u64) -> io::Result<()> {
-        Err(read_only())
-    }
-
-    fn set_len(&self, _len: u64) -> io::Result<()> {
-        Err(read_only())
-    }
-
-    fn reserve(&self, _offset: u64, _len: u64) -> io::Result<()> {
-        Err(read_only())
-    }
-
-    fn start_writeback(&self, _offset: u64, _len: u64) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn forget_cached(&self, _offset: u64, _len: u64) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        Ok(())
-    }
+    aquifer_formats::storage_is_read_only!();
 }

@@ -73,8 +73,6 @@ pub fn burdens(repo: &Repository, machine: &Machine) -> Result<Vec<Burden>> {
 
 /// Writes `point` anew without the files of the points in `without`, and puts it in its place.
 ///
-/// `pace` is called before each disk, and ends the work by failing.
-///
 /// # Errors
 /// [`Error::Locked`] if a backup of this machine runs; [`Error::NotFound`] if the point was given up meanwhile;
 /// [`Error::ForeignOwner`]; damage; I/O. The old point is listed then, whole.

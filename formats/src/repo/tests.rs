@@ -382,3 +382,25 @@ fn a_layer_opened_through_the_store_is_the_shared_reader() {
     };
     assert_eq!(slot_of(&a), slot_of(&b), "one block of one file has one name in the cache");
 }
+
+/// Copies a folder with all in it.
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("folder");
+    for entry in std::fs::read_dir(from).expect("list") {
+        let entry = entry.expect("entry");
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy(&entry.path(), &target)
+        } else {
+            std::fs::copy(entry.path(), target).map(|_| ()).expect("copy")
+        }
+    }
+}
+
+/// A repository whose calls can be made to fail.
+fn fused(path: &Path) -> (Repository, Fuse) {
+    let store = Store::directory(path).expect("store");
+    let Store::Directory(directory) = &store;
+    let fuse = directory.fuse.clone();
+    (Repository::open_store(store, me()).expect("open"), fuse)
+}

@@ -111,10 +111,6 @@ impl View {
     }
 }
 
-fn read_only() -> io::Error {
-    io::ErrorKind::ReadOnlyFilesystem.into()
-}
-
 impl Storage for View {
     fn label(&self) -> &str {
         self.label.as_deref().unwrap_or_else(|| self.inner.label())
@@ -137,10 +133,6 @@ impl Storage for View {
         self.read_over(offset, buf, |at, part| self.inner.read_now(at, part))
     }
 
-    fn write_at(&self, _offset: u64, _buf: &[u8]) -> io::Result<()> {
-        Err(read_only())
-    }
-
     /// Over patches nothing is said to be a hole: bytes may lie over it.
     fn allocated(&self, offset: u64, len_max: u64) -> io::Result<(bool, u64)> {
         match self.stored.saturating_sub(offset) {
@@ -150,27 +142,5 @@ impl Storage for View {
         }
     }
 
-    fn punch(&self, _offset: u64, _len: u64) -> io::Result<()> {
-        Err(read_only())
-    }
-
-    fn set_len(&self, _len: u64) -> io::Result<()> {
-        Err(read_only())
-    }
-
-    fn reserve(&self, _offset: u64, _len: u64) -> io::Result<()> {
-        Err(read_only())
-    }
-
-    fn start_writeback(&self, _offset: u64, _len: u64) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn forget_cached(&self, _offset: u64, _len: u64) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        Ok(())
-    }
+    crate::storage_is_read_only!();
 }

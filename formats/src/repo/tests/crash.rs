@@ -2,13 +2,6 @@
 
 use super::*;
 
-fn fused(path: &Path) -> (Repository, Fuse) {
-    let store = Store::directory(path).expect("store");
-    let Store::Directory(directory) = &store;
-    let fuse = directory.fuse.clone();
-    (Repository::open_store(store, me()).expect("open"), fuse)
-}
-
 /// Two points, the second with two disks.
 fn run(repo: &Repository) -> Result<()> {
     let machine = repo.machine_or_new("db01")?;
@@ -18,19 +11,6 @@ fn run(repo: &Repository) -> Result<()> {
     write_disk(&mut tx, &DiskName::new("vdb").expect("a name"), &bytes(4))?;
     tx.commit(new_point("2026-01-01T09:00:00Z"))?;
     Ok(())
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).expect("folder");
-    for entry in std::fs::read_dir(from).expect("list") {
-        let entry = entry.expect("entry");
-        let target = to.join(entry.file_name());
-        if entry.path().is_dir() {
-            copy(&entry.path(), &target)
-        } else {
-            std::fs::copy(entry.path(), target).map(|_| ()).expect("copy")
-        }
-    }
 }
 
 /// What anybody sees after a crash: old points whole, the new one complete only if it is whole.

@@ -71,26 +71,6 @@ fn a_point_in_the_middle_goes_while_its_child_is_read() {
     assert_eq!(read_point(&repo, &repo.resolve(&machine, &PointQuery::Latest(0)).expect("latest")), bytes(4));
 }
 
-fn fused(path: &Path) -> (Repository, Fuse) {
-    let store = Store::directory(path).expect("store");
-    let Store::Directory(directory) = &store;
-    let fuse = directory.fuse.clone();
-    (Repository::open_store(store, me()).expect("open"), fuse)
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).expect("folder");
-    for entry in std::fs::read_dir(from).expect("list") {
-        let entry = entry.expect("entry");
-        let target = to.join(entry.file_name());
-        if entry.path().is_dir() {
-            copy(&entry.path(), &target)
-        } else {
-            std::fs::copy(entry.path(), target).map(|_| ()).expect("copy")
-        }
-    }
-}
-
 #[test]
 fn cut_at_any_step_either_the_old_chain_or_the_new_one_is_whole() {
     let dir = tempfile::tempdir().expect("dir");

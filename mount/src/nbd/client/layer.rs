@@ -188,10 +188,6 @@ struct NbdStorage {
     client: Arc<Client>,
 }
 
-fn refused() -> io::Error {
-    io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "a source is never written to")
-}
-
 fn as_io(error: Error) -> io::Error {
     match error {
         Error::Io { source, .. } => source,
@@ -221,35 +217,9 @@ impl Storage for NbdStorage {
         Ok(false)
     }
 
-    fn write_at(&self, _offset: u64, _buf: &[u8]) -> io::Result<()> {
-        Err(refused())
-    }
-
     fn allocated(&self, _offset: u64, len_max: u64) -> io::Result<(bool, u64)> {
         Ok((true, len_max))
     }
 
-    fn punch(&self, _offset: u64, _len: u64) -> io::Result<()> {
-        Err(refused())
-    }
-
-    fn set_len(&self, _len: u64) -> io::Result<()> {
-        Err(refused())
-    }
-
-    fn reserve(&self, _offset: u64, _len: u64) -> io::Result<()> {
-        Err(refused())
-    }
-
-    fn start_writeback(&self, _offset: u64, _len: u64) -> io::Result<()> {
-        Err(refused())
-    }
-
-    fn forget_cached(&self, _offset: u64, _len: u64) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        Err(refused())
-    }
+    aquifer_formats::storage_is_read_only!();
 }
