@@ -44,6 +44,9 @@ use crate::{
 /// Called with the bytes of each piece that was moved: it may wait, to keep a rate, and ends the work by failing.
 pub type Pace<'a> = &'a (dyn Fn(u64) -> Result<()> + Sync);
 
+/// Called with the bytes there are to read, for each disk as it begins.
+pub type Ahead<'a> = &'a (dyn Fn(u64) + Sync);
+
 /// No rate, no end.
 pub fn at_will(_: u64) -> Result<()> {
     Ok(())
@@ -98,6 +101,8 @@ pub(crate) struct Order<'a> {
     pub(crate) instead: Option<&'a Point>,
     pub(crate) stop: Stop,
     pub(crate) pace: Pace<'a>,
+    /// Who is told how many bytes there are to read, for each disk as it begins; `None`: a bar is shown.
+    pub(crate) ahead: Option<Ahead<'a>>,
     /// Where warnings are noted besides being said.
     pub(crate) notes: Option<&'a Mutex<Vec<String>>>,
 }
@@ -350,7 +355,8 @@ impl Order<'_> {
             counted: counted.map(|stats| Counted::of(stats, stored)),
         };
         self.context.out.record("disk", &record);
-        if let Some(stats) = counted {
+        // A job has several machines at once, and tells of each in one line.
+        if let Some(stats) = counted.filter(|_| self.ahead.is_none()) {
             self.context.out.line(format_args!(
                 "{}: {} read; {} blocks: {} zero, {} unchanged, {} shared, {} written ({} in {})",
                 wanted.name,

@@ -8,6 +8,7 @@
 
 pub mod expand;
 pub mod follow;
+mod hands;
 pub mod order;
 mod owner;
 pub mod planner;
@@ -15,6 +16,7 @@ pub mod rate;
 mod task;
 mod worker;
 
+pub use hands::Hands;
 pub use owner::{is_gone, owner};
 pub use planner::Planner;
 pub use rate::{Direction, Rate, Rates};

@@ -102,7 +102,7 @@ fn done() -> Outcome {
 }
 
 fn failed(passing: bool) -> Outcome {
-    Outcome::Failed { why: "the link is down".into(), code: "E_NET".into(), passing }
+    Outcome::Failed { why: "the link is down".into(), code: "E_NET".into(), passing, help: None }
 }
 
 fn work_is_done_once_by_many(place: &Place) {

@@ -52,11 +52,17 @@ pub(super) fn feed(order: &Order<'_>, begun: &mut Begun<'_>, wanted: &Wanted, lo
     let block = writer.block_bytes() as u64;
     let from = if same { writer.resume_from() * block } else { 0 };
     let total = look.bytes(&wanted.disk)?;
-    let progress = order.context.out.progress(order.by, Some(total));
+    let progress = match order.ahead {
+        Some(ahead) => {
+            ahead(total);
+            None
+        }
+        None => Some(order.context.out.progress(order.by, Some(total))),
+    };
     let mut taker = Feeder {
         writer: &mut writer,
         transaction: &mut begun.transaction,
-        progress: &progress,
+        progress: progress.as_ref(),
         stop: order.stop,
         pace: order.pace,
         block,
@@ -76,7 +82,7 @@ pub(super) fn feed(order: &Order<'_>, begun: &mut Begun<'_>, wanted: &Wanted, lo
 struct Feeder<'a, 'r, 'p> {
     writer: &'a mut Writer,
     transaction: &'a mut Transaction<'r>,
-    progress: &'a Progress<'p>,
+    progress: Option<&'a Progress<'p>>,
     stop: Stop,
     pace: Pace<'a>,
     block: u64,
@@ -96,7 +102,9 @@ impl Taker for Feeder<'_, '_, '_> {
         match (piece.step, bytes) {
             (Step::Read, Some(bytes)) => {
                 self.writer.put_buffer(first, bytes)?;
-                self.progress.add(piece.len);
+                if let Some(progress) = self.progress {
+                    progress.add(piece.len);
+                }
                 (self.pace)(piece.len)?;
             }
             (Step::Keep, _) => self.writer.keep(blocks)?,

@@ -220,6 +220,8 @@ pub enum Outcome {
         code: String,
         /// Whether the reason may pass by itself: then it is tried again.
         passing: bool,
+        /// A command that helps.
+        help: Option<String>,
     },
     /// Stopped because that was asked.
     Cancelled,
@@ -253,7 +255,7 @@ impl Outcome {
         match self {
             Self::Success(report) => serde_json::json!({ "report": report }),
             Self::Warning { why, report } => serde_json::json!({ "why": why, "report": report }),
-            Self::Failed { why, code, .. } => serde_json::json!({ "why": why, "code": code }),
+            Self::Failed { why, code, help, .. } => serde_json::json!({ "why": why, "code": code, "do": help }),
             Self::Cancelled => Value::Null,
             Self::Skipped(why) | Self::GivenBack(why) => serde_json::json!({ "why": why }),
         }
@@ -510,7 +512,7 @@ impl Tx {
             self.settle(work, &Outcome::Cancelled, None, &owner).await
         } else if lost + 1 >= LOST_MAX {
             let why = format!("{} workers in a row went away while they did it; the last was {owner}", lost + 1);
-            let outcome = Outcome::Failed { why, code: "E_FAILED".into(), passing: false };
+            let outcome = Outcome::Failed { why, code: "E_FAILED".into(), passing: false, help: None };
             self.settle(work, &outcome, None, &owner).await
         } else {
             self.lose(work, &owner, why).await

@@ -175,6 +175,7 @@ fn order<'a>(run: &'a Run<'_>, job: &BackupJob, consistency: Consistency, create
         instead: None,
         stop: run.stop,
         pace: run.pace,
+        ahead: Some(run.ahead),
         notes: Some(&run.notes),
     }
 }

@@ -158,6 +158,7 @@ fn copy_point(
         instead,
         stop: run.stop,
         pace: run.pace,
+        ahead: Some(run.ahead),
         notes: Some(&run.notes),
     };
     order.store(target, machine, parent, &wanted, from.record.machine.clone())

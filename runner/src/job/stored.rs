@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use super::{Step, backup, copy, health};
 use crate::{
-    backup::{self as stores, Pace},
+    backup::{self as stores, Ahead, Pace},
     context::Context,
     fail::{Code, Fail, Result},
     repository::{self, Hand},
@@ -44,6 +44,8 @@ pub struct Run<'a> {
     pub stop: Stop,
     /// Keeps rates, and the work from going on without its lease.
     pub pace: Pace<'a>,
+    /// Is told how many bytes there are to do.
+    pub ahead: Ahead<'a>,
     /// What is to be looked at afterwards.
     pub notes: Mutex<Vec<String>>,
 }
@@ -113,6 +115,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
             hand: Some(Hand::of(task.work)),
             stop: task.stop,
             pace: &pace,
+            ahead: &|bytes| Counts::add(&task.counts.total, bytes),
             notes: Mutex::default(),
         };
         let report = run.work(job)?;
@@ -138,6 +141,7 @@ pub fn foresee(context: &Context, name: &str, job: &Job, machine: Option<&str>) 
             hand: None,
             stop: context.stop()?,
             pace: &stores::at_will,
+            ahead: &|_| (),
             notes: Mutex::default(),
         };
         let what = match &job.kind {

@@ -27,13 +27,13 @@ const RECORD_EVERY: Duration = Duration::from_secs(1);
 pub struct Progress<'a> {
     out: &'a Output,
     phase: &'static str,
-    total: Option<u64>,
     bar: Option<ProgressBar>,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
+    total: Option<u64>,
     done: u64,
     samples: VecDeque<(Instant, u64)>,
     spoke: Instant,
@@ -58,8 +58,8 @@ impl<'a> Progress<'a> {
             out.say(format_args!("{phase} ..."));
         }
         let now = Instant::now();
-        let state = State { done: 0, samples: VecDeque::from([(now, 0)]), spoke: now, recorded: now };
-        Self { out, phase, total, bar, state: Mutex::new(state) }
+        let state = State { total, done: 0, samples: VecDeque::from([(now, 0)]), spoke: now, recorded: now };
+        Self { out, phase, bar, state: Mutex::new(state) }
     }
 
     /// `bytes` more are done.
@@ -80,7 +80,7 @@ impl<'a> Progress<'a> {
             state.samples.pop_front();
         }
         if let Some(bar) = &self.bar {
-            bar.set_position(done.min(self.total.map_or(done, |t| t.saturating_sub(1))));
+            bar.set_position(done.min(state.total.map_or(done, |t| t.saturating_sub(1))));
         }
         let asked = stop::take_status_request();
         let due = now - state.spoke >= LOG_EVERY && self.bar.is_none() && self.out.form == Form::Human;
@@ -94,6 +94,15 @@ impl<'a> Progress<'a> {
         }
     }
 
+    /// `done` bytes of `total` are done, where it turns out only on the way how many there are.
+    pub fn reach(&self, done: u64, total: Option<u64>) {
+        let was = std::mem::replace(&mut self.state.lock().total, total);
+        if let Some(bar) = self.bar.as_ref().filter(|_| was != total) {
+            dress(bar, total);
+        }
+        self.set(done);
+    }
+
     /// Bytes done so far.
     pub fn done(&self) -> u64 {
         self.state.lock().done
@@ -101,13 +110,13 @@ impl<'a> Progress<'a> {
 
     fn fields(&self, state: &State, now: Instant) -> Fields {
         let (span, rate) = rate_of(state, now);
-        let left = self.total.map(|t| t.saturating_sub(state.done));
+        let left = state.total.map(|t| t.saturating_sub(state.done));
         let known = rate > 0 && span >= WINDOW_MIN;
         let seconds_left = left.filter(|_| known).map(|left| left / rate.max(1) + 1);
         Fields {
             phase: self.phase,
             bytes_done: state.done,
-            bytes_total: self.total,
+            bytes_total: state.total,
             bytes_per_second: rate,
             seconds_left,
         }
@@ -143,8 +152,20 @@ fn rate_of(state: &State, now: Instant) -> (Duration, u64) {
 }
 
 fn bar(phase: &'static str, total: Option<u64>) -> ProgressBar {
-    let target = ProgressDrawTarget::stderr_with_hz(5);
-    let bar = ProgressBar::with_draw_target(total, target).with_message(phase);
+    // Nothing is drawn before it has its style.
+    let bar = ProgressBar::hidden().with_message(phase);
+    dress(&bar, total);
+    bar.set_draw_target(ProgressDrawTarget::stderr_with_hz(5));
+    bar.enable_steady_tick(Duration::from_millis(500));
+    bar
+}
+
+/// A share of the total where there is one, else a count.
+fn dress(bar: &ProgressBar, total: Option<u64>) {
+    match total {
+        Some(total) => bar.set_length(total),
+        None => bar.unset_length(),
+    }
     let template = if total.is_some() {
         "{msg} {bar:32} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {percent} %"
     } else {
@@ -153,6 +174,4 @@ fn bar(phase: &'static str, total: Option<u64>) -> ProgressBar {
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);
     }
-    bar.enable_steady_tick(Duration::from_millis(500));
-    bar
 }

@@ -17,7 +17,7 @@ use crate::{
     replica::state::State,
     site::{OnFailure, Plan, PlanEntry},
     source::PointRef,
-    tasks::{Done, Task, Worker, owner},
+    tasks::{Done, Hands, Task, Worker, owner},
 };
 
 /// How often a run looks whether something has ended or is asked.
@@ -343,6 +343,7 @@ fn one(
         only: Some(session),
         until_idle: true,
         body: job::run,
+        hands: Hands::default(),
     };
     worker.run(task.stop)?;
     task.check()?;

@@ -14,6 +14,7 @@ pub struct Follow {
     seen: i64,
     session: Option<SessionId>,
     owner: Option<String>,
+    trouble: bool,
 }
 
 impl Follow {
@@ -22,7 +23,7 @@ impl Follow {
     /// # Errors
     /// The catalogue's.
     pub fn from_now(catalogue: &Catalogue) -> Result<Self> {
-        Ok(Self { seen: catalogue.last_event()?, session: None, owner: None })
+        Ok(Self { seen: catalogue.last_event()?, session: None, owner: None, trouble: false })
     }
 
     /// Only what one worker does.
@@ -39,6 +40,13 @@ impl Follow {
         self
     }
 
+    /// People are told only what goes wrong on the way; records are made of everything all the same.
+    #[must_use]
+    pub fn only_trouble(mut self) -> Self {
+        self.trouble = true;
+        self
+    }
+
     /// Shows what is new.
     ///
     /// # Errors
@@ -49,7 +57,11 @@ impl Follow {
             self.seen = record.seq;
             if self.owner.as_ref().is_none_or(|owner| record.event.user == *owner) {
                 out.record("event", &record);
-                out.line(line(&record));
+                // The end of a session is told by whoever follows it.
+                let trouble = record.event.error.is_some() && !record.event.object.starts_with("session/");
+                if trouble || !self.trouble {
+                    out.line(line(&record));
+                }
             }
         }
         Ok(())

@@ -23,6 +23,7 @@ use jiff::Timestamp;
 use parking_lot::Mutex;
 
 use super::{
+    hands::Hands,
     owner::is_gone,
     rate::Rates,
     task::{Counts, Done, Task},
@@ -30,7 +31,7 @@ use super::{
 use crate::{
     catalogue::{Asked, Catalogue, Error, Fence, Outcome, SessionId, Work},
     context::Context,
-    fail::{Code, Fail, Result},
+    fail::{At, Code, Fail, Remedy, Result},
     stop::{Halt, Stop, Why},
 };
 
@@ -57,6 +58,8 @@ pub struct Worker<'a> {
     pub until_idle: bool,
     /// What does it.
     pub body: Body,
+    /// How far it is.
+    pub hands: Hands,
 }
 
 impl Worker<'_> {
@@ -159,7 +162,7 @@ impl Shared<'_> {
     fn do_it(&self, work: &Work, fence: &Fence) {
         let halt = halt_of_this_thread();
         halt.clear();
-        let counts = Counts::default();
+        let counts = self.worker.hands.take(work.id);
         let task = Task {
             context: self.worker.context,
             catalogue: self.worker.catalogue,
@@ -199,9 +202,16 @@ impl Shared<'_> {
                 Outcome::GivenBack(format!("{} was stopped", self.worker.owner))
             }
             Err(fail) => {
-                let at = fail.at.as_ref().map(|at| format!(" ({at})")).unwrap_or_default();
-                let passing = may_pass(fail.code);
-                Outcome::Failed { why: format!("{}{at}", fail.what), code: fail.code.name().into(), passing }
+                let why = match &fail.at {
+                    Some(at) if !fail.what.contains(&at.path) => format!("{} ({at})", fail.what),
+                    Some(At { cause: Some(cause), .. }) => format!("{} ({cause})", fail.what),
+                    _ => fail.what.clone(),
+                };
+                let help = match &fail.do_ {
+                    Some(Remedy::Command(command)) => Some(command.to_string()),
+                    Some(Remedy::Again(_)) | None => None,
+                };
+                Outcome::Failed { why, code: fail.code.name().into(), passing: may_pass(fail.code), help }
             }
         }
     }

@@ -76,6 +76,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         instead: None,
         stop,
         pace: &backup::at_will,
+        ahead: None,
         notes: None,
     };
     if args.dry.dry_run {

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
-    context::Context,
+    context::{Context, quoted},
     fail::{Code, Fail, Result},
     schedule::{Due, When},
     site::{Job, Site, schema},
@@ -78,6 +78,13 @@ fn check(context: &Context) -> Result<()> {
         }),
     );
     context.out.line(format_args!("{}: valid, repositories: {repositories}", path.display()));
+    for (name, repository) in &site.repositories {
+        if crate::repository::open_named(context, name).is_err_and(|fail| fail.code == Code::NoRepository) {
+            let dir = quoted(&repository.url.display().to_string());
+            context.out.say(format_args!("repository {name} has not been made yet"));
+            context.out.next(format!("aquifer -r {dir} init"));
+        }
+    }
     let now = Timestamp::now();
     for (name, job) in &site.jobs {
         let next = next_runs(name, job, now);

@@ -14,7 +14,7 @@ use crate::{
     job,
     site::{Job, Site},
     stop::Stop,
-    tasks::{Worker, expand, follow::Follow, is_gone, owner},
+    tasks::{Hands, Worker, expand, follow::Follow, is_gone, owner},
     units,
 };
 
@@ -124,18 +124,30 @@ fn is_in_hands(catalogue: &Catalogue, id: SessionId) -> Result<bool> {
 /// Works on a session and shows what happens, until it has ended or somebody asks to stop.
 pub(super) fn follow(context: &Context, catalogue: &Catalogue, id: SessionId, stop: Stop) -> Result<()> {
     let tasks = context.site()?.proxy.max_tasks;
-    let worker =
-        Worker { context, catalogue, owner: owner("run"), tasks, only: Some(id), until_idle: true, body: job::run };
-    let mut follow = Follow::from_now(catalogue)?.of_session(id);
+    let worker = Worker {
+        context,
+        catalogue,
+        owner: owner("run"),
+        tasks,
+        only: Some(id),
+        until_idle: true,
+        body: job::run,
+        hands: Hands::default(),
+    };
+    let mut follow = Follow::from_now(catalogue)?.of_session(id).only_trouble();
+    let progress = context.out.progress("running", None);
     let outcome = thread::scope(|scope| {
         let working = scope.spawn(|| worker.run(stop));
         while !working.is_finished() {
             // What cannot be shown now is shown later; the worker tells when the catalogue is gone for good.
             let _ = follow.show(catalogue, &context.out);
+            let (done, total) = worker.hands.progress();
+            progress.reach(done, total);
             thread::sleep(SHOW_EVERY);
         }
         working.join().unwrap_or_else(|payload| Err(Fail::from_panic(payload.as_ref())))
     });
+    drop(progress);
     outcome?;
     follow.show(catalogue, &context.out)
 }
@@ -168,10 +180,12 @@ fn conclude(context: &Context, catalogue: &Catalogue, args: &Args, id: SessionId
 fn failure(catalogue: &Catalogue, session: &Session, reason: &str) -> Result<Fail> {
     let works = catalogue.work_of(session.id)?;
     let failed: Vec<_> = works.iter().filter(|work| work.state == WorkState::Failed).collect();
-    let code = match failed.as_slice() {
-        [one] => one.outcome.as_ref().and_then(|o| o.get("code")).and_then(|c| c.as_str()).and_then(Code::find),
+    let said = |key: &str| match failed.as_slice() {
+        [one] => one.outcome.as_ref().and_then(|outcome| outcome.get(key)).and_then(|value| value.as_str()),
         _ => None,
     };
+    let code = said("code").and_then(Code::find);
     let what = format!("session {}: {} of {} failed: {reason}", session.id, failed.len(), works.len());
-    Ok(Fail::new(code.unwrap_or(Code::Failed), what).help(format!("aquifer sessions {}", session.id)))
+    let help = said("do").map_or_else(|| format!("aquifer sessions {}", session.id), str::to_owned);
+    Ok(Fail::new(code.unwrap_or(Code::Failed), what).help(help))
 }

@@ -17,7 +17,7 @@ use crate::{
     context::Context,
     fail::{Code, Fail, Result},
     job,
-    tasks::{Planner, Worker, follow::Follow, owner},
+    tasks::{Hands, Planner, Worker, follow::Follow, owner},
     units,
 };
 
@@ -67,6 +67,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         only: None,
         until_idle: false,
         body: job::run,
+        hands: Hands::default(),
     };
     let over = AtomicBool::new(false);
     let outcome = thread::scope(|scope| {

@@ -12,7 +12,7 @@ use crate::{
     context::Context,
     fail::{Fail, Result},
     job,
-    tasks::{Worker, follow::Follow, owner},
+    tasks::{Hands, Worker, follow::Follow, owner},
 };
 
 /// How often new events are shown.
@@ -73,6 +73,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         only: None,
         until_idle: args.until_idle,
         body: job::run,
+        hands: Hands::default(),
     };
     let outcome = thread::scope(|scope| {
         let working = scope.spawn(|| worker.run(stop));
