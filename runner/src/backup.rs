@@ -38,6 +38,7 @@ use crate::{
     site::OnImpossible,
     source::{SelectedDisk, Selection, SourceOptions, select},
     stop::Stop,
+    tasks::Stages,
     units,
 };
 
@@ -103,6 +104,8 @@ pub(crate) struct Order<'a> {
     pub(crate) pace: Pace<'a>,
     /// Who is told how many bytes there are to read, for each disk as it begins; `None`: a bar is shown.
     pub(crate) ahead: Option<Ahead<'a>>,
+    /// Where the time goes, where somebody wants to know.
+    pub(crate) stages: Option<&'a Stages>,
     /// Where warnings are noted besides being said.
     pub(crate) notes: Option<&'a Mutex<Vec<String>>>,
 }

@@ -12,6 +12,7 @@ use std::{
     num::NonZero,
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
+    time::{Duration, Instant},
 };
 
 use aquifer_vdisk::{Delta, Disk, Extent, ExtentKind};
@@ -105,6 +106,15 @@ pub fn copy(disk: &Disk, sink: Sink<'_>, stop: Stop, progress: &Progress<'_>) ->
     }
 }
 
+/// What a sweep read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Bytes.
+    pub read: u64,
+    /// Time that reading them took, of all readers together.
+    pub reading: Duration,
+}
+
 /// A piece of a disk.
 #[derive(Clone, Copy, Debug)]
 pub enum Piece<'a> {
@@ -119,14 +129,16 @@ pub type Taker<'a> = &'a (dyn Fn(u64, Piece<'_>) -> Result<()> + Sync);
 
 /// Hands `ranges` of a disk to `taker`, all of them: what is data in pieces of at most [`PIECE_BYTES`] that no multiple
 /// of it cuts in two, what is zeros unread. Data is rounded out to blocks of `block` bytes, a power of two that is not
-/// larger than a piece, as far as the ranges have them. Answers how many bytes were read.
+/// larger than a piece, as far as the ranges have them. Answers how many bytes were read, and how long that took all
+/// readers together.
 ///
 /// # Errors
 /// The first one of the disk or the taker.
-pub fn sweep(disk: &Disk, ranges: &Delta, block: u64, taker: Taker<'_>) -> Result<u64> {
+pub fn sweep(disk: &Disk, ranges: &Delta, block: u64, taker: Taker<'_>) -> Result<Swept> {
     let readers = thread::available_parallelism().map_or(2, NonZero::get).clamp(2, 16);
     let (send, receive) = bounded::<(u64, u64, ExtentKind)>(readers * 2);
     let (failure, failed, read) = (Mutex::new(None::<Fail>), AtomicBool::new(false), AtomicU64::new(0));
+    let reading = AtomicU64::new(0);
     let fail = |fail: Fail| {
         failure.lock().get_or_insert(fail);
         failed.store(true, Ordering::Relaxed);
@@ -134,7 +146,7 @@ pub fn sweep(disk: &Disk, ranges: &Delta, block: u64, taker: Taker<'_>) -> Resul
     thread::scope(|scope| {
         for _ in 0..readers {
             let receive = receive.clone();
-            let (fail, failed, read) = (&fail, &failed, &read);
+            let (fail, failed, read, reading) = (&fail, &failed, &read, &reading);
             scope.spawn(move || {
                 let mut buffer = Vec::new();
                 for (offset, len, kind) in receive {
@@ -145,9 +157,11 @@ pub fn sweep(disk: &Disk, ranges: &Delta, block: u64, taker: Taker<'_>) -> Resul
                         ExtentKind::Data => {
                             buffer.resize(usize::try_from(len).unwrap_or_default(), 0);
                             read.fetch_add(len, Ordering::Relaxed);
-                            disk.read(offset, &mut buffer)
-                                .map_err(Fail::from)
-                                .and_then(|()| taker(offset, Piece::Bytes(&buffer)))
+                            let began = Instant::now();
+                            let bytes = disk.read(offset, &mut buffer);
+                            let nanos = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+                            reading.fetch_add(nanos, Ordering::Relaxed);
+                            bytes.map_err(Fail::from).and_then(|()| taker(offset, Piece::Bytes(&buffer)))
                         }
                         ExtentKind::Zero | ExtentKind::Hole => taker(offset, Piece::Zeros(len)),
                     };
@@ -163,7 +177,7 @@ pub fn sweep(disk: &Disk, ranges: &Delta, block: u64, taker: Taker<'_>) -> Resul
     });
     match failure.into_inner() {
         Some(fail) => Err(fail),
-        None => Ok(read.into_inner()),
+        None => Ok(Swept { read: read.into_inner(), reading: Duration::from_nanos(reading.into_inner()) }),
     }
 }
 
@@ -360,7 +374,7 @@ mod tests {
         };
         let read = sweep(&disk(bytes.clone()), &ranges, 65536, &taker).expect("sweep");
         assert_eq!(*seen.lock(), ranges);
-        assert!(read <= ranges.bytes());
+        assert!(read.read <= ranges.bytes());
         let fail = sweep(&disk(bytes.clone()), &ranges, 65536, &|_, _| Err(Fail::new(Code::Capacity, "full")));
         assert_eq!(fail.expect_err("it fails").code, Code::Capacity);
     }

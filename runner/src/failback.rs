@@ -17,10 +17,12 @@
 //! Not here: how a disk is compared and sent ([`pass`]).
 
 pub mod changed;
+pub mod drift;
 pub mod estimate;
 pub mod pass;
 
 pub use changed::{Changed, Mark};
+pub use drift::{Drift, drift};
 pub use estimate::{Estimate, estimate};
 
 use std::{path::Path, sync::Arc, time::Duration};
@@ -495,6 +497,7 @@ impl Work for SwitchWork {
                 desk.put_point(&work.name, &work.protective)?;
                 desk.stamp(&record.folder, record.lineage, work.epoch + 1)
             })
+            .final_step("configure", |work: &mut Self| drift::put(&work.home, |configured| &configured.after))
             .final_step("home_on", |work: &mut Self| {
                 if work.power_on {
                     match start(desk, &work.home.folder, &work.home.machine) {
@@ -641,6 +644,9 @@ impl Work for ReturnWork {
                     }
                     ended => ended.map(drop),
                 }
+            })
+            .final_step("configure", |work: &mut Self| {
+                if work.changed { drift::put(&work.home, |configured| &configured.before) } else { Ok(()) }
             })
             .final_step("layer", |work: &mut Self| {
                 let record = desk.load(&work.name)?.record;

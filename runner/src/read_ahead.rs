@@ -6,7 +6,12 @@
 //!
 //! Not here: which ranges, and what becomes of the bytes.
 
-use std::{collections::VecDeque, num::NonZero, thread};
+use std::{
+    collections::VecDeque,
+    num::NonZero,
+    thread,
+    time::{Duration, Instant},
+};
 
 use aquifer_vdisk::Disk;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -39,6 +44,9 @@ pub struct Piece {
 pub trait Taker {
     /// A buffer to read into, with any contents.
     fn buffer(&mut self) -> Vec<u8>;
+
+    /// Told how long it had to wait for a piece to be read.
+    fn waited(&mut self, time: Duration);
 
     /// Takes a piece, with its bytes where it was read. An error ends the work.
     fn take(&mut self, piece: Piece, bytes: Option<Vec<u8>>) -> Result<()>;
@@ -112,7 +120,9 @@ fn deliver(waiting: &mut VecDeque<Waiting>, taker: &mut impl Taker) -> Result<()
     match waiting.pop_front() {
         Some(Waiting::Ready(piece)) => taker.take(piece, None),
         Some(Waiting::Reading(piece, answer)) => {
+            let began = Instant::now();
             let bytes = answer.recv().map_err(|_| ended())??;
+            taker.waited(began.elapsed());
             taker.take(piece, Some(bytes))
         }
         None => Ok(()),

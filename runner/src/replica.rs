@@ -17,6 +17,7 @@
 
 pub mod adopt;
 pub mod build;
+pub mod components;
 pub mod desk;
 pub mod digests;
 pub mod foresee;

@@ -13,6 +13,7 @@ pub mod order;
 mod owner;
 pub mod planner;
 pub mod rate;
+pub mod stage;
 mod task;
 mod worker;
 
@@ -20,5 +21,6 @@ pub use hands::Hands;
 pub use owner::{is_gone, owner};
 pub use planner::Planner;
 pub use rate::{Direction, Rate, Rates};
+pub use stage::{Busy, Stage, Stages};
 pub use task::{Counts, Done, Task};
 pub use worker::{Body, Worker};

@@ -19,6 +19,7 @@ use crate::{
     output::Progress,
     read_ahead::{Piece, Step, Taker, read_ahead},
     stop::Stop,
+    tasks::{Stage, Stages},
 };
 
 /// Longest piece given at once, bytes; a multiple of every block size's.
@@ -65,6 +66,7 @@ pub(super) fn feed(order: &Order<'_>, begun: &mut Begun<'_>, wanted: &Wanted, lo
         progress: progress.as_ref(),
         stop: order.stop,
         pace: order.pace,
+        stages: order.stages,
         block,
         marked: Instant::now(),
         beaten: Instant::now(),
@@ -85,6 +87,7 @@ struct Feeder<'a, 'r, 'p> {
     progress: Option<&'a Progress<'p>>,
     stop: Stop,
     pace: Pace<'a>,
+    stages: Option<&'a Stages>,
     block: u64,
     marked: Instant,
     beaten: Instant,
@@ -95,15 +98,25 @@ impl Taker for Feeder<'_, '_, '_> {
         self.writer.buffer()
     }
 
+    fn waited(&mut self, time: Duration) {
+        if let Some(stages) = self.stages {
+            stages.add(Stage::Source, time);
+        }
+    }
+
     fn take(&mut self, piece: Piece, bytes: Option<Vec<u8>>) -> Result<()> {
         self.stop.check()?;
         let first = piece.offset / self.block;
         let blocks = first..first + piece.len.div_ceil(self.block);
         match (piece.step, bytes) {
             (Step::Read, Some(bytes)) => {
+                let began = Instant::now();
                 self.writer.put_buffer(first, bytes)?;
                 if let Some(progress) = self.progress {
                     progress.add(piece.len);
+                }
+                if let Some(stages) = self.stages {
+                    stages.add(Stage::Target, began.elapsed());
                 }
                 (self.pace)(piece.len)?;
             }

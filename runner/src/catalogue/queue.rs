@@ -18,7 +18,10 @@ use super::{
     Catalogue, Error, Event, Need, Result, SessionId, SessionResult, Url, Wish,
     transaction::{Fault, Tx, maybe_time, record, text, time, word, words},
 };
-use crate::tasks::order::{self, Candidate};
+use crate::tasks::{
+    Busy,
+    order::{self, Candidate},
+};
 
 /// Work whose workers died so often is not handed out once more: it kills them.
 const LOST_MAX: i64 = 5;
@@ -166,6 +169,9 @@ pub struct Progress {
     pub rate: u64,
     /// The limit that applies to that rate, if one does.
     pub rate_limit: Option<u64>,
+    /// Where the time went.
+    #[serde(default)]
+    pub busy: Busy,
 }
 
 impl Progress {
@@ -186,6 +192,7 @@ impl Progress {
             *sum = sum.saturating_add(part);
         }
         self.rate_limit = self.rate_limit.max(other.rate_limit);
+        self.busy.add(other.busy);
     }
 }
 

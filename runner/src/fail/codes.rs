@@ -66,6 +66,8 @@ codes! {
         "A rule forbids it: a path that leads out of the image's own folder, a format that would have to be guessed from bytes a guest could have written, a listener on the network without TLS, a file inside a recovery session used as a source. The message names the option that allows it, where there is one."
     ForeignOwner "E_FOREIGN_OWNER" 3 never
         "The repository or chain is stamped by another owner. Two owners writing one chain would break it. Reading is always possible."
+    ConfigDrift "E_CONFIG_DRIFT" 3 never
+        "The machine that took over and the machine it comes home to are described differently: processors, memory, network cards, disks. A way home sends blocks only, so somebody has to decide: `--drift keep` leaves production's description as it is, `--drift apply` describes production as the replica when the sides are changed (undo takes that back). Nothing was changed yet."
     PointIncomplete "E_POINT_INCOMPLETE" 3 never
         "The restore point was never committed: its writer is still at work or was interrupted. It is invisible to readers. Run the same backup again; it resumes."
     Failed "E_FAILED" 2 never

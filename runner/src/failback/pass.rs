@@ -116,7 +116,7 @@ impl Sent<'_> {
         })?;
         // What is past the end of either, or in no whole block, is compared as it is.
         self.over(&std::iter::once(common..size).collect())?;
-        Ok(read)
+        Ok(read.read)
     }
 
     /// Reads the ranges of both.
@@ -144,7 +144,7 @@ impl Sent<'_> {
                 })
             }
         })?;
-        self.read.fetch_add(read, Ordering::Relaxed);
+        self.read.fetch_add(read.read, Ordering::Relaxed);
         Ok(())
     }
 

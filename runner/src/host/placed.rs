@@ -119,7 +119,8 @@ pub fn write(folder: &Path, description: &MachineDescription, disks: &[(String, 
     crate::replica::digests::put_file(&folder.join(DESCRIPTION), text.as_bytes())
 }
 
-fn text(described: &Described) -> String {
+/// A description as it is written.
+pub(crate) fn text(described: &Described) -> String {
     let mut out = String::from("version = 1\n");
     let quoted = |text: &str| toml::Value::String(text.to_owned()).to_string();
     let mut line = |key: &str, value: Option<String>| {

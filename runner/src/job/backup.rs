@@ -176,6 +176,7 @@ fn order<'a>(run: &'a Run<'_>, job: &BackupJob, consistency: Consistency, create
         stop: run.stop,
         pace: run.pace,
         ahead: Some(run.ahead),
+        stages: Some(run.stages),
         notes: Some(&run.notes),
     }
 }

@@ -159,6 +159,7 @@ fn copy_point(
         stop: run.stop,
         pace: run.pace,
         ahead: Some(run.ahead),
+        stages: Some(run.stages),
         notes: Some(&run.notes),
     };
     order.store(target, machine, parent, &wanted, from.record.machine.clone())

@@ -26,6 +26,7 @@ use crate::{
     replica::{
         adopt,
         build::Moved,
+        components,
         desk::Desk,
         foresee::{self, Foreseen},
         member,
@@ -37,7 +38,7 @@ use crate::{
     },
     repository,
     site::{Job, JobKind, ReplicaSource, ReplicationJob, Site},
-    tasks::{Direction, Done, Rate, Task, expand::JobSpec},
+    tasks::{Busy, Direction, Done, Rate, Stage, Task, expand::JobSpec},
 };
 
 /// What a run came to.
@@ -54,6 +55,12 @@ pub struct Report {
     /// What was moved for them.
     #[serde(flatten)]
     pub carried: Carried,
+    /// Where the time went.
+    pub busy: Busy,
+    /// The stage that took the largest share of it.
+    pub bottleneck: Option<Stage>,
+    /// Its share, in hundredths.
+    pub bottleneck_percent: Option<u64>,
     /// Seconds between the newest point's moment and now.
     pub replica_lag_seconds: Option<i64>,
     /// Warnings on the way, by their codes.
@@ -116,6 +123,7 @@ impl<'a> Run<'a> {
             let spec = member::place(desk, self.site, &self.job.host, &self.spec)?;
             let run = Self { context: self.context, site: self.site, job: self.job, machine: self.machine, spec };
             members = members.saturating_sub(1);
+            components::check(desk, &run.spec)?;
             match run.carry_out(desk) {
                 Err(_) if members > 0 && run.has_lost_its_host(desk) => {}
                 came => return Ok((run, came?)),
@@ -224,6 +232,9 @@ impl<'a> Run<'a> {
             state: desk.load(&self.spec.name)?.record.state,
             points: made.iter().map(one).collect(),
             carried,
+            busy: Busy::default(),
+            bottleneck: None,
+            bottleneck_percent: None,
             replica_lag_seconds: newest.map(|taken| i64::try_from(age(taken).as_secs()).unwrap_or(i64::MAX)),
             warnings: Vec::new(),
         })
@@ -261,9 +272,17 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
     let pace = |moved: Moved| {
         task.check()?;
         match moved {
-            Moved::Read(bytes) => reads.iter().try_for_each(|rate| rate.take(bytes, task.stop))?,
-            Moved::Written(bytes) => writes.iter().try_for_each(|rate| rate.take(bytes, task.stop))?,
-            Moved::Ahead(_) | Moved::Zeros(_) | Moved::Equal(_) => {}
+            Moved::Read(bytes) => {
+                task.counts
+                    .stages
+                    .time(Stage::Throttle, || reads.iter().try_for_each(|rate| rate.take(bytes, task.stop)))?;
+            }
+            Moved::Written(bytes) => {
+                task.counts
+                    .stages
+                    .time(Stage::Throttle, || writes.iter().try_for_each(|rate| rate.take(bytes, task.stop)))?;
+            }
+            Moved::Ahead(_) | Moved::Zeros(_) | Moved::Equal(_) | Moved::Took(..) => {}
         }
         seat::count(task.counts, moved);
         if let (Moved::Read(bytes), ReplicaSource::Production { .. }) = (moved, &run.job.source) {
@@ -302,7 +321,9 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
             Ok(Done::Skipped(format!("{}: {why}", code.name())))
         }
         Ok(report) => {
-            let report = Report { warnings: told.clone(), ..report };
+            let busy = task.counts.stages.busy();
+            let (bottleneck, bottleneck_percent) = busy.bottleneck().unzip();
+            let report = Report { warnings: told.clone(), busy, bottleneck, bottleneck_percent, ..report };
             task.context.out.record("replicated", &report);
             let report = serde_json::to_value(report).map_err(|e| Fail::new(Code::Bug, e.to_string()))?;
             Ok(if told.is_empty() { Done::Success(report) } else { Done::Warning { why: told.join("; "), report } })

@@ -27,7 +27,7 @@ use crate::{
     retain::{self, Merge, Retained},
     site::{Job, JobKind, Keep, Limits, Site},
     stop::Stop,
-    tasks::{Counts, Direction, Done, Rate, Task},
+    tasks::{Counts, Direction, Done, Rate, Stage, Stages, Task},
 };
 
 /// One machine of a job in hand.
@@ -46,6 +46,8 @@ pub struct Run<'a> {
     pub pace: Pace<'a>,
     /// Is told how many bytes there are to do.
     pub ahead: Ahead<'a>,
+    /// Where the time goes.
+    pub stages: &'a Stages,
     /// What is to be looked at afterwards.
     pub notes: Mutex<Vec<String>>,
 }
@@ -96,7 +98,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
     let production = matches!(job.kind, JobKind::Backup(_));
     let pace = |bytes: u64| {
         task.check()?;
-        rates.iter().try_for_each(|rate| rate.take(bytes, task.stop))?;
+        task.counts.stages.time(Stage::Throttle, || rates.iter().try_for_each(|rate| rate.take(bytes, task.stop)))?;
         Counts::add(&task.counts.done, bytes);
         Counts::add(&task.counts.read, bytes);
         if production {
@@ -116,6 +118,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
             stop: task.stop,
             pace: &pace,
             ahead: &|bytes| Counts::add(&task.counts.total, bytes),
+            stages: &task.counts.stages,
             notes: Mutex::default(),
         };
         let report = run.work(job)?;
@@ -142,6 +145,7 @@ pub fn foresee(context: &Context, name: &str, job: &Job, machine: Option<&str>) 
             stop: context.stop()?,
             pace: &stores::at_will,
             ahead: &|_| (),
+            stages: &Stages::default(),
             notes: Mutex::default(),
         };
         let what = match &job.kind {

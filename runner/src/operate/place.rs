@@ -51,8 +51,14 @@ pub fn target(context: &Context, record: &ReplicaRecord, kind: HomeKind, word: O
         })?,
         Some(word) => named(context, word)?,
     };
-    let mut home =
-        Home { kind, machine: place.name, host: place.host, folder: place.folder.clone(), disks: Vec::new() };
+    let mut home = Home {
+        kind,
+        machine: place.name,
+        host: place.host,
+        folder: place.folder.clone(),
+        disks: Vec::new(),
+        configured: None,
+    };
     home.disks = match kind {
         HomeKind::New => {
             let tops = record.failover.iter().flat_map(|failover| &failover.tops);

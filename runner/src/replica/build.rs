@@ -37,7 +37,7 @@ use super::{
 use crate::{
     copy::{Piece, each_data_range, is_zero_bytes, sweep},
     fail::{Code, Fail, Result},
-    tasks::is_gone,
+    tasks::{Stage, is_gone},
 };
 
 /// Bytes looked at between two marks, at most.
@@ -62,6 +62,8 @@ pub enum Moved {
     Written(u64),
     /// Blocks were found equal.
     Equal(u64),
+    /// A thread was busy for so long.
+    Took(Stage, Duration),
 }
 
 impl Moved {
@@ -69,7 +71,7 @@ impl Moved {
     pub fn looked_at(self) -> u64 {
         match self {
             Self::Read(bytes) | Self::Zeros(bytes) => bytes,
-            Self::Ahead(_) | Self::Written(_) | Self::Equal(_) => 0,
+            Self::Ahead(_) | Self::Written(_) | Self::Equal(_) | Self::Took(..) => 0,
         }
     }
 }
@@ -206,6 +208,7 @@ impl DiskBuild {
             changed: Mutex::new(Vec::new()),
             written: AtomicU64::new(0),
             equal: AtomicU64::new(0),
+            storing: AtomicU64::new(0),
             pace,
         };
         let mut mark = mark;
@@ -218,7 +221,9 @@ impl DiskBuild {
             rest = rest.clip(part.end()..u64::MAX);
             let began = Instant::now();
             let read = sweep(&source, &part, block, &|offset, piece| work.take(offset, piece))?;
-            mark.carried.bytes_read += read;
+            mark.carried.bytes_read += read.read;
+            pace(Moved::Took(Stage::Source, read.reading))?;
+            pace(Moved::Took(Stage::Target, Duration::from_nanos(work.storing.swap(0, Ordering::Relaxed))))?;
             mark.carried.bytes_written += work.written.swap(0, Ordering::Relaxed);
             mark.carried.blocks_equal += work.equal.swap(0, Ordering::Relaxed);
             mark.done_until = part.end();
@@ -311,6 +316,8 @@ struct Work<'a> {
     changed: Mutex<Vec<(u64, Sum)>>,
     written: AtomicU64,
     equal: AtomicU64,
+    /// Nanoseconds that storing took.
+    storing: AtomicU64,
     pace: Pace<'a>,
 }
 
@@ -333,7 +340,10 @@ impl Work<'_> {
                 return Ok(());
             }
             let at = index * block;
+            let began = Instant::now();
             let stored = self.store(at, bytes, block.min(size - at))?;
+            let nanos = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            self.storing.fetch_add(nanos, Ordering::Relaxed);
             written += stored;
             self.digests.lock().set(index, new);
             self.changed.lock().push((index, new));

@@ -139,6 +139,18 @@ pub struct Home {
     pub folder: PathBuf,
     /// Its disks.
     pub disks: Vec<HomeDisk>,
+    /// How it is described anew, where that is wanted.
+    #[serde(default)]
+    pub configured: Option<Configured>,
+}
+
+/// Two descriptions of production's machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Configured {
+    /// As it was found.
+    pub before: String,
+    /// As the replica's machine is.
+    pub after: String,
 }
 
 /// The three targets of a failback.

@@ -19,7 +19,7 @@ use super::{
     desk::Desk,
     layers,
     model::{Carried, HomeDisk, Origin, PointRecord, ReplicaRecord, Top, VERSION},
-    run::{Opened, Ran, ReplicaSpec, RunSource, RunWork, finish_old, prepare, written},
+    run::{Opened, Ran, ReplicaSpec, RunSource, RunWork, ended_now, finish_old, prepare, written},
     state::Op,
 };
 use crate::fail::Result;
@@ -117,11 +117,13 @@ pub fn replicate_production(
     origin: Origin,
     look: impl FnOnce() -> Result<Look>,
 ) -> Result<Ran> {
+    let known = desk.points(&spec.name)?;
     let row = prepare(desk, spec)?;
     if row.record.state.holds_replication() || row.record.excluded {
         return Ok(Ran::OnHold(row.record.state));
     }
-    let mut made = finish_old(desk, row)?;
+    let mut made = ended_now(desk, &spec.name, &known)?;
+    made.extend(finish_old(desk, row)?);
     let row = desk.ready_for(&spec.name, Op::Replicate)?;
     let work = look()?.work(spec, origin, row.record.next_layer);
     made.push(desk.carry_out(&spec.name, work, None)?.point);

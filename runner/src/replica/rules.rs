@@ -88,12 +88,27 @@ impl Rules {
     pub fn moved(&self, description: &MachineDescription) -> MachineDescription {
         let mut moved = description.clone();
         for nic in &mut moved.nics {
-            let Some(network) = &nic.network else { continue };
-            if let Some(rule) = self.networks.iter().find(|rule| rule.covers(network)) {
-                nic.network = Some(rule.name());
-            }
+            nic.network = nic.network.as_deref().map(|network| self.forth(network));
         }
         moved
+    }
+
+    /// The target's name for a network of production.
+    pub fn forth(&self, network: &str) -> String {
+        let rule = self.networks.iter().find(|rule| rule.covers(network));
+        rule.map_or_else(|| network.to_owned(), Network::name)
+    }
+
+    /// Production's name for a network of the target.
+    pub fn back(&self, network: &str) -> String {
+        let rule = self.networks.iter().find(|rule| rule.name() == network);
+        rule.map_or_else(
+            || network.to_owned(),
+            |rule| match rule.from_vlan.unwrap_or(0) {
+                0 => rule.from.clone(),
+                vlan => format!("{}.{vlan}", rule.from),
+            },
+        )
     }
 }
 

@@ -20,7 +20,7 @@ use std::{
 
 use aquifer_formats::{
     probe::Format,
-    repo::{Point, PointState, Repository, record::MachineDescription},
+    repo::{Access, Point, PointState, Repository, record::MachineDescription},
 };
 use aquifer_vdisk::{Chain, Delta, delta_between};
 use jiff::Timestamp;
@@ -88,6 +88,9 @@ pub struct RunOptions {
     pub mark_bytes: u64,
     /// Whether what was written is read back.
     pub verify: bool,
+    /// Whether repositories that belong to another installation are read as well.
+    #[serde(default)]
+    pub imported: bool,
 }
 
 impl Default for RunOptions {
@@ -100,6 +103,7 @@ impl Default for RunOptions {
             block: super::digests::BLOCK_MIN,
             mark_bytes: MARK_BYTES,
             verify: false,
+            imported: false,
         }
     }
 }
@@ -190,11 +194,13 @@ pub fn replicate(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<Ran> {
 /// # Errors
 /// As [`replicate`].
 pub fn replicate_as(desk: &Desk<'_>, spec: &ReplicaSpec, origin: Origin) -> Result<Ran> {
+    let known = desk.points(&spec.name)?;
     let row = prepare(desk, spec)?;
     if row.record.state.holds_replication() || row.record.excluded {
         return Ok(Ran::OnHold(row.record.state));
     }
-    let mut made = finish_old(desk, row)?;
+    let mut made = ended_now(desk, &spec.name, &known)?;
+    made.extend(finish_old(desk, row)?);
     loop {
         let points = desk.points(&spec.name)?;
         let Some((repository, point)) = choose(desk, spec, points.last())? else { break };
@@ -207,6 +213,12 @@ pub fn replicate_as(desk: &Desk<'_>, spec: &ReplicaSpec, origin: Origin) -> Resu
         }
     }
     Ok(if made.is_empty() { Ran::NoNewPoint } else { Ran::Made(made) })
+}
+
+/// Points of a run whose worker died, which was brought to its end by looking at the replica: they are this run's.
+pub(super) fn ended_now(desk: &Desk<'_>, name: &str, known: &[PointRecord]) -> Result<Vec<PointRecord>> {
+    let is_new = |point: &PointRecord| !known.iter().any(|before| before.id == point.id);
+    Ok(desk.points(name)?.into_iter().filter(is_new).collect())
 }
 
 /// The replica's record, made where there is none, with whatever died before it brought to an end.
@@ -330,6 +342,7 @@ pub fn choose(desk: &Desk<'_>, spec: &ReplicaSpec, latest: Option<&PointRecord>)
     let latest = latest.filter(|point| point.origin != Origin::Mapped);
     for dir in &spec.repositories {
         let repo = Repository::open(dir, desk.me.clone())?;
+        refuse_foreign(&repo, spec)?;
         let machine = match repo.machine(&spec.machine) {
             Ok(machine) => machine,
             Err(aquifer_formats::repo::Error::NotFound { .. }) => continue,
@@ -364,6 +377,19 @@ pub fn choose(desk: &Desk<'_>, spec: &ReplicaSpec, latest: Option<&PointRecord>)
     } else {
         found.into_iter().max_by_key(by_time)
     })
+}
+
+/// Refuses a repository that another installation goes on writing to, unless the job says that it means that.
+pub(super) fn refuse_foreign(repo: &Repository, spec: &ReplicaSpec) -> Result<()> {
+    match repo.access()? {
+        Access::ReadOnly { owner } if !spec.options.imported => {
+            let what = format!("the points of {} are made by another installation, {}", spec.machine, owner.name);
+            let help =
+                format!("aquifer -r {} init --take-over    # or `imported = true` in the job's source", repo.label());
+            Err(Fail::new(Code::ForeignOwner, what).at(repo.label()).help(help))
+        }
+        Access::ReadOnly { .. } | Access::ReadWrite => Ok(()),
+    }
 }
 
 /// When the newest complete backup was made, if there is any.

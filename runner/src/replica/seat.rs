@@ -81,6 +81,7 @@ pub fn count(counts: &Counts, moved: Moved) {
         Moved::Read(bytes) => Counts::add(&counts.read, bytes),
         Moved::Zeros(_) => {}
         Moved::Written(bytes) => Counts::add(&counts.written, bytes),
+        Moved::Took(stage, took) => counts.stages.add(stage, took),
         Moved::Equal(blocks) => Counts::add(&counts.blocks_equal, blocks),
     }
 }
@@ -134,6 +135,7 @@ pub fn spec(context: &Context, job_name: &str, job: &ReplicationJob, machine: &s
         parallel: usize::try_from(job.parallel_disks).unwrap_or(1),
         block: job.block_bytes,
         verify: job.verify,
+        imported: job.imported,
         ..RunOptions::default()
     };
     Ok(ReplicaSpec {

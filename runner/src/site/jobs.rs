@@ -150,6 +150,7 @@ impl Reading<'_> {
             block_bytes,
             rpo_warn: table.duration("rpo_warn"),
             verify: table.truth("verify").unwrap_or(false),
+            imported: table.table("source").and_then(|source| source.truth("imported")).unwrap_or(false),
         })
     }
 

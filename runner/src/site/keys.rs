@@ -327,6 +327,11 @@ const REPLICA_SOURCE: Shape = Shape {
             Kind::OneOf(&["latest", "all"]),
             "with `backup`: the newest point only, or each that was missed",
         ),
+        may(
+            "imported",
+            Kind::Truth,
+            "whether repositories that belong to another installation, which goes on writing them, are read as well (default false: refused)",
+        ),
         may("prefer_backup", Kind::Duration, "with `production`: a restore point, if it is younger than this"),
         may("seed", Kind::Text, "with `production`: repository for the first run"),
     ],

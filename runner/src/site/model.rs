@@ -271,6 +271,8 @@ pub struct ReplicationJob {
     pub rpo_warn: Option<Duration>,
     /// Whether what was written is read back.
     pub verify: bool,
+    /// Whether repositories that belong to another installation are read as well.
+    pub imported: bool,
 }
 
 impl ReplicationJob {

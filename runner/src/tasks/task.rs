@@ -14,7 +14,7 @@ use std::{
 use parking_lot::Mutex;
 use serde_json::Value;
 
-use super::rate::Rates;
+use super::{rate::Rates, stage::Stages};
 use crate::{
     catalogue::{Catalogue, Event, Fence, Progress, Work},
     context::Context,
@@ -114,6 +114,8 @@ pub struct Counts {
     pub blocks_equal: AtomicU64,
     /// The lowest limit that applies, bytes each second; 0 is none.
     pub limit: AtomicU64,
+    /// Where its time goes.
+    pub stages: Stages,
     phase: Mutex<String>,
     samples: Mutex<VecDeque<(Instant, u64)>>,
 }
@@ -143,6 +145,7 @@ impl Counts {
             blocks_equal: get(&self.blocks_equal),
             rate: self.rate(Instant::now()),
             rate_limit: (limit > 0).then_some(limit),
+            busy: self.stages.busy(),
         }
     }
 

@@ -77,6 +77,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         stop,
         pace: &backup::at_will,
         ahead: None,
+        stages: None,
         notes: None,
     };
     if args.dry.dry_run {

@@ -8,11 +8,11 @@ use crate::{
     cli::{Confirm, DryRun},
     context::Context,
     fail::{Code, Fail, Result},
-    failback::estimate,
+    failback::{Drift, drift, estimate},
     operate::{self, Act, target},
     replica::{
         desk::object,
-        model::{HomeKind, ReplicaRecord, Switch},
+        model::{Home, HomeKind, ReplicaRecord, Switch},
         state::{Op, State},
     },
     units,
@@ -36,6 +36,9 @@ pub struct Args {
     /// Compare everything, whatever production itself has noted of its changes
     #[arg(long)]
     pub full: bool,
+    /// What becomes of production's description where the replica's machine has another one
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub drift: Option<OnDrift>,
     /// Leave production off in the end
     #[arg(long)]
     pub no_start: bool,
@@ -48,6 +51,15 @@ pub struct Args {
     /// Whether only to look.
     #[command(flatten)]
     pub dry: DryRun,
+}
+
+/// What becomes of production's description.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnDrift {
+    /// It stays as it is
+    Keep,
+    /// It is described as the replica's machine is, when the sides are changed
+    Apply,
 }
 
 /// When the sides are changed.
@@ -89,7 +101,10 @@ fn begin(context: &Context, args: &Args, record: &ReplicaRecord) -> Result<Wante
         (_, Some(word)) => (HomeKind::New, Some(word.as_str())),
         _ => (HomeKind::Original, None),
     };
-    let home = target(context, record, kind, word)?;
+    let mut home = target(context, record, kind, word)?;
+    if kind != HomeKind::New {
+        settle_drift(context, args, record, &mut home)?;
+    }
     let switch = args.switch.map_or(Switch::Manual, |When(switch)| switch);
     let loss = (kind != HomeKind::New).then(|| {
         let files: Vec<String> = home.disks.iter().map(|disk| disk.path.display().to_string()).collect();
@@ -107,6 +122,28 @@ fn begin(context: &Context, args: &Args, record: &ReplicaRecord) -> Result<Wante
             .ask(&record.name, Act::Failback { home, switch, power_on: !args.no_start, compare: args.full }),
         loss,
     })
+}
+
+/// Lists what a way home does not send by itself, and does with it what was said.
+fn settle_drift(context: &Context, args: &Args, record: &ReplicaRecord, home: &mut Home) -> Result<()> {
+    let Drift { lines, apply } = drift(record, home, &context.cache()?)?;
+    if lines.is_empty() {
+        return Ok(());
+    }
+    context
+        .out
+        .record("drift", &serde_json::json!({ "replica": record.name, "home": home.machine, "differences": lines }));
+    lines.iter().for_each(|line| context.out.say(format_args!("{}: {line}", record.name)));
+    match args.drift {
+        Some(OnDrift::Keep) => {}
+        Some(OnDrift::Apply) => home.configured = apply,
+        None if args.dry.dry_run => {}
+        None => {
+            let what = format!("{} is described differently at home: {}", record.name, lines.join("; "));
+            return Err(Fail::new(Code::ConfigDrift, what).at(home.folder.display()).help_again("--drift keep"));
+        }
+    }
+    Ok(())
 }
 
 /// The second pass of a way home that waits for it.

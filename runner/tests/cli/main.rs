@@ -19,6 +19,7 @@ mod measure;
 #[path = "../../../tests/src/postgres.rs"]
 #[allow(dead_code, unreachable_pub, reason = "shared with the tests of the other rooms")]
 mod postgres;
+mod proxies;
 mod reclaim;
 mod replication;
 mod replication_killed;

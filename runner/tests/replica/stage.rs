@@ -287,7 +287,7 @@ impl Stage {
             HomeKind::New => HomeDisk { path: disk.path.with_extension("qcow2"), format: Format::Qcow2, ..disk },
             _ => disk,
         });
-        Home { kind, machine: MACHINE.into(), host: "prod".into(), folder, disks: disks.into() }
+        Home { kind, machine: MACHINE.into(), host: "prod".into(), folder, disks: disks.into(), configured: None }
     }
 
     /// Makes production's images with these bytes.

@@ -4,6 +4,8 @@
 //! - A machine that runs is never read from its files: its hypervisor serves them as they were.
 //! - Whatever was put into a running machine is taken out again, also where the copy failed.
 
+use std::collections::BTreeMap;
+
 use aquifer_formats::{
     probe::Format,
     repo::{DiskName, record::MachineDescription},
@@ -33,7 +35,7 @@ use crate::{
 pub(super) struct Watched {
     pub(super) look: Look,
     // The moment is over before what serves it ends.
-    _held: Option<(Moment, Fleece)>,
+    _held: Option<(Moment, Option<Fleece>)>,
 }
 
 impl Watched {
@@ -46,6 +48,9 @@ impl Watched {
             return Ok(Self { look, _held: None });
         }
         let entry = entry(site, machine)?;
+        if let MachineSource::Images { disks, .. } = &entry.source {
+            return served(context, entry, machine, disks);
+        }
         let place = place(context, site, entry)?.ok_or_else(|| Fail::new(Code::Bug, "a machine without a place"))?;
         caught(context, desk, entry, machine, &place)
     }
@@ -70,6 +75,9 @@ impl Watched {
             (_, Some(place)) => place.disks.iter().map(|(name, path)| (name.clone(), word(path))).collect(),
             (_, None) => Vec::new(),
         };
+        if words.iter().all(|(_, word)| is_served(word)) && !words.is_empty() {
+            return Ok(None);
+        }
         let folder: Vec<_> = place.iter().map(|place| place.folder.clone()).collect();
         let (mut wanted, mut disks) = (Vec::new(), Vec::new());
         for (name, word) in words.iter().filter(|(name, _)| !is_out(entry, name)) {
@@ -139,6 +147,35 @@ fn about(
     describe::describe(context, &describe::About { machine, description, nvram }, wanted)
 }
 
+/// Whether a SOURCE is an export of a server: then whoever serves it holds it still.
+fn is_served(word: &str) -> bool {
+    ["nbd://", "nbds://", "nbd+unix://", "nbds+unix://"].iter().any(|scheme| word.starts_with(scheme))
+}
+
+/// Disks that their own computer serves: what is compared and left out is so here, and only reading is done there.
+fn served(context: &Context, entry: &Machine, machine: &str, disks: &BTreeMap<String, String>) -> Result<Watched> {
+    let (mut wanted, mut doors, mut sizes) = (Vec::new(), Vec::new(), Vec::new());
+    let taken = Timestamp::now();
+    for (name, word) in disks {
+        let name = DiskName::new(name.as_str())?;
+        if is_out(entry, &name) {
+            continue;
+        }
+        let disk = backup::open_source(context, &name, word, &[], Hint::None)?;
+        let ChainSpec::Nbd { uri } = &disk.selected.spec else {
+            return Err(Fail::new(Code::Unsupported, format!("the disks of {machine} are served in part only")));
+        };
+        sizes.push((name.as_str().to_owned(), disk.disk.size()));
+        doors.push(SourceDoor { disk: name.as_str().to_owned(), uri: uri.clone() });
+        wanted.push(disk);
+    }
+    some(machine, &wanted)?;
+    let description = about(context, entry, machine, None, &wanted)?;
+    let moment = Moment::begin();
+    let source = RunSource::Doors { moment: moment.id(), disks: doors };
+    Ok(Watched { look: Look { source, disks: sizes, description, taken }, _held: Some((moment, None)) })
+}
+
 /// A running machine, caught.
 fn caught(context: &Context, desk: &Desk<'_>, entry: &Machine, machine: &str, place: &Place) -> Result<Watched> {
     let sockets = place.sockets();
@@ -170,5 +207,5 @@ fn caught(context: &Context, desk: &Desk<'_>, entry: &Machine, machine: &str, pl
     let moment = Moment::begin();
     let source = RunSource::Doors { moment: moment.id(), disks: doors };
     let look = Look { source, disks: sizes, description, taken };
-    Ok(Watched { look, _held: Some((moment, fleece)) })
+    Ok(Watched { look, _held: Some((moment, Some(fleece))) })
 }
