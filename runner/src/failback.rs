@@ -19,13 +19,14 @@
 pub mod changed;
 pub mod drift;
 pub mod estimate;
+mod home;
 pub mod pass;
 
 pub use changed::{Changed, Mark};
 pub use drift::{Drift, drift};
 pub use estimate::{Estimate, estimate};
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use aquifer_formats::{probe::Format, repo::record::MachineDescription};
 use aquifer_vdisk::{Chain, Delta};
@@ -33,22 +34,26 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use self::pass::{Pass, working_of};
+use self::{
+    home::{check_home, describe_home, has_room, pairs, stands_still, write_home},
+    pass::{Pass, working_of},
+};
 use crate::{
     fail::{Code, Fail, Result},
     failover::{describe_latest, power_off, put_layers, start},
-    host::{Running, placed},
+    host::{Running, in_use::Against},
     replica::{
         build::discard,
-        desk::{Desk, Stamp, Went, Work},
+        desk::{Desk, Went, Work},
         digests::Digests,
         images, keep, layers,
         model::{
-            Carried, FailbackRecord, FailoverRecord, Home, HomeDisk, HomeKind, Origin, PointRecord, ReplicaRecord,
-            Switch, Top, VERSION,
+            Carried, FailbackRecord, FailoverRecord, Home, HomeKind, Origin, PointRecord, ReplicaRecord, Switch, Top,
+            VERSION,
         },
-        run::{describe, refuse_strangers, written},
+        run::{describe, written},
         state::{Op, State},
+        trust::{self, Holds},
     },
     step::{AfterCrash, Plan},
 };
@@ -110,51 +115,21 @@ pub fn failback(desk: &Desk<'_>, name: &str, home: Home, switch: Switch, changed
     Ok(desk.carry_out(name, work, None)?.carried)
 }
 
-/// Refuses a target before anything is turned off.
-fn check_home(desk: &Desk<'_>, record: &ReplicaRecord, failover: &FailoverRecord, home: &Home) -> Result<()> {
-    let at = |fail: Fail| Err(fail.at(home.folder.display()));
-    let folder = std::fs::canonicalize(&home.folder).unwrap_or_else(|_| home.folder.clone());
-    if folder == record.folder {
-        return at(Fail::new(Code::Refused, "a replica cannot come home to itself"));
-    }
-    if home.kind == HomeKind::New {
-        return refuse_strangers(&home.folder);
-    }
-    if Stamp::read(&home.folder)?.is_some() {
-        return at(Fail::new(Code::Refused, format!("{} is a replica, not a home", home.folder.display())));
-    }
-    for top in &failover.tops {
-        let Some(disk) = home.disks.iter().find(|disk| disk.disk == top.disk) else {
-            let what = format!("{} has no disk {}", home.machine, top.disk);
-            return at(Fail::new(Code::NotFound, what));
-        };
-        layers::open(&disk.path, disk.format, desk.cache)?;
-        let need = top.size / 64;
-        let folder = disk.path.parent().unwrap_or(Path::new("/"));
-        let stat = rustix::fs::statvfs(folder).map_err(|e| Fail::io(folder.display(), "look at", &e.into()))?;
-        if stat.f_bavail.saturating_mul(stat.f_frsize) < need.min(1 << 20) {
-            return at(Fail::new(Code::Capacity, format!("no space is left in {}", folder.display())));
-        }
-    }
-    Ok(())
-}
-
-/// Disks of a takeover with those of the target.
-fn pairs<'w>(home: &'w Home, tops: &'w [Top]) -> impl Iterator<Item = (&'w Top, &'w HomeDisk)> {
-    tops.iter().filter_map(|top| Some((top, home.disks.iter().find(|disk| disk.disk == top.disk)?)))
-}
-
 impl BackWork {
     /// Lets the machine write to new layers. Done again it goes on.
     fn freeze(&mut self, desk: &Desk<'_>) -> Result<()> {
         let record = desk.load(&self.name)?.record;
-        put_layers(&record.folder, &self.sent, &self.tops)?;
+        put_layers(desk, &record, &self.sent, &self.tops)?;
         let running = desk.running(&record.folder);
         for (index, top) in self.tops.iter().enumerate() {
             if let Some(running) = &running {
                 desk.host.layer(running, index, &record.folder.join(&top.file))?;
             }
             self.layered = self.layered.max(index + 1);
+        }
+        // Nobody writes to them any more.
+        for sent in &self.sent {
+            trust::enter(&record, &sent.file, &record.folder.join(&sent.file), Holds::Frozen)?;
         }
         describe(&record, &self.description, &self.tops)
     }
@@ -167,6 +142,13 @@ impl BackWork {
         self.carried = Carried::default();
         if self.home.kind == HomeKind::Original {
             self.changed.read(&self.home.disks)?;
+        }
+        // Neither digests nor notes of changes say what layers hold that were changed from outside.
+        let touched = point.map_or_else(|| Ok(Vec::new()), |point| trust::look(&record, point))?;
+        if let Some(layer) = touched.first() {
+            let what = format!("the layer {} of {} was changed from outside", layer.file, self.name);
+            (desk.warn)(Code::WarnResync, what);
+            self.changed = Changed::default();
         }
         let began = std::time::Instant::now();
         for (top, disk) in pairs(&self.home, &self.sent) {
@@ -185,6 +167,10 @@ impl BackWork {
                 None => None,
             };
             let digests = match (&ranges, point) {
+                (None, Some(_)) if !touched.is_empty() => {
+                    let disk = aquifer_vdisk::Disk::read_only(&top.disk, from.clone());
+                    Some(Digests::of(&disk, record.digest_block)?)
+                }
                 (None, Some(point)) => Some(digests_of(&record, point, top, &from)?),
                 _ => None,
             };
@@ -200,7 +186,7 @@ impl BackWork {
             self.carried.add(pass.run()?);
         }
         self.took_ms = u64::try_from(began.elapsed().as_millis()).ok();
-        Ok(())
+        has_room(desk, &self.home, &self.sent, 1)
     }
 
     fn forget_compared(&self) -> Result<()> {
@@ -259,7 +245,15 @@ impl Work for BackWork {
 
     fn plan<'a>(desk: &'a Desk<'a>) -> Plan<'a, Self> {
         Plan::new(AfterCrash::Back)
-            .step("home_off", |work: &mut Self| power_off(desk, &work.home.folder, desk.grace).map(drop), |_| Ok(()))
+            .step(
+                "home_off",
+                |work: &mut Self| {
+                    power_off(desk, &work.home.folder, desk.grace)?;
+                    let there = pairs(&work.home, &work.sent).filter(|_| work.home.kind != HomeKind::New);
+                    there.map(|(_, disk)| disk).try_for_each(|disk| images::free(disk, Against::Anybody))
+                },
+                |_| Ok(()),
+            )
             // The machine may be on its new layers already, so the way back leads over them.
             .step("freeze", |work: &mut Self| work.freeze(desk), |work: &mut Self| work.freeze(desk))
             .step("first_pass", |work: &mut Self| work.compare(desk), |work: &mut Self| work.forget_compared())
@@ -267,7 +261,7 @@ impl Work for BackWork {
                 if work.home.kind == HomeKind::New {
                     return describe_home(&work.home, &work.description, &work.sent);
                 }
-                write_home(&work.home, &work.sent, 1)
+                write_home(desk, &work.home, &work.sent, 1)
             })
             .final_step("look", |work: &mut Self| {
                 work.written = work.home.disks.iter().map(|disk| written(&disk.path)).collect::<Result<_>>()?;
@@ -302,26 +296,6 @@ impl Work for BackWork {
             });
         }
     }
-}
-
-/// Writes the working layers of a pass down into production's images. Done again it goes on.
-fn write_home(home: &Home, tops: &[Top], pass: u32) -> Result<()> {
-    pairs(home, tops).try_for_each(|(_, disk)| {
-        let working = working_of(&disk.path, pass);
-        if working.exists() {
-            images::merge_down(&working, &disk.path)?;
-        }
-        layers::remove(&working)
-    })
-}
-
-fn describe_home(home: &Home, description: &MachineDescription, tops: &[Top]) -> Result<()> {
-    let disks = pairs(home, tops).map(|(top, disk)| {
-        let file = disk.path.strip_prefix(&home.folder).unwrap_or(&disk.path);
-        (top.disk.clone(), file.display().to_string())
-    });
-    let description = MachineDescription { name: home.machine.clone(), ..description.clone() };
-    placed::write(&home.folder, &description, &disks.collect::<Vec<_>>())
 }
 
 /// The second pass under way.
@@ -364,7 +338,7 @@ pub fn switchover(desk: &Desk<'_>, name: &str, power_on: bool, grace: Duration) 
     let missing = || Fail::new(Code::Bug, "a way home without a record");
     let failover = record.failover.clone().ok_or_else(missing)?;
     let failback = record.failback.clone().ok_or_else(missing)?;
-    stands_still(desk, name, &failback)?;
+    stands_still(desk, &record, &failback)?;
     let points = desk.points(name)?;
     let base = points.iter().find(|point| point.id == failover.point);
     let number = record.next_layer.max(points.last().map_or(0, |last| last.number + 1));
@@ -403,21 +377,6 @@ pub fn switchover(desk: &Desk<'_>, name: &str, power_on: bool, grace: Duration) 
     Ok(Switched { carried: work.carried, downtime_ms: downtime.filter(|_| work.was_on) })
 }
 
-/// Refuses a home that somebody has changed since the first pass: the second one sends only what the replica wrote.
-fn stands_still(desk: &Desk<'_>, name: &str, failback: &FailbackRecord) -> Result<()> {
-    let home = &failback.home;
-    let known = home.disks.iter().zip(&failback.written);
-    let mut changed = known.filter(|(disk, as_of)| written(&disk.path).ok() != Some(**as_of));
-    let what = match (desk.running(&home.folder), changed.next()) {
-        (Some(_), _) => format!("{} runs: what it writes would be lost", home.machine),
-        (None, Some((disk, _))) => format!("{} of {} was written to since the first pass", disk.disk, home.machine),
-        (None, None) => return Ok(()),
-    };
-    Err(Fail::new(Code::State, what)
-        .at(home.folder.display())
-        .help(format!("aquifer undo {name}    # then failback again")))
-}
-
 impl SwitchWork {
     /// Makes the replica's present state a restore point, with its digests.
     fn protect(&mut self, desk: &Desk<'_>) -> Result<()> {
@@ -439,6 +398,9 @@ impl SwitchWork {
     fn second_pass(&mut self, desk: &Desk<'_>) -> Result<()> {
         let record = desk.load(&self.name)?.record;
         self.carried = Carried::default();
+        for (_, disk) in pairs(&self.home, &self.tops) {
+            images::free(disk, Against::Anybody)?;
+        }
         for ((top, disk), sent) in pairs(&self.home, &self.tops).zip(&self.sent) {
             let before = record.folder.join(&sent.file);
             let from = layers::open(&record.folder.join(&top.file), Format::Qcow2, desk.cache)?;
@@ -453,7 +415,7 @@ impl SwitchWork {
             };
             self.carried.add(pass.run()?);
         }
-        Ok(())
+        has_room(desk, &self.home, &self.tops, 2)
     }
 }
 
@@ -491,9 +453,13 @@ impl Work for SwitchWork {
                     pairs(&work.home, &work.tops).try_for_each(|(_, disk)| discard(&working_of(&disk.path, 2)))
                 },
             )
-            .final_step("write_home", |work: &mut Self| write_home(&work.home, &work.tops, 2))
+            .final_step("write_home", |work: &mut Self| write_home(desk, &work.home, &work.tops, 2))
             .final_step("stamp", |work: &mut Self| {
                 let record = desk.load(&work.name)?.record;
+                let holds = Holds::Point(work.protective.id);
+                for top in &work.protective.disks {
+                    trust::enter(&record, &top.file, &record.folder.join(&top.file), holds)?;
+                }
                 desk.put_point(&work.name, &work.protective)?;
                 desk.stamp(&record.folder, record.lineage, work.epoch + 1)
             })
@@ -651,7 +617,7 @@ impl Work for ReturnWork {
             .final_step("layer", |work: &mut Self| {
                 let record = desk.load(&work.name)?.record;
                 let Some(point) = work.point.as_ref().filter(|_| work.changed) else { return Ok(()) };
-                put_layers(&record.folder, &point.disks, &work.tops)?;
+                put_layers(desk, &record, &point.disks, &work.tops)?;
                 describe(&record, &point.description, &work.tops)?;
                 desk.stamp(&record.folder, record.lineage, work.epoch + 1)
             })
@@ -679,6 +645,7 @@ impl Work for ReturnWork {
                 since: Timestamp::now(),
                 reason: Some("the way home was taken back".into()),
                 tops: self.tops.clone(),
+                description: point.description.clone(),
                 running: self.running.clone(),
             });
         }

@@ -19,16 +19,19 @@ use crate::{
     fail::{Code, Fail, Result},
     host::{
         Running,
+        in_use::Against,
         placed::{self, Placed},
     },
     recover::shape::Wishes,
     replica::{
+        build::forget,
         desk::{Desk, Went, Work},
         images, keep, layers,
-        model::{FailoverRecord, PointRecord, ReplicaRecord, Top},
+        model::{FailoverRecord, HomeDisk, PointRecord, ReplicaRecord, Top},
         production::replicate_images,
         run::{ReplicaSpec, describe, replicate},
         state::{Op, State},
+        trust::{self, Holds, Proof},
     },
     source::PointRef,
     step::{AfterCrash, Plan},
@@ -54,6 +57,12 @@ pub struct FailoverWork {
     start: bool,
     /// It failed before; its layer is kept.
     again: bool,
+    /// A point that was changed from outside is good enough.
+    #[serde(default)]
+    force: bool,
+    /// It was, or may have been.
+    #[serde(default)]
+    touched: bool,
     /// The machine, once it runs.
     pub running: Option<Running>,
 }
@@ -100,6 +109,29 @@ pub fn failover(
     reason: Option<String>,
     start: bool,
 ) -> Result<FailoverWork> {
+    failover_as(desk, name, wanted, reason, Manner { start, force: false })
+}
+
+/// How a takeover is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Manner {
+    /// Whether the machine is started.
+    pub start: bool,
+    /// Also at a point that was changed from outside.
+    pub force: bool,
+}
+
+/// As [`failover`].
+///
+/// # Errors
+/// As [`failover`].
+pub fn failover_as(
+    desk: &Desk<'_>,
+    name: &str,
+    wanted: &PointRef,
+    reason: Option<String>,
+    Manner { start, force }: Manner,
+) -> Result<FailoverWork> {
     let row = desk.ready_for(name, Op::Failover)?;
     let record = row.record;
     let points = desk.points(name)?;
@@ -116,7 +148,7 @@ pub fn failover(
         }
         None => FailoverWork::new(&record, pick(name, &points, wanted)?, reason.clone(), start),
     };
-    desk.carry_out(name, work, reason)
+    desk.carry_out(name, FailoverWork { force, ..work }, reason)
 }
 
 impl FailoverWork {
@@ -138,8 +170,36 @@ impl FailoverWork {
             description: point.description.clone(),
             start,
             again: false,
+            force: false,
+            touched: false,
             running: None,
         }
+    }
+
+    /// Refuses a point that somebody has changed from outside, unless that is good enough.
+    fn prove(&mut self, desk: &Desk<'_>, record: &ReplicaRecord) -> Result<()> {
+        let points = desk.points(&self.name)?;
+        let Some(point) = points.iter().find(|point| point.id == self.point) else { return Ok(()) };
+        let what = match trust::prove(desk, record, point)? {
+            Proof::Untouched => return Ok(()),
+            Proof::Same => format!("layers of {} were touched from outside, and hold what they held", self.name),
+            Proof::Unknown(touched) => {
+                self.touched = true;
+                let files: Vec<_> = touched.into_iter().map(|layer| layer.file).collect();
+                format!("{} of {} may have been changed from outside: no digests are left", files.join(", "), self.name)
+            }
+            Proof::Differs(disk) => {
+                self.touched = true;
+                let what = format!("{disk} of the point {} was changed from outside since it was made", point.id);
+                if !self.force {
+                    let fail = Fail::new(Code::BlockCorrupt, what).at(record.folder.display());
+                    return Err(fail.help(format!("aquifer failover {} --to latest~1    # or --force", self.name)));
+                }
+                what
+            }
+        };
+        (desk.warn)(Code::WarnResync, what);
+        Ok(())
     }
 }
 
@@ -154,13 +214,12 @@ impl Work for FailoverWork {
                 |work: &mut Self| {
                     let record = desk.load(&work.name)?.record;
                     whole(desk, &record, &work.below)?;
-                    put_layers(&record.folder, &work.below, &work.tops)
+                    work.prove(desk, &record)?;
+                    put_layers(desk, &record, &work.below, &work.tops)
                 },
                 |work: &mut Self| {
                     let record = desk.load(&work.name)?.record;
-                    let made = work.tops.iter().filter(|_| !work.again);
-                    made.map(|top| record.folder.join(&top.file))
-                        .try_for_each(|path| super::replica::build::discard(&path))
+                    if work.again { Ok(()) } else { remove_layers(&record, &work.tops) }
                 },
             )
             .step(
@@ -205,8 +264,10 @@ impl Work for FailoverWork {
             since: record.failover.as_ref().map_or_else(Timestamp::now, |before| before.since),
             reason: self.reason.clone(),
             tops: self.tops.clone(),
+            description: self.description.clone(),
             running: self.running.clone(),
         });
+        record.needs_resync |= self.touched;
     }
 }
 
@@ -218,13 +279,29 @@ fn whole(desk: &Desk<'_>, record: &ReplicaRecord, disks: &[Top]) -> Result<()> {
     })
 }
 
-/// Puts an empty layer on each disk.
+/// Puts an empty layer on each disk. One of ours that is there already is left alone.
 ///
 /// # Errors
 /// I/O.
-pub(crate) fn put_layers(folder: &Path, below: &[Top], tops: &[Top]) -> Result<()> {
+pub(crate) fn put_layers(desk: &Desk<'_>, record: &ReplicaRecord, below: &[Top], tops: &[Top]) -> Result<()> {
     below.iter().zip(tops).try_for_each(|(below, top)| {
-        layers::make_empty(&folder.join(&top.file), &folder.join(&below.file), Format::Qcow2, top.size)
+        if trust::is_live(record, &top.file)? {
+            return Ok(());
+        }
+        trust::set_aside(desk, record, &top.file)?;
+        let on = record.folder.join(&below.file);
+        layers::make_empty(&record.folder.join(&top.file), (&on, Format::Qcow2), top.size, |part| {
+            trust::enter(record, &top.file, part, Holds::Writes)
+        })
+    })
+}
+
+/// Takes such layers back.
+fn remove_layers(record: &ReplicaRecord, tops: &[Top]) -> Result<()> {
+    tops.iter().try_for_each(|top| {
+        let path = record.folder.join(&top.file);
+        forget(&path)?;
+        if trust::is_live(record, &top.file)? { layers::remove(&path) } else { Ok(()) }
     })
 }
 
@@ -276,6 +353,44 @@ pub(crate) fn describe_latest(desk: &Desk<'_>, name: &str) -> Result<()> {
     let record = desk.load(name)?.record;
     let points = desk.points(name)?;
     points.last().map_or(Ok(()), |point| describe(&record, &point.description, &point.disks))
+}
+
+/// A replica's machine being started again.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StartWork {
+    kind: String,
+    name: String,
+    running: Option<Running>,
+}
+
+/// Starts the machine of a replica that serves, after it has ended: its guest turned it off, or its host was. One that
+/// runs is left as it is.
+///
+/// # Errors
+/// [`Code::State`] unless it serves; the host's.
+pub fn start_again(desk: &Desk<'_>, name: &str) -> Result<()> {
+    desk.ready_for(name, Op::Start)?;
+    let work = StartWork { kind: StartWork::KIND.into(), name: name.into(), running: None };
+    desk.carry_out(name, work, None).map(drop)
+}
+
+impl Work for StartWork {
+    const OP: Op = Op::Start;
+    const KIND: &'static str = "start";
+
+    fn plan<'a>(desk: &'a Desk<'a>) -> Plan<'a, Self> {
+        Plan::new(AfterCrash::On).final_step("start", |work: &mut Self| {
+            let record = desk.load(&work.name)?.record;
+            work.running = Some(start(desk, &record.folder, &record.name)?);
+            Ok(())
+        })
+    }
+
+    fn settle(&self, record: &mut ReplicaRecord, _: &Went) {
+        if let (Some(failover), Some(running)) = (&mut record.failover, &self.running) {
+            failover.running = Some(running.clone());
+        }
+    }
 }
 
 /// A takeover being taken back.
@@ -390,18 +505,21 @@ pub struct PermanentWork {
 /// [`Code::State`]; what failed: called again, it goes on.
 pub fn permanent(desk: &Desk<'_>, name: &str) -> Result<()> {
     let record = desk.ready_for(name, Op::Permanent)?.record;
-    let points = desk.points(name)?;
     let Some(failover) = record.failover.clone() else {
         return Err(Fail::new(Code::Bug, "a takeover without a record"));
     };
-    let description = points.iter().find(|point| point.id == failover.point).map(|point| point.description.clone());
     let mut bases = Vec::new();
     for top in &failover.tops {
         let files = layers::files(&record.folder.join(&top.file))?;
         let base = files.last().and_then(|path| path.file_name()).and_then(|name| name.to_str()).unwrap_or_default();
         bases.push(Top { file: format!("{}/{base}", top.disk), ..top.clone() });
     }
-    let description = description.unwrap_or_else(|| MachineDescription { name: name.to_owned(), ..Default::default() });
+    let mut description = failover.description;
+    if description == MachineDescription::default() {
+        // Recorded before a takeover kept its machine.
+        let points = desk.points(name)?;
+        description = points.into_iter().find(|p| p.id == failover.point).map(|p| p.description).unwrap_or_default();
+    }
     let kind = PermanentWork::KIND.into();
     let work = PermanentWork { kind, name: name.into(), tops: failover.tops, bases, description };
     desk.carry_out(name, work, None).map(drop)
@@ -430,14 +548,16 @@ impl Work for PermanentWork {
                     let base = record.folder.join(&base.file);
                     let folder = record.folder.join(&top.disk);
                     let all = fs::read_dir(&folder).map_err(|e| Fail::io(folder.display(), "list", &e))?;
-                    let others = all.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| *path != base);
-                    others.into_iter().try_for_each(|path| layers::remove(&path))?;
+                    let all = all.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| *path != base);
+                    let ours = trust::known(&record)?;
+                    let mut rest = all.filter(|path| ours.contains(path) || keep::note_of(path).is_some());
+                    rest.try_for_each(|path| layers::remove(&path))?;
                 }
                 let digests = record.metadata.join(record.lineage.to_string());
                 if digests.exists() {
                     fs::remove_dir_all(&digests).map_err(|e| Fail::io(digests.display(), "remove", &e))?;
                 }
-                layers::remove(&record.folder.join("replica.json"))
+                trust::forget(&record.folder)
             })
     }
 
@@ -455,18 +575,27 @@ impl PermanentWork {
         let record = desk.load(&self.name)?.record;
         let running = desk.running(&record.folder);
         for (index, (top, base)) in self.tops.iter().zip(&self.bases).enumerate() {
-            let (top, base) = (record.folder.join(&top.file), record.folder.join(&base.file));
-            if top == base || !top.exists() {
+            let (top, base, size) = (record.folder.join(&top.file), record.folder.join(&base.file), top.size);
+            if top == base {
                 continue;
             }
-            // Whatever else stood on the base is given up before the base is written to.
-            let ours = layers::files(&top)?;
-            for stranger in images::beside(&base)?.into_iter().filter(|path| !ours.contains(path)) {
-                layers::remove(&stranger)?;
+            let is_there = top.exists();
+            if is_there {
+                // Whatever else stood on the base is given up before the base is written to.
+                let ours = layers::files(&top)?;
+                for stranger in images::beside(&base)?.into_iter().filter(|path| !ours.contains(path)) {
+                    layers::remove(&stranger)?;
+                }
             }
             match &running {
-                Some(running) => desk.host.merge(running, index, &base)?,
-                None => images::merge_down(&top, &base)?,
+                Some(running) => desk.host.merge(running, index, &base, size)?,
+                None => {
+                    if is_there {
+                        images::merge_down(&top, &base)?;
+                    }
+                    let format = placed::format_of(&base).map_or(Format::Qcow2, images::format);
+                    images::cut(&base, format, size, desk.cache)?;
+                }
             }
         }
         Ok(())
@@ -498,10 +627,11 @@ pub fn planned(desk: &Desk<'_>, spec: &ReplicaSpec, home: &Path, restart: bool, 
     if desk.running(home).is_some() {
         return Err(Fail::new(Code::Guest, format!("the machine in {} is not off", home.display())));
     }
-    let disks = placed.disks.iter().map(images::home_disk).collect();
+    let disks: Vec<HomeDisk> = placed.disks.iter().map(images::home_disk).collect();
     let points = desk.points(&spec.name)?;
     let description = points.last().map(|point| point.description.clone()).unwrap_or_default();
-    let moved = replicate_images(desk, spec, disks, description).and_then(|last| {
+    let free = |disks: &[HomeDisk]| disks.iter().try_for_each(|disk| images::free(disk, Against::Writers));
+    let moved = free(&disks).and_then(|()| replicate_images(desk, spec, disks, description)).and_then(|last| {
         let reason = Some("planned".to_owned());
         Ok(Planned { failover: failover(desk, &spec.name, &PointRef::Latest(0), reason, start_it)?, last })
     });

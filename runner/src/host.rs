@@ -11,6 +11,7 @@
 
 pub mod error;
 pub mod firmware;
+pub mod in_use;
 pub mod partition;
 pub mod placed;
 pub mod process;
@@ -185,8 +186,8 @@ pub trait Host: Debug + Send + Sync {
     fn variables(&self, dir: &Path) -> PathBuf;
 
     /// Starts a machine with one attachment for each of its disks, in order, and lets it go once its disks were seen to
-    /// be those. One that runs in that folder already is answered as it is. On an error nothing is left running and no
-    /// socket is left behind.
+    /// be those. One that runs in that folder already is answered as it is, if it stands on the same. On an error nothing
+    /// that was started is left running, and no socket is left behind.
     ///
     /// # Errors
     /// [`Error`]; the hypervisor's own words are in it.
@@ -209,11 +210,12 @@ pub trait Host: Debug + Send + Sync {
     fn layer(&self, running: &Running, index: usize, layer: &Path) -> Result<()>;
 
     /// Writes all layers of disk number `index` of a living machine down into the lowest one and moves the disk onto
-    /// it. It may take as long as it takes; a call that was cut short is made again.
+    /// it; where that one is longer than the disk's `size` in bytes, its end is cut off. It may take as long as it takes;
+    /// a call that was cut short is made again.
     ///
     /// # Errors
     /// The machine goes on where it was.
-    fn merge(&self, running: &Running, index: usize, base: &Path) -> Result<()>;
+    fn merge(&self, running: &Running, index: usize, base: &Path, size: u64) -> Result<()>;
 
     /// How it fares now.
     ///

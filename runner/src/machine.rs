@@ -12,7 +12,10 @@ mod plain;
 
 use std::{fs, path::Path};
 
-use crate::fail::{Code, Fail, Result};
+use crate::{
+    fail::{Code, Fail, Result},
+    strict,
+};
 
 /// Longest description that is read, bytes.
 pub const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -88,10 +91,7 @@ impl Described {
             let what = format!("{label} has {len} bytes; a machine's description has at most {FILE_BYTES_MAX}");
             return Err(Fail::new(Code::Config, what).at(label));
         }
-        let bytes = fs::read(path).map_err(|e| Fail::io(&label, "read", &e))?;
-        let text = String::from_utf8(bytes)
-            .map_err(|e| Fail::new(Code::Config, format!("{label} is not UTF-8")).at(&label).cause(e.utf8_error()))?;
-        Self::parse(&label, &text)
+        Self::parse(&label, &strict::text(path)?)
     }
 
     /// Reads a text of either form; `label` is for messages.

@@ -77,7 +77,12 @@ pub enum Act {
         start: bool,
         /// What happens to production's machine first.
         fence: Fence,
+        /// Also at a point that was changed from outside.
+        #[serde(default)]
+        force: bool,
     },
+    /// Starting its machine again.
+    Start,
     /// Taking over without a loss.
     Planned {
         /// The replica, as its job says.
@@ -154,6 +159,7 @@ impl Act {
     pub fn op(&self) -> Op {
         match self {
             Self::Failover { .. } => Op::Failover,
+            Self::Start => Op::Start,
             Self::Planned { .. } => Op::PlannedFailover,
             Self::Failback { .. } => Op::Failback,
             Self::Switchover { .. } => Op::Switchover,
@@ -188,10 +194,15 @@ impl Ask {
             self.still_meant(desk)?;
         }
         match &self.act {
-            Act::Failover { point, start, fence } if !is_done(Op::Failover) => {
+            Act::Failover { point, start, fence, force } if !is_done(Op::Failover) => {
                 self.fence(task, desk, *fence)?;
                 let wanted = PointRef::parse(point)?;
-                failover::failover(desk, name, &wanted, self.reason.clone(), *start)?;
+                let manner = failover::Manner { start: *start, force: *force };
+                failover::failover_as(desk, name, &wanted, self.reason.clone(), manner)?;
+            }
+            Act::Start if !is_done(Op::Start) => {
+                self.fence(task, desk, Fence::None)?;
+                failover::start_again(desk, name)?;
             }
             Act::Planned { spec, start, restart } if !is_done(Op::Failover) => {
                 let replica = member::place(desk, task.context.site()?, &spec.replica.host, &spec.replica)?;

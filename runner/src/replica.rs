@@ -4,6 +4,7 @@
 //! <images>/<replica>/
 //!   machine.toml              what the host starts
 //!   replica.json              whose chain this is, and since which change of sides
+//!   layers.json               each layer as it was when it was settled, and a copy of what the catalogue knows
 //!   <disk>/<number>.qcow2     a layer; the file it stands on is named by file name, with its format
 //!   <disk>/<number>.qcow2.*   a layer that a run is still writing
 //! ```
@@ -27,9 +28,11 @@ pub mod layers;
 pub mod member;
 pub mod model;
 pub mod production;
+pub mod recall;
 pub mod recover;
 pub mod remove;
 pub mod rules;
 pub mod run;
 pub mod seat;
 pub mod state;
+pub mod trust;

@@ -41,7 +41,7 @@ use self::{prove::Names, shape::Values};
 use crate::{
     fail::{Fail, Result},
     schedule::Window,
-    strict::Reader,
+    strict::{self, Reader},
 };
 
 /// Format of the site file this build reads.
@@ -101,8 +101,7 @@ impl Site {
             let what = format!("{label} has {len} bytes; a site file has at most {SITE_BYTES_MAX}");
             return Err(Fail::new(crate::fail::Code::Config, what).at(&label));
         }
-        let text = fs::read_to_string(path).map_err(|e| Fail::io(&label, "read", &e))?;
-        Self::parse(&label, &text)
+        Self::parse(&label, &strict::text(path)?)
     }
 
     /// Checks a text; `label` is for messages.

@@ -3,11 +3,27 @@
 //!
 //! Not here: which keys there are (`site`, `machine`).
 
-use std::ops::Range;
+use std::{fs, ops::Range, path::Path};
 
 use toml::de::{DeTable, DeValue};
 
 use crate::fail::{Code, Fail, Result};
+
+/// Reads a file of text.
+///
+/// # Errors
+/// [`Code::Config`] with the place of the first byte that is no UTF-8; I/O.
+pub fn text(path: &Path) -> Result<String> {
+    let bytes = fs::read(path).map_err(|e| Fail::io(path.display(), "read", &e))?;
+    String::from_utf8(bytes).map_err(|error| {
+        let good = error.as_bytes().get(..error.utf8_error().valid_up_to()).unwrap_or_default();
+        let line = good.iter().filter(|byte| **byte == b'\n').count() + 1;
+        let begun = good.rsplit(|byte| *byte == b'\n').next().unwrap_or_default();
+        let column = String::from_utf8_lossy(begun).chars().count() + 1;
+        let place = format!("{}:{line}:{column}", path.display());
+        Fail::new(Code::Config, format!("{place}: a byte that is no UTF-8; the file has to be UTF-8 text")).at(place)
+    })
+}
 
 /// One thing that is wrong with a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -157,8 +173,21 @@ impl<'a> Reader<'a> {
         table.get_key_value(key).map_or(0..0, |(key, _)| key.span())
     }
 
-    fn wrong_type(&mut self, key: &str, value: &Spanned<DeValue<'_>>, want: &str) {
-        self.problem(value.span(), format!("`{key}` must be {want}, not {}", value.get_ref().type_str()));
+    /// Notes that a value is of another kind than its key wants.
+    pub fn wrong_type(&mut self, key: &str, value: &Spanned<DeValue<'_>>, want: &str) {
+        let have = match value.get_ref() {
+            DeValue::String(_) => "a string",
+            DeValue::Integer(number) => {
+                let number = number.as_str().to_owned();
+                return self.problem(value.span(), format!("`{key}` must be {want}, not the number {number}"));
+            }
+            DeValue::Float(_) => "a number with a fraction",
+            DeValue::Boolean(_) => "true or false",
+            DeValue::Datetime(_) => "a date",
+            DeValue::Array(_) => "a list",
+            DeValue::Table(_) => "a table",
+        };
+        self.problem(value.span(), format!("`{key}` must be {want}, not {have}"));
     }
 
     /// Everything wrong so far, in order.
@@ -228,6 +257,16 @@ mod tests {
     }
 
     #[test]
+    fn a_byte_that_is_no_text_has_a_place() {
+        let dir = tempfile::tempdir().expect("folder");
+        let path = dir.path().join("site.toml");
+        fs::write(&path, b"version = 1\nna\xc3\xa9me\xff = 2\n").expect("write");
+        let fail = text(&path).expect_err("no text");
+        assert_eq!((fail.code, fail.exit()), (Code::Config, 4));
+        assert!(fail.what.contains("site.toml:2:6: "), "{fail}");
+    }
+
+    #[test]
     fn all_problems_come_in_one_pass_with_their_place() {
         let text = "versoin = 1\nhome = 3\n[repository.nas]\nurl = \"x\"\nulr = \"y\"\n";
         let mut reader = Reader::new("site.toml", text);
@@ -244,7 +283,7 @@ mod tests {
             lines,
             [
                 "site.toml:1:1: unknown key `versoin` in the site file; did you mean `version`?",
-                "site.toml:2:8: `home` must be a string, not integer",
+                "site.toml:2:8: `home` must be a string, not the number 3",
                 "site.toml:5:1: unknown key `ulr` in repository.nas; did you mean `url`?",
             ]
         );

@@ -141,8 +141,8 @@ impl Host for Qemu {
         layers::add(&mut Self::orders(running)?, index, layer)
     }
 
-    fn merge(&self, running: &Running, index: usize, base: &Path) -> Result<()> {
-        layers::merge(&mut Self::orders(running)?, index, base)
+    fn merge(&self, running: &Running, index: usize, base: &Path, size: u64) -> Result<()> {
+        layers::merge(&mut Self::orders(running)?, index, base, size)
     }
 
     fn power(&self, running: &Running) -> Result<Power> {
@@ -244,6 +244,13 @@ fn adopt(running: Running, disks: &[Attachment]) -> Result<Running> {
     if orders.execute("query-status", json!({}), ORDER_TIMEOUT)?.get("status") == Some(&json!("prelaunch")) {
         Nodes::query(&mut orders)?.check(disks)?;
         orders.execute("cont", json!({}), ORDER_TIMEOUT)?;
+        return Ok(running);
+    }
+    // It may have been moved since: from a door to a file of its own, or to one more layer.
+    for (index, disk) in disks.iter().enumerate() {
+        if let Attachment::File { path, .. } = disk {
+            layers::stands_on(&mut orders, index, path)?;
+        }
     }
     Ok(running)
 }

@@ -10,10 +10,13 @@ use crate::{
     replica::{
         desk::object,
         model::ReplicaRecord,
+        recall,
         remove::{self, Files},
+        run::ReplicaSpec,
         seat,
         state::{Op, State},
     },
+    site::{JobKind, Site},
     tasks::{Done, Task},
 };
 
@@ -33,6 +36,10 @@ pub enum Act {
     Delete,
     /// Its job makes it again.
     Readmit,
+    /// It leaves the list; its folder is somebody else's, and is left alone.
+    Drop,
+    /// A catalogue that has lost it learns of it from its folder.
+    TakeBack,
 }
 
 /// What such a piece of work is to do.
@@ -51,7 +58,13 @@ impl Act {
         let about = |fail: Fail| fail.at(object(&record.name)).help(format!("aquifer replicas {}", record.name));
         match self {
             Self::Remove | Self::Delete => record.state.step(Op::Remove).map(drop).map_err(|no| about(no.into())),
-            Self::Readmit if record.state == State::Removed => Ok(()),
+            Self::Drop if record.state != State::Removed => Ok(()),
+            Self::Drop => Err(about(Fail::new(Code::State, format!("{} was given up already", record.name)))),
+            Self::TakeBack | Self::Readmit if record.state == State::Removed => Ok(()),
+            Self::TakeBack => {
+                let what = format!("{} is known, and {}", record.name, record.state);
+                Err(about(Fail::new(Code::Exists, what)))
+            }
             Self::Readmit => {
                 let what = format!("{} was not given up: it is {}", record.name, record.state);
                 Err(about(Fail::new(Code::State, what)))
@@ -65,6 +78,8 @@ impl Act {
             Self::Remove => "remove",
             Self::Delete => "delete",
             Self::Readmit => "readmit",
+            Self::Drop => "drop",
+            Self::TakeBack => "take_back",
         }
     }
 }
@@ -96,11 +111,37 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
         Act::Remove => remove::remove(desk, &spec.replica, Files::Stay),
         Act::Delete => remove::remove(desk, &spec.replica, Files::Go),
         Act::Readmit => remove::readmit(desk, &spec.replica),
+        Act::Drop => recall::drop_foreign(desk, &spec.replica),
+        Act::TakeBack => recall::take_back(desk, &wanted(task, &spec.replica)?),
     });
     done?;
     let report = json!({ "replica": spec.replica, "act": spec.act });
     let why: Vec<String> = told.iter().map(|(code, what)| format!("{}: {what}", code.name())).collect();
     Ok(if why.is_empty() { Done::Success(report) } else { Done::Warning { why: why.join("; "), report } })
+}
+
+/// What the site file says of a replica.
+///
+/// # Errors
+/// [`Code::NotFound`]: no job makes one of that name.
+pub fn named(site: &Site, replica: &str) -> Result<(String, String)> {
+    for (name, job) in &site.jobs {
+        let JobKind::Replication(job) = &job.kind else { continue };
+        if let Some(machine) = job.machines.iter().find(|machine| job.replica_of(machine) == replica) {
+            return Ok((name.clone(), machine.clone()));
+        }
+    }
+    let what = format!("no job of the site file makes a replica `{replica}`");
+    Err(Fail::new(Code::NotFound, what).help("aquifer config show"))
+}
+
+fn wanted(task: &Task<'_>, replica: &str) -> Result<ReplicaSpec> {
+    let site = task.context.site()?;
+    let (name, machine) = named(site, replica)?;
+    match site.jobs.get(&name).map(|job| &job.kind) {
+        Some(JobKind::Replication(job)) => seat::spec(task.context, &name, job, &machine),
+        _ => Err(Fail::new(Code::Bug, "a job that was found is gone")),
+    }
 }
 
 fn is_gone(desk: &crate::replica::desk::Desk<'_>, name: &str) -> Result<bool> {

@@ -9,7 +9,11 @@ use crate::{
     catalogue::{Catalogue, NewSession, NewWork, Retries, SessionId, Wish, Work, WorkState},
     context::Context,
     fail::{Code, Fail, Result},
-    replica::{desk::object, model::ReplicaRecord, state::State},
+    replica::{
+        desk::object,
+        model::ReplicaRecord,
+        state::{Op, State},
+    },
     tasks::is_gone,
 };
 
@@ -37,7 +41,13 @@ pub fn check(catalogue: &Catalogue, ask: &Ask) -> Result<ReplicaRecord> {
         // A run that died in the middle: it is brought to its end before anything else is done.
         record.state = State::Ready;
     }
-    let refused = |refusal| Fail::from(refusal).at(object(name)).help(format!("aquifer replicas {name}"));
+    let help = match (ask.act.op(), record.state) {
+        (Op::Failover, State::Failover | State::ReadyToSwitch) => {
+            format!("aquifer replicas {name} --start    # where its machine has ended")
+        }
+        _ => format!("aquifer replicas {name}"),
+    };
+    let refused = |refusal| Fail::from(refusal).at(object(name)).help(help.clone());
     record.state.step(ask.act.op()).map_err(refused)?;
     Ok(record)
 }

@@ -61,7 +61,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
     walk.store()?;
     let report = serde_json::to_value(&walk.run).map_err(|e| Fail::new(Code::Bug, e.to_string()))?;
     match outcome? {
-        Verdict::Completed => Ok(Done::Success(report)),
+        Verdict::Completed => Ok(walk.done(report)),
         Verdict::Failed(why) => Err(Fail::new(Code::Failed, why)),
         Verdict::Halted(why) => Ok(Done::Warning { why: format!("halted: {why}"), report }),
     }
@@ -179,6 +179,16 @@ impl Walk<'_> {
         Ok(halt.unwrap_or_else(|| self.verdict()))
     }
 
+    /// A run that left machines out, because they serve already, says so.
+    fn done(&self, report: serde_json::Value) -> Done {
+        let left_out = self.run.record.entries.iter().filter(|entry| entry.step == Step::Skipped);
+        let why: Vec<&str> = left_out.map(|entry| entry.why.as_deref().unwrap_or(&entry.machine)).collect();
+        if why.is_empty() {
+            return Done::Success(report);
+        }
+        Done::Warning { why: format!("left out: {}", why.join(", ")), report }
+    }
+
     fn verdict(&self) -> Verdict {
         let failed: Vec<&str> =
             self.run.record.entries.iter().filter(|e| e.step == Step::Failed).map(|e| e.machine.as_str()).collect();
@@ -246,7 +256,9 @@ impl Walk<'_> {
         let ours = known.session.is_some();
         if !ours && !matches!(state, State::Ready | State::FailedFailover) {
             let why = format!("{replica} is {state}");
-            self.note(index, |known| (known.step, known.why) = (Step::Skipped, Some(why.clone())))?;
+            self.note(index, |known| {
+                (known.step, known.why, known.replica) = (Step::Skipped, Some(why.clone()), Some(replica.clone()));
+            })?;
             return Ok(None);
         }
         if !ours && state == State::Ready && point.is_none() {
@@ -258,6 +270,7 @@ impl Walk<'_> {
             Some(session) => session,
             None => {
                 let act = Act::Failover {
+                    force: false,
                     point: point.as_ref().map_or_else(|| self.spec.to.clone(), |point| point.id.to_string()),
                     start: true,
                     fence: self.plan.fence.into(),

@@ -38,6 +38,7 @@ use super::{
     model::{Carried, Origin, PointRecord, ReplicaRecord, Top, VERSION},
     run::{ReplicaSpec, describe, fresh, store_fresh},
     state::{Op, State},
+    trust::{self, Holds},
 };
 use crate::{
     backup::describe::of_described,
@@ -134,6 +135,11 @@ fn plan_of(desk: &Desk<'_>, spec: &ReplicaSpec, folder: &Path) -> Result<AdoptWo
             Format::Raw => folder.join(format!("{name}/{}.raw", FIRST - 1)),
             _ => folder.join(ReplicaRecord::layer_name(name.as_str(), FIRST)),
         };
+        let top_file = folder.join(ReplicaRecord::layer_name(name.as_str(), FIRST));
+        if let Some(taken) = [&to, &top_file].into_iter().find(|path| **path != from && path.exists()) {
+            let what = format!("{} is there already, and would be replaced", taken.display());
+            return Err(Fail::new(Code::Exists, what).at(taken.display()));
+        }
         taken = taken.max(super::run::written(&from)?);
         let top = Top { disk: disk.name.clone(), file: ReplicaRecord::layer_name(name.as_str(), FIRST), size };
         found.push(Image { from, to, format, top });
@@ -171,10 +177,22 @@ impl AdoptWork {
             rename(&image.from, &image.to)?;
             if image.format == Format::Raw {
                 let top = image.to.with_file_name(format!("{FIRST}.qcow2"));
-                layers::make_empty(&top, &image.to, Format::Raw, image.top.size)?;
+                if !top.exists() {
+                    layers::make_empty(&top, (&image.to, Format::Raw), image.top.size, |_| Ok(()))?;
+                }
             }
         }
         Ok(())
+    }
+
+    /// Enters what was moved, and what was put on it.
+    fn enter(&self, record: &ReplicaRecord) -> Result<()> {
+        let holds = Holds::Point(self.point.id);
+        self.images.iter().try_for_each(|image| {
+            let file = image.to.strip_prefix(&record.folder).unwrap_or(&image.to).to_string_lossy();
+            trust::enter(record, &file, &image.to, holds)?;
+            trust::enter(record, &image.top.file, &record.folder.join(&image.top.file), holds)
+        })
     }
 
     fn back(&self) -> Result<()> {
@@ -214,7 +232,7 @@ impl Work for AdoptWork {
                 },
                 |work: &mut Self| {
                     let record = desk.load(&work.name)?.record;
-                    layers::remove(&record.folder.join(super::desk::STAMP))
+                    trust::forget(&record.folder)
                 },
             )
             .step("arrange", |work: &mut Self| work.arrange(), |work: &mut Self| work.back())
@@ -239,7 +257,7 @@ impl Work for AdoptWork {
                         let digests = Digests::of(&disk, record.digest_block)?;
                         digests.store(&keep::digest_file(&record, &work.point, &top.disk))?;
                     }
-                    Ok(())
+                    work.enter(&record)
                 },
                 |_| Ok(()),
             )

@@ -4,7 +4,8 @@
 //! - Where nothing proves that a block is equal it is read and its digest compared; where digests are coarser than a
 //!   cluster, the cluster itself. Only what differs is written.
 //! - An interrupted disk goes on from its last mark, into the same file. Content of the source read twice is the only
-//!   cost; what was marked was durable.
+//!   cost; what was marked was durable. Notes that do not prove themselves are not gone on from, and what was written
+//!   before the interruption is read back before the layer counts.
 //! - The finished layer, read through what it stands on, is the source's disk, byte for byte.
 //!
 //! Not here: which restore point, which candidates, the catalogue.
@@ -25,14 +26,15 @@ use aquifer_formats::{
     qcow2::{BackingName, CLUSTER_BYTES, Checkpoint, NewQcow2},
     storage::{Access, FileStorage},
 };
-use aquifer_vdisk::{Chain, Delta, Disk};
+use aquifer_vdisk::{BlockCache, Chain, Delta, Disk};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::{
     digests::{BLOCK_MAX, Digests, Sum, each_block, put_file, sum_of},
-    layers::{beside, name_it, part_of, remove},
+    layers::{self, beside, name_it, part_of, remove},
     model::Carried,
+    trust::Seal,
 };
 use crate::{
     copy::{Piece, each_data_range, is_zero_bytes, sweep},
@@ -110,6 +112,8 @@ pub struct Built {
     pub digests: Digests,
     /// What was moved.
     pub carried: Carried,
+    /// The file it was written into.
+    seal: Seal,
 }
 
 /// Where an interrupted disk stands.
@@ -122,6 +126,32 @@ struct Mark {
     map_bytes: u64,
     sums_bytes: u64,
     carried: Carried,
+    /// BLAKE3 of the first `map_bytes` of the map, and of the first `sums_bytes` of the digests.
+    #[serde(default)]
+    notes: [String; 2],
+    /// BLAKE3 of this mark without it.
+    #[serde(default)]
+    proof: String,
+}
+
+impl Mark {
+    fn proof(&self) -> Result<String> {
+        let bare = Self { proof: String::new(), ..self.clone() };
+        let text = serde_json::to_vec(&bare).map_err(|e| Fail::new(Code::Bug, e.to_string()))?;
+        Ok(blake3::hash(&text).to_hex().to_string())
+    }
+}
+
+/// A layer that is begun, or gone on with.
+struct Begun {
+    image: NewQcow2,
+    mark: Mark,
+    /// Over the map and the digests as they were marked.
+    notes: [blake3::Hasher; 2],
+    /// Blocks that were written before an interruption.
+    earlier: Delta,
+    /// The file that is written.
+    file: fs::File,
 }
 
 /// The bytes of one changed digest in the file beside a layer.
@@ -150,8 +180,16 @@ impl Files {
 /// # Errors
 /// I/O.
 pub fn discard(path: &Path) -> Result<()> {
-    Files::of(path).clear()?;
+    forget(path)?;
     remove(path)
+}
+
+/// The same, of one that has not got its name yet.
+///
+/// # Errors
+/// I/O.
+pub fn forget(path: &Path) -> Result<()> {
+    Files::of(path).clear()
 }
 
 impl DiskBuild {
@@ -200,7 +238,8 @@ impl DiskBuild {
         digests.resize(size);
         let block = digests.block();
         let files = Files::of(&self.path);
-        let (image, mark) = self.begin(&files, &mut digests)?;
+        let before = digests.clone();
+        let Begun { image, mut mark, mut notes, earlier, file } = self.begin(&files, &mut digests)?;
         let work = Work {
             build: self,
             image,
@@ -211,7 +250,6 @@ impl DiskBuild {
             storing: AtomicU64::new(0),
             pace,
         };
-        let mut mark = mark;
         let source = Disk::read_only("source", self.source.clone());
         let mut rest = self.ranges().clip(mark.done_until..u64::MAX);
         pace(Moved::Ahead(rest.bytes()))?;
@@ -228,76 +266,70 @@ impl DiskBuild {
             mark.carried.blocks_equal += work.equal.swap(0, Ordering::Relaxed);
             mark.done_until = part.end();
             if strides.walked(part.bytes(), began.elapsed()) {
-                work.mark(&files, &mut mark)?;
+                work.mark(&files, &mut mark, &mut notes)?;
             }
         }
         work.image.finish()?;
-        Ok(Built { digests: work.digests.into_inner(), carried: mark.carried })
+        let digests = work.digests.into_inner();
+        // Of what was written before the interruption only the place was noted.
+        if !earlier.is_empty() && !reads_back(&files.part, &digests, &earlier) {
+            files.clear()?;
+            return Self { digests: Some(before), ..self.clone() }.run(pace);
+        }
+        Ok(Built { digests, carried: mark.carried, seal: Seal::of_open(&file, &files.part)? })
     }
 
-    /// Whether the layer is finished and named already.
-    pub fn is_settled(&self) -> bool {
-        self.path.exists()
-    }
-
-    /// Gives the finished layer its name and drops the marks.
+    /// Gives the finished layer its name and drops the marks; `enter` is told the file just before. Whoever finds that
+    /// somebody else has begun the layer anew leaves it alone.
     ///
     /// # Errors
-    /// I/O.
-    pub fn settle(&self) -> Result<()> {
+    /// [`Code::Fenced`]; those of `enter`; I/O.
+    pub fn settle(&self, built: &Built, enter: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         let files = Files::of(&self.path);
-        if !self.path.exists() {
-            name_it(&files.part, &self.path)?;
+        if Seal::of(&files.part)? != Some(built.seal) {
+            let what = "another worker has begun this layer anew";
+            return Err(Fail::new(Code::Fenced, what).at(files.part.display()));
         }
+        enter(&files.part)?;
+        name_it(&files.part, &self.path)?;
         files.clear()
     }
 
-    fn begin(&self, files: &Files, digests: &mut Digests) -> Result<(NewQcow2, Mark)> {
+    fn begin(&self, files: &Files, digests: &mut Digests) -> Result<Begun> {
         let backing = self.base.as_ref().map(|(_, name)| name.clone());
-        let size = self.source.size();
-        match self.found(files, digests, backing.clone())? {
-            Some(found) => Ok(found),
-            None => {
-                files.clear()?;
-                let folder = self.path.parent().unwrap_or(Path::new("/"));
-                fs::create_dir_all(folder).map_err(|e| Fail::io(folder.display(), "create", &e))?;
-                let storage: Arc<dyn Storage> = Arc::new(FileStorage::open(&files.part, Access::CreateNew)?);
-                Ok((
-                    NewQcow2::create(storage, size, backing)?,
-                    Mark { key: self.key.clone(), owner: self.owner.clone(), ..Mark::default() },
-                ))
-            }
+        if let Some(found) = self.found(files, digests, backing.clone())? {
+            return Ok(found);
         }
+        files.clear()?;
+        let folder = self.path.parent().unwrap_or(Path::new("/"));
+        fs::create_dir_all(folder).map_err(|e| Fail::io(folder.display(), "create", &e))?;
+        let storage: Arc<dyn Storage> = Arc::new(FileStorage::open(&files.part, Access::CreateNew)?);
+        Ok(Begun {
+            image: NewQcow2::create(storage, self.source.size(), backing)?,
+            mark: Mark { key: self.key.clone(), owner: self.owner.clone(), ..Mark::default() },
+            notes: Default::default(),
+            earlier: Delta::new(),
+            file: fs::File::open(&files.part).map_err(|e| Fail::io(files.part.display(), "open", &e))?,
+        })
     }
 
     /// What an earlier run has left, if it can be gone on from.
-    fn found(
-        &self,
-        files: &Files,
-        digests: &mut Digests,
-        backing: Option<BackingName>,
-    ) -> Result<Option<(NewQcow2, Mark)>> {
-        let read = |path: &Path, len: u64| {
-            let bytes = fs::read(path).ok()?;
-            bytes.get(..usize::try_from(len).ok()?).map(<[u8]>::to_vec)
-        };
-        let mark = fs::read(&files.mark).ok().and_then(|bytes| serde_json::from_slice::<Mark>(&bytes).ok());
-        let ours = |mark: &Mark| mark.key == self.key && (mark.owner == self.owner || is_gone(&mark.owner));
-        let Some(mut mark) = mark.filter(ours) else { return Ok(None) };
-        mark.owner.clone_from(&self.owner);
-        let (Some(map), Some(sums)) = (read(&files.map, mark.map_bytes), read(&files.sums, mark.sums_bytes)) else {
-            return Ok(None);
-        };
+    fn found(&self, files: &Files, digests: &mut Digests, backing: Option<BackingName>) -> Result<Option<Begun>> {
+        let Some(Noted { mark, map, sums }) = self.noted(files)? else { return Ok(None) };
         let (entries, []) = sums.as_chunks::<SUM_ENTRY>() else { return Ok(None) };
         let Ok(storage) = FileStorage::open(&files.part, Access::ReadWrite) else { return Ok(None) };
+        let Ok(file) = fs::File::open(&files.part) else { return Ok(None) };
         let at = Checkpoint { clusters: mark.clusters };
         let Ok(image) = NewQcow2::resume(Arc::new(storage), self.source.size(), backing, at, &map) else {
             return Ok(None);
         };
+        let (mut earlier, block) = (Delta::new(), digests.block());
         for entry in entries {
             let (index, sum) = entry.split_at(8);
             if let (Ok(index), Ok(sum)) = (index.try_into(), sum.try_into()) {
-                digests.set(u64::from_le_bytes(index), sum);
+                let index = u64::from_le_bytes(index);
+                digests.set(index, sum);
+                earlier.insert(index.saturating_mul(block)..index.saturating_add(1).saturating_mul(block));
             }
         }
         // What lies behind the mark was written for it and is written again.
@@ -305,8 +337,46 @@ impl DiskBuild {
             let cut = fs::OpenOptions::new().write(true).open(path).and_then(|file| file.set_len(len));
             cut.map_err(|e| Fail::io(path.display(), "cut", &e))?;
         }
-        Ok(Some((image, mark)))
+        let notes = [&map, &sums].map(|bytes| {
+            let mut hash = blake3::Hasher::new();
+            hash.update(bytes);
+            hash
+        });
+        let earlier = earlier.clip(0..self.source.size());
+        Ok(Some(Begun { image, mark: Mark { owner: self.owner.clone(), ..mark }, notes, earlier, file }))
     }
+
+    /// The notes of an earlier run of this very copy, if they prove themselves.
+    fn noted(&self, files: &Files) -> Result<Option<Noted>> {
+        let read = |path: &Path, len: u64| {
+            let bytes = fs::read(path).ok()?;
+            bytes.get(..usize::try_from(len).ok()?).map(<[u8]>::to_vec)
+        };
+        let mark = fs::read(&files.mark).ok().and_then(|bytes| serde_json::from_slice::<Mark>(&bytes).ok());
+        let ours = |mark: &Mark| mark.key == self.key && (mark.owner == self.owner || is_gone(&mark.owner));
+        let Some(mark) = mark.filter(ours) else { return Ok(None) };
+        let (Some(map), Some(sums)) = (read(&files.map, mark.map_bytes), read(&files.sums, mark.sums_bytes)) else {
+            return Ok(None);
+        };
+        let found = [&map, &sums].map(|bytes| blake3::hash(bytes).to_hex().to_string());
+        let whole = mark.proof == mark.proof()? && mark.notes == found;
+        Ok(whole.then_some(Noted { mark, map, sums }))
+    }
+}
+
+/// Notes of an interrupted disk.
+struct Noted {
+    mark: Mark,
+    map: Vec<u8>,
+    sums: Vec<u8>,
+}
+
+/// Whether a finished layer holds in `ranges` what the digests say.
+fn reads_back(part: &Path, digests: &Digests, ranges: &Delta) -> bool {
+    let cache = Arc::new(BlockCache::new(BLOCK_MAX * 8));
+    let mut found = digests.clone();
+    let read = layers::disk(part, &cache).and_then(|disk| found.refresh(&disk, ranges));
+    read.is_ok() && found == *digests
 }
 
 struct Work<'a> {
@@ -385,7 +455,7 @@ impl Work<'_> {
         Ok(written)
     }
 
-    fn mark(&self, files: &Files, mark: &mut Mark) -> Result<()> {
+    fn mark(&self, files: &Files, mark: &mut Mark, notes: &mut [blake3::Hasher; 2]) -> Result<()> {
         // Whoever has lost the work leaves the files to whoever has it now.
         (self.pace)(Moved::Ahead(0))?;
         let (at, map) = self.image.checkpoint()?;
@@ -397,6 +467,11 @@ impl Work<'_> {
         mark.clusters = at.clusters;
         mark.map_bytes += map.len() as u64;
         mark.sums_bytes += sums.len() as u64;
+        for (note, bytes) in notes.iter_mut().zip([&map, &sums]) {
+            note.update(bytes);
+        }
+        mark.notes = notes.each_ref().map(|note| note.finalize().to_hex().to_string());
+        mark.proof = mark.proof()?;
         let text = serde_json::to_vec(mark).map_err(|e| Fail::new(Code::Bug, e.to_string()))?;
         put_file(&files.mark, &text)
     }

@@ -28,6 +28,7 @@ use super::{
     digests::put_file,
     model::{PointRecord, ReplicaRecord},
     state::{Op, State},
+    trust,
 };
 use crate::{
     catalogue::{self, Catalogue, Event, Fence, OperationId, PointRow, Stored},
@@ -230,6 +231,15 @@ impl Desk<'_> {
     /// # Errors
     /// [`Code::ForeignOwner`].
     pub fn check_stamp(&self, record: &ReplicaRecord) -> Result<()> {
+        self.check_stamp_during(record, None)
+    }
+
+    /// The same while `open`, an operation that was cut short, has not come to its end: it may have put its stamp, or
+    /// taken ours away.
+    ///
+    /// # Errors
+    /// As [`Desk::check_stamp`].
+    pub(super) fn check_stamp_during(&self, record: &ReplicaRecord, open: Option<Op>) -> Result<()> {
         let stamp = Stamp::read(&record.folder)?;
         let foreign = |why: String| {
             let fail =
@@ -237,13 +247,26 @@ impl Desk<'_> {
             Err(fail.at(record.folder.join(STAMP).display()))
         };
         match stamp {
-            None if record.state == State::Absent => Ok(()),
-            None => foreign("its stamp is gone".into()),
+            None if record.state == State::Absent || matches!(open, Some(Op::Remove | Op::Permanent)) => Ok(()),
+            None if trust::recall(&record.folder)?.is_some_and(|copy| copy.record.is_same_chain(record)) => {
+                let what = format!("the stamp of {} was gone; the ledger of its layers proves it ours", record.name);
+                (self.warn)(Code::WarnHost, what);
+                self.stamp(&record.folder, record.lineage, record.epoch)
+            }
+            None => foreign("its stamp is gone".into()).map_err(|fail: Fail| {
+                fail.help(format!("aquifer replicas {} --remove --force    # then its folder is yours", record.name))
+            }),
             Some(stamp) if stamp.lineage != record.lineage => {
                 foreign(format!("its folder holds another chain, of {}", stamp.owner_name))
             }
             // A change of sides that was cut short: the stamp is put before the catalogue hears of it.
-            Some(stamp) if stamp.epoch == record.epoch + 1 && stamp.owner == self.me.id => Ok(()),
+            Some(stamp)
+                if stamp.epoch == record.epoch + 1
+                    && stamp.owner == self.me.id
+                    && open.is_some_and(Op::changes_sides) =>
+            {
+                Ok(())
+            }
             Some(stamp) if stamp.epoch != record.epoch => {
                 let (theirs, ours) = (stamp.epoch, record.epoch);
                 foreign(format!("its sides were changed {theirs} times by {}, here {ours} are known", stamp.owner_name))
@@ -300,6 +323,17 @@ impl Desk<'_> {
         self.conclude(name, operation.id, end, Some("its worker died".into()))
     }
 
+    /// An operation that got stuck may have put its stamp or not: the record follows what is there.
+    fn follow_stamp(&self, record: &mut ReplicaRecord, before: u64) -> Result<()> {
+        let ours = |stamp: &Stamp| stamp.lineage == record.lineage && stamp.owner == self.me.id;
+        if let Some(stamp) = Stamp::read(&record.folder)?.filter(ours)
+            && (before..=before + 1).contains(&stamp.epoch)
+        {
+            record.epoch = stamp.epoch;
+        }
+        Ok(())
+    }
+
     fn conclude<W: Work>(&self, name: &str, id: OperationId, end: End<W>, reason: Option<String>) -> Result<W> {
         let (work, went) = match end {
             End::Done(work) => (work, Went::Done),
@@ -310,9 +344,15 @@ impl Desk<'_> {
         let mut row = self.load(name)?;
         let before = row.record.clone();
         work.settle(&mut row.record, &went);
+        if matches!(went, Went::Stuck(_)) && W::OP.changes_sides() {
+            self.follow_stamp(&mut row.record, before.epoch)?;
+        }
         let (from, to) = (before.state, row.record.state);
         if row.record != before {
-            self.store(row)?;
+            row = self.store(row)?;
+        }
+        if !to.is_final() && row.record.folder.join(STAMP).exists() {
+            trust::remember(self, &row.record)?;
         }
         let error = match &went {
             Went::Done => None,

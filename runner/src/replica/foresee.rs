@@ -65,6 +65,6 @@ pub fn foresee(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<Foreseen> {
     let Some((repository, point)) = choose(desk, spec, points.last())? else { return Ok(Foreseen::NoNewPoint) };
     let work = work_of(desk, spec, (record.next_layer, Origin::Job), &points, &repository, &point)?;
     let opened = Opened::of(desk, &work.source)?;
-    let bytes = work.builds(desk, &record, &opened)?.iter().map(DiskBuild::estimate).sum::<Result<u64>>()?;
+    let bytes = work.builds(desk, &record, &opened)?.disks.iter().map(DiskBuild::estimate).sum::<Result<u64>>()?;
     Ok(Foreseen::Point { repository, point: point.id, taken: work.point.taken, bytes })
 }

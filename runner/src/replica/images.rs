@@ -7,17 +7,26 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::Arc,
 };
 
-use aquifer_formats::probe::Format;
+use aquifer_formats::{layer::Content, probe::Format, qcow2::CLUSTER_BYTES};
+use aquifer_vdisk::{BlockCache, Delta};
 
-use super::model::HomeDisk;
+use super::{layers, model::HomeDisk};
 use crate::{
     fail::{Code, Fail, Result},
-    host::{ImageFormat, placed::PlacedDisk},
+    host::{
+        ImageFormat,
+        in_use::{self, Against},
+        placed::PlacedDisk,
+    },
 };
 
 const TOOL: &str = "qemu-img";
+
+/// The tool's disks are as long as whole sectors.
+const SECTOR_BYTES: u64 = 512;
 
 /// The reader's word for a host's format.
 pub fn format(format: ImageFormat) -> Format {
@@ -36,15 +45,63 @@ pub fn home_disk(disk: &PlacedDisk) -> HomeDisk {
 /// twice it is done once.
 ///
 /// # Errors
-/// [`Code::Tool`] with the tool's words.
+/// [`Code::Capacity`]; [`Code::Tool`] with the tool's words.
 pub fn merge_down(top: &Path, base: &Path) -> Result<()> {
     let mut command = Command::new(TOOL);
     command.args(["commit", "-q", "-f", "qcow2", "-d", "-b"]).arg(base).arg(top);
-    run(command)?;
+    run(command, base)?;
     fs::File::open(base).and_then(|file| file.sync_all()).map_err(|e| Fail::io(base.display(), "sync", &e))
 }
 
-fn run(mut command: Command) -> Result<()> {
+/// Cuts off what an image has behind `size` bytes, the end of the disk that was written into it. A shorter one is left
+/// as it is. Nobody has it open.
+///
+/// # Errors
+/// [`Code::Tool`] with the tool's words.
+pub fn cut(image: &Path, format: Format, size: u64, cache: &Arc<BlockCache>) -> Result<()> {
+    let size = size.next_multiple_of(SECTOR_BYTES);
+    if layers::open(image, format, cache)?.size() <= size {
+        return Ok(());
+    }
+    let mut command = Command::new(TOOL);
+    command.args(["resize", "-q", "--shrink", "-f", format.name()]).arg(image).arg(size.to_string());
+    run(command, image)
+}
+
+/// Bytes that writing the layer `top` down into `disk` takes of its file system, at most: clusters that the image has not
+/// got yet.
+///
+/// # Errors
+/// Tables that cannot be read.
+pub fn growth(top: &Path, disk: &HomeDisk, cache: &Arc<BlockCache>) -> Result<u64> {
+    let data = |path: &Path, format| -> Result<Delta> {
+        let chain = layers::open(path, format, cache)?;
+        let mut stored = Delta::new();
+        if let Some(layer) = chain.layers().first() {
+            layer.scan(0, layer.size(), &mut |offset, len, content| {
+                if !matches!(content, Content::Zero) {
+                    stored.insert(offset..offset.saturating_add(len));
+                }
+            })?;
+        }
+        Ok(stored.round_out(CLUSTER_BYTES))
+    };
+    Ok(data(top, Format::Qcow2)?.subtract(&data(&disk.path, disk.format)?).bytes())
+}
+
+/// Refuses an image that another program has open in a way that stands against what is going to be done with it.
+///
+/// # Errors
+/// [`Code::Busy`] names the programs; I/O.
+pub fn free(disk: &HomeDisk, against: Against) -> Result<()> {
+    let held = in_use::by(&disk.path, against).map_err(|e| Fail::io(disk.path.display(), "look at", &e))?;
+    let Some(holders) = held else { return Ok(()) };
+    let who = if holders.is_empty() { "a program elsewhere".to_owned() } else { holders.join(", ") };
+    let what = format!("the disk {} is in use by {who}, which is no machine of ours", disk.disk);
+    Err(Fail::new(Code::Busy, what).at(disk.path.display()))
+}
+
+fn run(mut command: Command, image: &Path) -> Result<()> {
     let done = command.stdin(Stdio::null()).output();
     let done =
         done.map_err(|e| Fail::new(Code::Tool, format!("{TOOL} cannot be started")).cause(e).help("aquifer doctor"))?;
@@ -53,6 +110,10 @@ fn run(mut command: Command) -> Result<()> {
     }
     let said = String::from_utf8_lossy(&done.stderr);
     let said = said.trim().lines().last().unwrap_or("it said nothing").to_owned();
+    if said.contains("No space left") {
+        let what = format!("no space is left for {}", image.display());
+        return Err(Fail::new(Code::Capacity, what).at(image.display()).cause(said));
+    }
     Err(Fail::new(Code::Tool, format!("{TOOL} ended with {}", done.status)).at(TOOL).cause(said))
 }
 

@@ -20,6 +20,7 @@ use super::{
     desk::{Desk, in_folder},
     layers::{self, beside, name_it, part_of, remove},
     model::{PointRecord, ReplicaRecord, Top},
+    trust,
 };
 use crate::fail::{Fail, Result};
 
@@ -52,6 +53,8 @@ fn squash(desk: &Desk<'_>, record: &ReplicaRecord, top: &Top, squash_at: usize) 
     if layers::files(&path)?.len() <= squash_at.max(1) {
         return Ok(());
     }
+    // What was changed from outside is not made to look as if it were ours.
+    let Some((holds, clear_from)) = trust::clear_from(record, top)? else { return Ok(()) };
     let merged = beside(&path, "merged");
     super::build::discard(&merged)?;
     let build = DiskBuild {
@@ -66,8 +69,12 @@ fn squash(desk: &Desk<'_>, record: &ReplicaRecord, top: &Top, squash_at: usize) 
         mark_bytes: MARK_BYTES,
     };
     build.run(desk.pace)?;
+    let part = part_of(&merged);
+    if let Some(seal) = trust::Seal::of(&part)? {
+        trust::enter_as(record, &top.file, seal, holds, clear_from)?;
+    }
     // Whoever has the old file open goes on reading it; whoever opens the name finds the same bytes.
-    name_it(&part_of(&merged), &path)?;
+    name_it(&part, &path)?;
     super::build::discard(&merged)
 }
 
@@ -93,10 +100,13 @@ pub fn sweep(desk: &Desk<'_>, record: &ReplicaRecord, also: &[Top]) -> Result<()
         .flat_map(|point| point.disks.iter().map(|top| digest_file(record, point, &top.disk)))
         .filter_map(|path| path.file_name().map(OsString::from))
         .collect();
+    let ours: HashSet<PathBuf> = trust::known(record)?.into_iter().collect();
+    let run = record.unfinished.iter().flat_map(|run| &run.point.disks);
+    let begun: HashSet<PathBuf> = run.map(|top| in_folder(&record.folder, &top.file)).collect();
     for disk in folders(&record.folder)? {
         for file in files(&disk)? {
-            let layer = file.extension().is_some_and(|e| e == "qcow2" || e == "raw");
-            if layer && !needed.contains(&file) {
+            let rest = note_of(&file).is_some_and(|layer| !begun.contains(&layer));
+            if rest || (ours.contains(&file) && !needed.contains(&file)) {
                 remove(&file)?;
             }
         }
@@ -110,6 +120,15 @@ pub fn sweep(desk: &Desk<'_>, record: &ReplicaRecord, also: &[Top]) -> Result<()
         }
     }
     Ok(())
+}
+
+/// The layer that a file beside it was a note of, or its beginning.
+pub fn note_of(file: &Path) -> Option<PathBuf> {
+    let name = file.file_name()?.to_str()?;
+    let (number, ending) = name.split_once(".qcow2.")?;
+    let noted = ["part", "mark", "map", "sums", "merged"].contains(&ending.split('.').next()?);
+    let numbered = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+    (noted && numbered).then(|| file.with_file_name(format!("{number}.qcow2")))
 }
 
 /// Where the digests of a point's disk are.

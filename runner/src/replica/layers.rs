@@ -107,18 +107,21 @@ pub fn backing(below: &Path, format: Format) -> Result<BackingName> {
     Ok(BackingName { name: name.to_owned(), format: format.name().to_owned() })
 }
 
-/// Makes an empty layer on `below`: O(1). One that is there already is left alone.
+/// Makes an empty layer on `below`: O(1). `enter` is told the file before it gets its name.
 ///
 /// # Errors
-/// I/O.
-pub fn make_empty(path: &Path, below: &Path, format: Format, size: u64) -> Result<()> {
-    if path.exists() {
-        return Ok(());
-    }
+/// I/O; those of `enter`.
+pub fn make_empty(
+    path: &Path,
+    (below, format): (&Path, Format),
+    size: u64,
+    enter: impl FnOnce(&Path) -> Result<()>,
+) -> Result<()> {
     let part = part_of(path);
     remove(&part)?;
     let storage: Arc<dyn Storage> = Arc::new(FileStorage::open(&part, Access::CreateNew)?);
     NewQcow2::create(storage, size, Some(backing(below, format)?))?.finish()?;
+    enter(&part)?;
     name_it(&part, path)
 }
 

@@ -81,6 +81,11 @@ impl ReplicaRecord {
         Err(Fail::new(Code::Unsupported, what))
     }
 
+    /// Whether another record is of this very chain, with as many changes of sides.
+    pub fn is_same_chain(&self, other: &Self) -> bool {
+        (self.lineage, self.epoch) == (other.lineage, other.epoch)
+    }
+
     /// The file of a layer, relative to the folder.
     pub fn layer_name(disk: &str, number: u64) -> String {
         format!("{disk}/{number}.qcow2")
@@ -110,6 +115,9 @@ pub struct FailoverRecord {
     pub reason: Option<String>,
     /// What its machine writes to.
     pub tops: Vec<Top>,
+    /// The machine, as the restore point has it: that may be given up before the takeover ends.
+    #[serde(default)]
+    pub description: MachineDescription,
     /// Its machine, where that was started.
     #[serde(default)]
     pub running: Option<Running>,

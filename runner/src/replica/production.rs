@@ -154,5 +154,5 @@ pub fn replicate_images(
 pub fn estimate(desk: &Desk<'_>, spec: &ReplicaSpec, record: &ReplicaRecord, look: &Look) -> Result<u64> {
     let work = look.work(spec, Origin::Job, record.next_layer);
     let opened = Opened::of(desk, &work.source)?;
-    work.builds(desk, record, &opened)?.iter().map(super::build::DiskBuild::estimate).sum()
+    work.builds(desk, record, &opened)?.disks.iter().map(super::build::DiskBuild::estimate).sum()
 }

@@ -1,5 +1,8 @@
 //! What is left of operations whose worker died, brought to an end before anything else is done.
 //!
+//! Invariants
+//! - A replica that somebody else has stamped meanwhile is not touched: the operation stays open, and says why.
+//!
 //! Not here: how an operation goes on (its own steps say so).
 
 use super::{
@@ -7,11 +10,12 @@ use super::{
     desk::{Desk, Work, object},
     remove::RemoveWork,
     run::RunWork,
+    state::Op,
 };
 use crate::{
     fail::{Code, Fail, Result},
     failback::{BackWork, CommitWork, ReturnWork, SwitchWork},
-    failover::{FailoverWork, PermanentWork, UndoWork},
+    failover::{FailoverWork, PermanentWork, StartWork, UndoWork},
 };
 
 /// Ends the open operation of a replica, if there is one that nobody carries out.
@@ -22,6 +26,9 @@ pub fn recover(desk: &Desk<'_>, name: &str) -> Result<()> {
     let open = desk.catalogue.open_operations()?;
     let Some(open) = open.into_iter().find(|operation| operation.object == object(name)) else { return Ok(()) };
     let open = desk.catalogue.adopt_operation(desk.fence, open.id)?;
+    // Whoever has the replica now must not find it half changed by us.
+    let op = Op::ALL.into_iter().find(|op| op.name() == open.op);
+    desk.check_stamp_during(&desk.load(name)?.record, op)?;
     let data = if open.data.is_null() { &open.intent } else { &open.data };
     let kind = data
         .get("work")
@@ -34,6 +41,7 @@ pub fn recover(desk: &Desk<'_>, name: &str) -> Result<()> {
         AdoptWork::KIND => desk.go_on::<AdoptWork>(name, &open).map(drop),
         RemoveWork::KIND => desk.go_on::<RemoveWork>(name, &open).map(drop),
         FailoverWork::KIND => desk.go_on::<FailoverWork>(name, &open).map(drop),
+        StartWork::KIND => desk.go_on::<StartWork>(name, &open).map(drop),
         UndoWork::KIND => desk.go_on::<UndoWork>(name, &open).map(drop),
         PermanentWork::KIND => desk.go_on::<PermanentWork>(name, &open).map(drop),
         BackWork::KIND => desk.go_on::<BackWork>(name, &open).map(drop),

@@ -15,6 +15,7 @@ use super::{
     layers,
     model::ReplicaRecord,
     state::{Op, State},
+    trust,
 };
 use crate::{
     fail::{Code, Fail, Result},
@@ -85,11 +86,9 @@ impl Work for RemoveWork {
                     Files::Go => clear(&record.folder),
                     Files::Stay => {
                         if let Some(run) = &record.unfinished {
-                            let tops = run.point.disks.iter();
-                            tops.map(|top| record.folder.join(&top.file))
-                                .try_for_each(|path| super::build::discard(&path))?;
+                            run.discard(&record)?;
                         }
-                        layers::remove(&record.folder.join(super::desk::STAMP))
+                        trust::forget(&record.folder)
                     }
                 }
             })

@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{
-    build::{Built, DiskBuild, MARK_BYTES},
+    build::{DiskBuild, MARK_BYTES, Moved},
     desk::{Desk, Row, Warn, Went, Work},
     digests::Digests,
     keep,
@@ -38,6 +38,7 @@ use super::{
     production::Moment,
     rules::Rules,
     state::{Op, State},
+    trust::{self, Holds, Touched},
 };
 use crate::{
     catalogue::Stored,
@@ -268,6 +269,12 @@ pub(crate) fn refuse_strangers(folder: &Path) -> Result<()> {
     };
     if is_free {
         return Ok(());
+    }
+    if let Some(copy) = trust::recall(folder)? {
+        let name = copy.record.name;
+        let what = format!("{} holds {name}, a replica that this catalogue does not know", folder.display());
+        let help = format!("aquifer replicas {name} --take-back");
+        return Err(Fail::new(Code::Exists, what).at(folder.display()).help(help));
     }
     let what = if folder.join(placed::DESCRIPTION).exists() {
         format!("{} holds a machine that is no replica of ours", folder.display())
@@ -510,6 +517,16 @@ impl Opened {
     }
 }
 
+/// The disks of a run, with what they are built on.
+pub(super) struct Builds {
+    /// In the order of the point's disks.
+    pub(super) disks: Vec<DiskBuild>,
+    /// Layers of the newest point that were changed from outside.
+    touched: Vec<Touched>,
+    /// What each disk is built on, and what that looked like.
+    prints: Vec<(Top, String)>,
+}
+
 /// Refuses images that were written to since a run began with them.
 fn untouched(disks: &[HomeDisk], as_of: &[i64]) -> Result<()> {
     for (disk, as_of) in disks.iter().zip(as_of) {
@@ -537,10 +554,18 @@ impl RunWork {
         Self { kind, name: spec.name.clone(), point, source, options: spec.options, given_up: 0 }
     }
 
-    pub(super) fn builds(&self, desk: &Desk<'_>, record: &ReplicaRecord, opened: &Opened) -> Result<Vec<DiskBuild>> {
+    pub(super) fn builds(&self, desk: &Desk<'_>, record: &ReplicaRecord, opened: &Opened) -> Result<Builds> {
         let mut points = desk.points(&self.name)?;
         points.retain(|point| point.number < self.point.number);
         let newest = points.last();
+        // What was changed from outside is read, not believed.
+        let touched = newest.map_or_else(|| Ok(Vec::new()), |newest| trust::look(record, newest))?;
+        let told = |touched: &Touched| {
+            let what = format!("the layer {} of {} was changed from outside", touched.file, self.name);
+            (desk.warn)(Code::WarnResync, what);
+        };
+        touched.iter().for_each(told);
+        let mut prints = Vec::new();
         let mut builds = Vec::new();
         for top in &self.point.disks {
             let source = opened.chain(desk, &top.disk)?;
@@ -559,8 +584,11 @@ impl RunWork {
             };
             if let Some((point, below)) = below {
                 let file = record.folder.join(&below.file);
+                let print = trust::print(record, below)?;
+                build.key.push_str(&format!(" that looks {print}"));
+                prints.push((below.clone(), print));
                 let base = layers::open(&file, Format::Qcow2, desk.cache)?;
-                if !record.needs_resync {
+                if !record.needs_resync && touched.is_empty() {
                     build.digests = Digests::load(&keep::digest_file(record, point, &top.disk), base.size())?;
                     let pair = (&*base, &*build.source);
                     build.candidates = opened.candidates(desk, record, &points, &top.disk, pair)?;
@@ -572,25 +600,33 @@ impl RunWork {
             }
             builds.push(build);
         }
-        Ok(builds)
+        Ok(Builds { disks: builds, touched, prints })
     }
 
     /// Takes back whatever was written.
-    fn discard(&self, record: &ReplicaRecord) -> Result<()> {
-        self.point.disks.iter().try_for_each(|top| super::build::discard(&record.folder.join(&top.file)))
+    pub(super) fn discard(&self, record: &ReplicaRecord) -> Result<()> {
+        self.point.disks.iter().try_for_each(|top| {
+            let path = record.folder.join(&top.file);
+            super::build::forget(&path)?;
+            if trust::is_settled(record, &top.file, self.point.id)? { layers::remove(&path) } else { Ok(()) }
+        })
     }
 
     fn copy(&mut self, desk: &Desk<'_>) -> Result<()> {
         let opened = Opened::of(desk, &self.source)?;
         let record = desk.load(&self.name)?.record;
-        let builds = self.builds(desk, &record, &opened)?;
+        let Builds { disks: builds, touched, prints } = self.builds(desk, &record, &opened)?;
+        let mut settled = Vec::new();
+        for top in &self.point.disks {
+            settled.push(trust::is_settled(&record, &top.file, self.point.id)?);
+        }
         let (next, built) = (Mutex::new(builds.iter().enumerate()), Mutex::new(Vec::new()));
         let workers = self.options.parallel.clamp(1, builds.len().max(1));
         std::thread::scope(|scope| {
             let work = || {
                 loop {
                     let Some((index, build)) = next.lock().next() else { return Ok(()) };
-                    if build.is_settled() {
+                    if settled.get(index) == Some(&true) {
                         continue;
                     }
                     let done = build.run(desk.pace)?;
@@ -608,19 +644,32 @@ impl RunWork {
         if let RunSource::Images { disks, as_of } = &self.source {
             untouched(disks, as_of)?;
         }
+        // It took its time: who has lost the work leaves the files alone, and so does who has lost the replica.
+        (desk.pace)(Moved::Ahead(0))?;
+        desk.check_stamp(&record)?;
+        for (below, print) in &prints {
+            if trust::print(&record, below)? != *print {
+                let what = format!("the layer {} of {} was changed while it was built on", below.file, self.name);
+                return Err(Fail::new(Code::State, what).at(record.folder.join(&below.file).display()));
+            }
+        }
         let mut carried = Carried::default();
-        for (index, Built { digests, carried: moved }) in built.into_inner() {
+        for (index, built) in built.into_inner() {
             let (Some(build), Some(top)) = (builds.get(index), self.point.disks.get(index)) else { continue };
-            digests.store(&keep::digest_file(&record, &self.point, &top.disk))?;
-            build.settle()?;
+            trust::set_aside(desk, &record, &top.file)?;
+            build.settle(&built, |part| {
+                built.digests.store(&keep::digest_file(&record, &self.point, &top.disk))?;
+                trust::enter(&record, &top.file, part, Holds::Point(self.point.id))
+            })?;
             if self.options.verify
-                && let Err(fail) = verify(desk, build, &digests)
+                && let Err(fail) = verify(desk, build, &built.digests)
             {
                 super::build::discard(&build.path)?;
                 return Err(fail);
             }
-            carried.add(moved);
+            carried.add(built.carried);
         }
+        trust::accept(&record, &touched, self.point.number)?;
         if self.source.is_production() {
             carried.bytes_read_production = carried.bytes_read;
         }

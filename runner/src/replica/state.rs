@@ -3,7 +3,7 @@
 //! ```text
 //! Absent -replicate-> Ready <-> Processing / Verifying
 //! Ready -failover-> Failover -undo-> Ready        Ready -failover fails-> FailedFailover -failover / undo->
-//! Failover -permanent-> PermanentFailover
+//! Failover -permanent-> PermanentFailover       Failover, ReadyToSwitch -start-> the same
 //! Failover -failback-> ReadyToSwitch -switchover-> Failback -commit-> Ready
 //! ReadyToSwitch -undo-> Failover                  Failback -undo-> Failover
 //! Ready -remove-> Removed
@@ -61,6 +61,8 @@ pub enum Op {
     Failover,
     /// Taking over without a loss, production still being there.
     PlannedFailover,
+    /// Starting its machine again, which has ended while it serves.
+    Start,
     /// Taking the last step back.
     Undo,
     /// Making the takeover final.
@@ -104,7 +106,7 @@ const fn arrow(during: State, success: State, failure: State) -> Arrow {
 }
 
 /// Every legal step, and no other.
-const TABLE: [(State, Op, Arrow); 16] = {
+const TABLE: [(State, Op, Arrow); 18] = {
     use Op as O;
     use State as S;
     [
@@ -116,9 +118,11 @@ const TABLE: [(State, Op, Arrow); 16] = {
         (S::Ready, O::Remove, arrow(S::Ready, S::Removed, S::Ready)),
         (S::FailedFailover, O::Failover, arrow(S::FailedFailover, S::Failover, S::FailedFailover)),
         (S::FailedFailover, O::Undo, arrow(S::FailedFailover, S::Ready, S::FailedFailover)),
+        (S::Failover, O::Start, arrow(S::Failover, S::Failover, S::Failover)),
         (S::Failover, O::Undo, arrow(S::Failover, S::Ready, S::Failover)),
         (S::Failover, O::Permanent, arrow(S::Failover, S::PermanentFailover, S::Failover)),
         (S::Failover, O::Failback, arrow(S::Failover, S::ReadyToSwitch, S::Failover)),
+        (S::ReadyToSwitch, O::Start, arrow(S::ReadyToSwitch, S::ReadyToSwitch, S::ReadyToSwitch)),
         (S::ReadyToSwitch, O::Switchover, arrow(S::ReadyToSwitch, S::Failback, S::ReadyToSwitch)),
         (S::ReadyToSwitch, O::Undo, arrow(S::ReadyToSwitch, S::Failover, S::ReadyToSwitch)),
         (S::Failback, O::Commit, arrow(S::Failback, S::Ready, S::Failback)),
@@ -190,11 +194,12 @@ impl State {
 
 impl Op {
     /// Every operation.
-    pub const ALL: [Op; 10] = [
+    pub const ALL: [Op; 11] = [
         Op::Replicate,
         Op::Verify,
         Op::Failover,
         Op::PlannedFailover,
+        Op::Start,
         Op::Undo,
         Op::Permanent,
         Op::Failback,
@@ -203,6 +208,11 @@ impl Op {
         Op::Remove,
     ];
 
+    /// Whether it puts a stamp with a higher count of changes of sides.
+    pub fn changes_sides(self) -> bool {
+        matches!(self, Self::Failover | Self::Undo | Self::Switchover | Self::Commit)
+    }
+
     /// As records and people name it.
     pub fn name(self) -> &'static str {
         match self {
@@ -210,6 +220,7 @@ impl Op {
             Self::Verify => "verify",
             Self::Failover => "failover",
             Self::PlannedFailover => "planned_failover",
+            Self::Start => "start",
             Self::Undo => "undo",
             Self::Permanent => "permanent",
             Self::Failback => "failback",

@@ -162,7 +162,7 @@ fn parsed(
 }
 
 fn wrong(reader: &mut Reader<'_>, key: &Key, value: &Spanned<DeValue<'_>>, want: &str) {
-    reader.problem(value.span(), format!("`{}` must be {want}, not {}", key.name, value.get_ref().type_str()));
+    reader.wrong_type(key.name, value, want);
 }
 
 fn number_of(value: &DeValue<'_>) -> Option<u64> {

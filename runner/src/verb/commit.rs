@@ -1,6 +1,6 @@
 //! `commit`: makes the way home final.
 
-use super::ops::{self, Machines, Manner, Wanted};
+use super::ops::{self, Manner, Wanted, Why};
 use crate::{
     cli::{Confirm, DryRun},
     context::Context,
@@ -18,9 +18,9 @@ pub struct Args {
     /// Also while production is off
     #[arg(long)]
     pub force: bool,
-    /// How machines are treated.
+    /// Why.
     #[command(flatten)]
-    pub machines: Machines,
+    pub why: Why,
     /// Whether to ask.
     #[command(flatten)]
     pub confirm: Confirm,
@@ -43,6 +43,6 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
             "the way back to {}: from then on undo is not possible, and its writes during the takeover are one of its restore points",
             record.name
         );
-        Ok(Wanted { ask: args.machines.ask(&record.name, Act::Commit { force: args.force }), loss: Some(loss) })
+        Ok(Wanted { ask: args.why.ask(&record.name, Act::Commit { force: args.force }), loss: Some(loss) })
     })
 }

@@ -41,6 +41,9 @@ pub struct Args {
     /// Make everything ready, and leave the machine off
     #[arg(long)]
     pub no_start: bool,
+    /// Also at a point whose layers were changed from outside since it was made
+    #[arg(long, conflicts_with_all = ["planned", "plan"])]
+    pub force: bool,
     /// Stop a run of a job that is writing to the replica
     #[arg(long)]
     pub cancel_job: bool,
@@ -88,7 +91,7 @@ fn at_point(catalogue: &Catalogue, args: &Args, record: &ReplicaRecord) -> Resul
         }
         None => pick(&record.name, &points, &wanted)?.id.to_string(),
     };
-    Ok(Act::Failover { point, start: !args.no_start, fence: args.fence })
+    Ok(Act::Failover { point, start: !args.no_start, fence: args.fence, force: args.force })
 }
 
 fn planned(context: &Context, args: &Args, record: &ReplicaRecord) -> Result<Act> {

@@ -30,15 +30,31 @@ pub(super) const LEASE: Duration = Duration::from_secs(10);
 /// A plan is taken back so many machines at a time.
 const UNDO_BATCHES: Batches = Batches { size: 5, gap: Duration::from_secs(10) };
 
-/// Options of verbs that start or stop machines.
+/// Options of verbs that turn machines off in order.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Machines {
     /// How long a guest may take to turn itself off before it is turned off
     #[arg(long, value_name = "TIME", default_value = "15m", value_parser = duration)]
     pub grace: Duration,
+    /// How machines are started.
+    #[command(flatten)]
+    pub starts: Starts,
+}
+
+/// Options of verbs that start machines.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Starts {
     /// Where network cards of a machine that is started are plugged in
     #[arg(long, value_name = "WHERE", value_enum, default_value_t = Plug::User)]
     pub network: Plug,
+    /// Why.
+    #[command(flatten)]
+    pub why: Why,
+}
+
+/// Options of every verb on replicas.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Why {
     /// Why, for the record
     #[arg(long, value_name = "TEXT")]
     pub reason: Option<String>,
@@ -69,11 +85,23 @@ fn duration(text: &str) -> Result<Duration, String> {
 
 impl Machines {
     pub(super) fn ask(&self, replica: &str, act: Act) -> Ask {
+        Ask { grace: self.grace, ..self.starts.ask(replica, act) }
+    }
+}
+
+impl Starts {
+    pub(super) fn ask(&self, replica: &str, act: Act) -> Ask {
+        Ask { network: self.network.into(), ..self.why.ask(replica, act) }
+    }
+}
+
+impl Why {
+    pub(super) fn ask(&self, replica: &str, act: Act) -> Ask {
         Ask {
             replica: replica.to_owned(),
             reason: self.reason.clone(),
-            grace: self.grace,
-            network: self.network.into(),
+            grace: Duration::ZERO,
+            network: Network::default(),
             seen: None,
             act,
         }

@@ -1,6 +1,6 @@
 //! `permanent`: makes a takeover final; the replica becomes an ordinary machine.
 
-use super::ops::{self, Machines, Manner, Wanted};
+use super::ops::{self, Manner, Wanted, Why};
 use crate::{
     cli::{Confirm, DryRun},
     context::Context,
@@ -15,9 +15,9 @@ pub struct Args {
     /// The replicas
     #[arg(value_name = "REPLICA", required = true)]
     pub targets: Vec<String>,
-    /// How machines are treated.
+    /// Why.
     #[command(flatten)]
-    pub machines: Machines,
+    pub why: Why,
     /// Whether to ask.
     #[command(flatten)]
     pub confirm: Confirm,
@@ -34,6 +34,6 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
             "{} restore points of {}; its disks become single images, and its job leaves {} out from then on",
             points, record.name, record.machine
         );
-        Ok(Wanted { ask: args.machines.ask(&record.name, Act::Permanent), loss: Some(loss) })
+        Ok(Wanted { ask: args.why.ask(&record.name, Act::Permanent), loss: Some(loss) })
     })
 }

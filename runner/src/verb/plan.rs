@@ -206,15 +206,15 @@ pub(super) fn begin(
         plan: name.to_owned(),
         to: to.to_owned(),
         grace: machines.grace,
-        network: machines.network.into(),
-        reason: machines.reason.clone(),
+        network: machines.starts.network.into(),
+        reason: machines.starts.why.reason.clone(),
         resumes,
     };
     let session = NewSession {
         kind: plan::KIND.to_owned(),
         job: None,
         initiator: context.user(),
-        reason: machines.reason.clone(),
+        reason: machines.starts.why.reason.clone(),
         retry_of: None,
     };
     let work = NewWork {
@@ -266,7 +266,9 @@ fn follow(
             Ok(())
         }
         SessionResult::Warning => {
-            context.out.warn(Code::WarnSession, ended.reason.unwrap_or_default(), Some(&again));
+            let is_over = run.is_some_and(|run| run.state == state::COMPLETED);
+            let next = if is_over { format!("aquifer plan show {}", quoted(name)) } else { again };
+            context.out.warn(Code::WarnSession, ended.reason.unwrap_or_default(), Some(&next));
             Ok(())
         }
         SessionResult::None => stop.check().map_err(|fail| fail.help(again)),

@@ -9,6 +9,7 @@ use std::{fs, os::unix::fs::MetadataExt, path::Path};
 use jiff::Timestamp;
 use serde::Serialize;
 
+use super::ops::{self, Manner, Starts, Wanted};
 use crate::{
     catalogue::{Catalogue, NewSession, SessionResult, Stored},
     cli::{Confirm, DryRun},
@@ -16,6 +17,7 @@ use crate::{
     context::{Context, quoted},
     fail::{Code, Fail, Result},
     job::give_up::{self, Act},
+    operate::Act as Ask,
     replica::{
         desk::object,
         model::{PointRecord, ReplicaRecord},
@@ -43,9 +45,18 @@ pub struct Args {
     /// Let its job make it again after it was given up
     #[arg(long, requires = "replica")]
     pub readmit: bool,
-    /// Why, for the record
-    #[arg(long, value_name = "TEXT")]
-    pub reason: Option<String>,
+    /// With --remove: its folder is somebody else's by now; only what is known here goes
+    #[arg(long, requires = "remove")]
+    pub force: bool,
+    /// Take it back into a catalogue that has lost it, from what is written down in its folder
+    #[arg(long, requires = "replica", conflicts_with_all = ["remove", "delete", "readmit"])]
+    pub take_back: bool,
+    /// Start its machine again, which has ended while it serves
+    #[arg(long, requires = "replica", conflicts_with_all = ["remove", "delete", "readmit", "take_back"])]
+    pub start: bool,
+    /// How it is started.
+    #[command(flatten)]
+    pub starts: Starts,
     /// Whether to ask.
     #[command(flatten)]
     pub confirm: Confirm,
@@ -56,7 +67,13 @@ pub struct Args {
 
 impl Args {
     fn act(&self) -> Option<(&str, Act)> {
-        let acts = [(self.remove, Act::Remove), (self.delete, Act::Delete), (self.readmit, Act::Readmit)];
+        let remove = if self.force { Act::Drop } else { Act::Remove };
+        let acts = [
+            (self.remove, remove),
+            (self.delete, Act::Delete),
+            (self.readmit, Act::Readmit),
+            (self.take_back, Act::TakeBack),
+        ];
         let act = acts.into_iter().find(|(asked, _)| *asked).map(|(_, act)| act)?;
         Some((self.replica.as_deref()?, act))
     }
@@ -76,6 +93,15 @@ struct Listed<'a> {
 }
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
+    if let (true, Some(name)) = (args.start, &args.replica) {
+        let manner = Manner { dry: &args.dry, confirm: None, cancel_job: false, ops: &[Op::Start] };
+        return ops::carry_out(context, std::slice::from_ref(name), &manner, |_, record| {
+            Ok(Wanted { ask: args.starts.ask(&record.name, Ask::Start), loss: None })
+        });
+    }
+    if let Some((name, Act::TakeBack)) = args.act() {
+        return take_back(context, args, name);
+    }
     let catalogue = context.catalogue_if_there()?;
     if let Some((name, act)) = args.act() {
         return give_up(context, args, catalogue.as_ref(), name, act);
@@ -122,6 +148,12 @@ fn give_up(context: &Context, args: &Args, catalogue: Option<&Catalogue>, name: 
             format!("{name} leaves the list with {}; its files stay", units::count(points, "restore point"))
         }
         Act::Readmit => format!("the next run of its job makes {name} again"),
+        Act::Drop => format!(
+            "lost: what is known here of {name}, with {}; {} is left alone",
+            units::count(points, "restore point"),
+            record.folder.display()
+        ),
+        Act::TakeBack => String::new(),
     };
     let plan = serde_json::json!({ "replica": name, "act": act, "points": points, "folder": record.folder });
     if args.dry.dry_run {
@@ -129,15 +161,38 @@ fn give_up(context: &Context, args: &Args, catalogue: Option<&Catalogue>, name: 
         context.out.line(loss);
         return Ok(());
     }
-    if act == Act::Delete {
+    if matches!(act, Act::Delete | Act::Drop) {
         confirm(context, &args.confirm, &loss)?;
     }
+    work(context, args, catalogue, (name, act), &loss)
+}
+
+/// Learns of a replica from its folder.
+fn take_back(context: &Context, args: &Args, name: &str) -> Result<()> {
+    let (job, machine) = give_up::named(context.site()?, name)?;
+    let known = context.catalogue_if_there()?.map(|catalogue| catalogue.replica::<ReplicaRecord>(name)).transpose()?;
+    if let Some(row) = known.flatten() {
+        Act::TakeBack.check(&row.record.check()?)?;
+    }
+    let loss = format!("whoever else knows {name}, the replica of {machine} by the job {job}, is refused from then on");
+    if args.dry.dry_run {
+        context.out.record("plan", &serde_json::json!({ "replica": name, "act": Act::TakeBack, "job": job }));
+        context.out.line(loss);
+        return Ok(());
+    }
+    confirm(context, &args.confirm, &loss)?;
+    let told = format!("{name} is known again");
+    work(context, args, &context.catalogue()?, (name, Act::TakeBack), &told)
+}
+
+/// Carries it out, as work of the queue.
+fn work(context: &Context, args: &Args, catalogue: &Catalogue, (name, act): (&str, Act), told: &str) -> Result<()> {
     let stop = context.stop()?;
     let session = NewSession {
         kind: act.name().to_owned(),
         job: None,
         initiator: context.user(),
-        reason: args.reason.clone(),
+        reason: args.starts.why.reason.clone(),
         retry_of: None,
     };
     let id = catalogue.begin_work(&session, &[give_up::work(name, act)])?;
@@ -149,7 +204,7 @@ fn give_up(context: &Context, args: &Args, catalogue: Option<&Catalogue>, name: 
     }
     match session.result {
         SessionResult::Success | SessionResult::Warning => {
-            context.out.line(loss);
+            context.out.line(told);
             Ok(())
         }
         _ => {

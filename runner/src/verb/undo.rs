@@ -1,6 +1,6 @@
 //! `undo`: takes the last step of a replica back.
 
-use super::ops::{self, Machines, Manner, Wanted};
+use super::ops::{self, Manner, Starts, Wanted};
 use crate::{
     catalogue::Catalogue,
     cli::{Confirm, DryRun},
@@ -24,9 +24,9 @@ pub struct Args {
     /// Also where a machine cannot be turned off because its host does not answer
     #[arg(long)]
     pub force: bool,
-    /// How machines are treated.
+    /// How machines are started.
     #[command(flatten)]
-    pub machines: Machines,
+    pub starts: Starts,
     /// Whether to ask.
     #[command(flatten)]
     pub confirm: Confirm,
@@ -41,7 +41,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         if !args.dry.dry_run && record.state == State::ReadyToSwitch {
             super::failback::unschedule(context, catalogue, &record.name)?;
         }
-        let ask = args.machines.ask(&record.name, Act::Undo { force: args.force });
+        let ask = args.starts.ask(&record.name, Act::Undo { force: args.force });
         Ok(Wanted { ask, loss: lost(context, catalogue, record)? })
     })
 }

@@ -141,7 +141,12 @@ impl Site {
 
     /// Runs with machines without a network that need not be waited for.
     pub(crate) fn does(&self, args: &[&str]) -> Value {
-        let outcome = self.json(&[args, &["--grace", "1s", "--network", "none"]].concat());
+        let more: &[&str] = match args.first() {
+            Some(&"failover" | &"failback") => &["--grace", "1s", "--network", "none"],
+            Some(&"undo" | &"replicas") => &["--network", "none"],
+            _ => &[],
+        };
+        let outcome = self.json(&[args, more].concat());
         assert!(outcome.code <= 1, "{args:?}: {}\n{}", outcome.stdout, outcome.stderr);
         outcome.one("replica")
     }
@@ -279,6 +284,70 @@ fn a_takeover_is_taken_back_and_so_is_the_way_home() {
 }
 
 #[test]
+fn a_machine_that_ended_while_it_serves_is_started_by_a_word() {
+    let site = Site::new(1);
+    site.refused(&["replicas", REPLICA, "--start"], "E_STATE");
+    site.does(&["failover", REPLICA]);
+    site.write("dr", 0x55, "16M", "64k");
+    let running = site.running("dr").expect("it runs");
+    Qemu.power_off(&running, Duration::ZERO).expect("it ends");
+    let refused = site.refused(&["failover", REPLICA], "E_STATE");
+    assert!(refused["do"].as_str().is_some_and(|help| help.contains("--start")), "{refused}");
+    let report = site.does(&["replicas", REPLICA, "--start"]);
+    assert_eq!((&report["state"], &report["op"]), (&json!("failover"), &json!("start")));
+    let again = site.running("dr").expect("it runs again");
+    assert_ne!(again.process, running.process);
+    site.does(&["replicas", REPLICA, "--start"]);
+    assert_eq!(site.running("dr").expect("and was left alone").process, again.process);
+    let mut qmp = Qmp::connect(&again.orders, WAIT).expect("monitor");
+    let line = "qemu-io -d /machine/peripheral/dev0/virtio-backend \"read -P 85 16M 64k\"";
+    let said = qmp.execute("human-monitor-command", json!({ "command-line": line }), WAIT).expect("read");
+    assert!(said.as_str().unwrap_or_default().trim().is_empty(), "what it wrote is there: {said}");
+}
+
+#[test]
+fn production_that_another_program_has_open_is_neither_read_nor_written() {
+    let site = Site::new(1);
+    let hold = |mode: &[&str]| {
+        let socket = site.room.path("held");
+        let mut door = Command::new("qemu-nbd");
+        let door = door.args(mode).args(["-t", "-f", "qcow2", "-k"]).arg(&socket).arg(site.production());
+        let door = Held(door.spawn().expect("qemu-nbd"), socket.clone());
+        while !socket.exists() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        door
+    };
+    let writer = hold(&[]);
+    let busy = site.refused(&["failover", REPLICA, "--planned", "--network", "none"], "E_BUSY");
+    assert!(busy["what"].as_str().is_some_and(|what| what.contains("qemu-nbd")), "{busy}");
+    assert_eq!(site.state(), "ready");
+    drop(writer);
+    site.does(&["failover", REPLICA, "--no-start"]);
+    let reader = hold(&["-r"]);
+    site.refused(&["failback", REPLICA, "--yes"], "E_BUSY");
+    assert_eq!(site.state(), "failover");
+    drop(reader);
+    site.does(&["failback", REPLICA, "--yes"]);
+    let reader = hold(&["-r"]);
+    site.refused(&["failback", REPLICA, "--switch", "now", "--no-start", "--yes"], "E_BUSY");
+    assert_eq!(site.state(), "ready_to_switch");
+    drop(reader);
+    site.does(&["failback", REPLICA, "--switch", "now", "--no-start", "--yes"]);
+}
+
+/// A program that has an image open.
+struct Held(std::process::Child, PathBuf);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+        let _ = fs::remove_file(&self.1);
+    }
+}
+
+#[test]
 fn a_takeover_made_final_is_an_ordinary_machine_that_never_stopped() {
     let site = Site::new(2);
     site.does(&["failover", REPLICA]);
@@ -321,6 +390,9 @@ fn a_plan_runs_its_programs_waits_at_its_gates_and_is_taken_back() {
     assert!(plan["run"]["record"]["entries"][0]["rto_ms"].as_i64().is_some_and(|ms| ms > 0), "{plan}");
     assert!(site.running("dr").is_some());
     assert_eq!(site.refused(&["plan", "resume", "all"], "E_STATE")["exit"], 3);
+    let twice = site.json(&["plan", "run", "all", "--grace", "1s", "--network", "none"]);
+    assert_eq!((twice.code, twice.one("entry")["replica"].as_str()), (1, Some(REPLICA)), "{}", twice.stdout);
+    assert!(twice.one("warning")["what"].as_str().is_some_and(|what| what.contains("is failover")), "{}", twice.stdout);
     let again = site.json(&["plan", "check", "all"]);
     assert_eq!(again.code, 1, "it would be left out");
     site.does(&["undo", "plan/all", "--yes"]);

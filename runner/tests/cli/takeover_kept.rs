@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::takeover::{REPLICA, Site};
 
-const PLAIN: [&str; 4] = ["--grace", "1s", "--network", "none"];
+const PLAIN: [&str; 2] = ["--network", "none"];
 
 #[test]
 fn of_several_hands_that_take_back_one_step_one_does() {

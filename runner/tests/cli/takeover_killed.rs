@@ -124,8 +124,12 @@ impl Storm {
     /// Begins a command, kills somebody at some moment, and types it again until the replica is in `wanted`.
     fn in_spite_of_kills(&mut self, op: &'static str, args: &[&str], wanted: State) {
         let victim = Victim::any(&mut self.dice);
-        let more = ["--grace", "0s", "--network", "none"];
-        let all: Vec<&str> = ["-c", "site.toml"].iter().chain(args).chain(&more).copied().collect();
+        let more: &[&str] = match args.first() {
+            Some(&"undo") => &["--network", "none"],
+            Some(&"commit" | &"permanent") => &[],
+            _ => &["--grace", "0s", "--network", "none"],
+        };
+        let all: Vec<&str> = ["-c", "site.toml"].iter().chain(args).chain(more).copied().collect();
         let takes = self.takes.get(op).copied().unwrap_or(Duration::from_millis(700));
         let after = moment(&mut self.dice, takes * 5 / 4);
         let killed = match victim {

@@ -18,6 +18,8 @@ pub(crate) struct Fake {
     on: Mutex<BTreeMap<PathBuf, Vec<PathBuf>>>,
     /// The next start fails.
     pub(crate) refuses: AtomicBool,
+    /// The next merge fails.
+    pub(crate) refuses_merge: AtomicBool,
 }
 
 fn running(dir: &Path) -> Running {
@@ -92,12 +94,16 @@ impl Host for Fake {
         Ok(())
     }
 
-    fn merge(&self, of: &Running, index: usize, base: &Path) -> Result<()> {
+    fn merge(&self, of: &Running, index: usize, base: &Path, size: u64) -> Result<()> {
+        if self.refuses_merge.swap(false, Ordering::Relaxed) {
+            return Err(Error::Shape { what: "it does not want to".into() });
+        }
         let dir = of.log.parent().expect("a folder").to_path_buf();
         if let Some(file) = self.on.lock().get_mut(&dir).and_then(|files| files.get_mut(index))
             && file != base
         {
             stage::img(&["commit", "-q", "-d", "-b", &base.to_string_lossy(), &file.to_string_lossy()]);
+            stage::img(&["resize", "-q", "--shrink", "-f", "qcow2", &base.to_string_lossy(), &size.to_string()]);
             *file = base.to_path_buf();
         }
         Ok(())

@@ -47,7 +47,7 @@ fn act(stage: &Stage, desk: &Desk<'_>, op: Op, dice: &mut Dice) -> Result<bool, 
             switchover(desk, REPLICA, true, Duration::ZERO)?;
         }
         Op::Commit => commit(desk, REPLICA, false)?,
-        Op::Verify | Op::PlannedFailover | Op::Remove => {}
+        Op::Verify | Op::PlannedFailover | Op::Remove | Op::Start => {}
     }
     Ok(true)
 }

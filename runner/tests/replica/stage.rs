@@ -191,6 +191,8 @@ impl Stage {
         let description = MachineDescription {
             name: MACHINE.into(),
             firmware: Some(Firmware::Bios),
+            memory_bytes: Some(192 << 20),
+            cpus: Some(3),
             disks: disks
                 .iter()
                 .map(|(name, bytes)| DiskDescription {

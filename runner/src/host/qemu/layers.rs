@@ -20,10 +20,15 @@ const TICK: Duration = Duration::from_millis(50);
 /// How long the last step of a merge may take: requests in flight are finished first.
 const LAST_TIMEOUT: Duration = Duration::from_secs(120);
 
+/// Disks are as long as whole sectors.
+const SECTOR_BYTES: u64 = 512;
+
 /// What a device's disk stands on.
 struct Stand {
     node: String,
     file: String,
+    /// Bytes of the disk.
+    size: u64,
 }
 
 fn stand(orders: &mut Qmp, index: usize) -> Result<Stand> {
@@ -45,7 +50,18 @@ fn stand(orders: &mut Qmp, index: usize) -> Result<Stand> {
     let all = nodes.as_array().map(Vec::as_slice).unwrap_or_default();
     let child = all.iter().find(|known| known.get("node-name").and_then(Value::as_str) == Some(&own));
     let path = child.and_then(|child| child.get("file")).and_then(Value::as_str);
-    Ok(Stand { file: path.map_or(file, str::to_owned), node })
+    let size = inserted.and_then(|i| i.get("image")?.get("virtual-size")?.as_u64()).unwrap_or(0);
+    Ok(Stand { file: path.map_or(file, str::to_owned), node, size })
+}
+
+/// Sees that a disk writes to `path`.
+pub(super) fn stands_on(orders: &mut Qmp, index: usize, path: &Path) -> Result<()> {
+    let stand = stand(orders, index)?;
+    let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+    if real(Path::new(&stand.file)) == real(path) {
+        return Ok(());
+    }
+    Err(observed(&format!("disk {index} of the machine that runs already"), &path.to_string_lossy(), &stand.file))
 }
 
 /// The node of the file of a layer that we put on.
@@ -79,13 +95,13 @@ pub(super) fn add(orders: &mut Qmp, index: usize, layer: &Path) -> Result<()> {
     if after.file == path { Ok(()) } else { Err(observed(&after.node, &path, &after.file)) }
 }
 
-/// Writes all layers down into the lowest one.
-pub(super) fn merge(orders: &mut Qmp, index: usize, base: &Path) -> Result<()> {
+/// Writes all layers down into the lowest one, and cuts that to the disk's size where it is longer.
+pub(super) fn merge(orders: &mut Qmp, index: usize, base: &Path, size: u64) -> Result<()> {
     let id = format!("merge{index}");
     let path = base.to_string_lossy();
     let before = stand(orders, index)?;
     if before.file == path {
-        return Ok(());
+        return cut(orders, &before, size);
     }
     if job(orders, &id)?.is_none() {
         orders.execute("block-commit", json!({ "job-id": id, "device": before.node }), ORDER_TIMEOUT)?;
@@ -104,7 +120,19 @@ pub(super) fn merge(orders: &mut Qmp, index: usize, base: &Path) -> Result<()> {
         }
     }
     let after = stand(orders, index)?;
-    if after.file == path { Ok(()) } else { Err(observed(&after.node, &path, &after.file)) }
+    if after.file != path {
+        return Err(observed(&after.node, &path, &after.file));
+    }
+    cut(orders, &after, size)
+}
+
+/// Cuts off what an image has behind the end of its disk: the length of a layer that was larger.
+fn cut(orders: &mut Qmp, image: &Stand, size: u64) -> Result<()> {
+    let size = size.next_multiple_of(SECTOR_BYTES);
+    if image.size > size {
+        orders.execute("block_resize", json!({ "node-name": image.node, "size": size }), LAST_TIMEOUT)?;
+    }
+    Ok(())
 }
 
 /// The status of a job, while there is one.
