@@ -54,7 +54,10 @@ pub fn run(run: &Run<'_>, job: &BackupJob) -> Result<Report> {
     let machine = repo.machine_or_new(run.machine)?;
     let mut report = Report::default();
     let made = match order(run, job, Consistency::Unknown, None).made_already(&repo, &machine)? {
-        Some(made) => made,
+        Some(made) => {
+            tidy(run);
+            made
+        }
         None => make(run, job, &repo, &machine, &mut report)?,
     };
     report.points.push(made.record.id);
@@ -63,6 +66,21 @@ pub fn run(run: &Run<'_>, job: &BackupJob) -> Result<Report> {
     drop(repo);
     report.retained = run.retain(&job.to, job.keep.as_ref());
     Ok(report)
+}
+
+/// Takes down what an earlier attempt at a point added to the running machine before it was killed: a copy of what the
+/// guest overwrites grows until somebody does.
+fn tidy(run: &Run<'_>) {
+    let tidied = match source(run) {
+        Ok(Source::Running(place)) => fleece::claim(&place.sockets()).map(drop),
+        Ok(Source::Images(_) | Source::Off(_)) => Ok(()),
+        Err(fail) => Err(fail),
+    };
+    if let Err(fail) = tidied {
+        let what =
+            format!("{}: what a killed backup added to the machine may still be there: {}", run.machine, fail.what);
+        run.note(Code::WarnHost, what);
+    }
 }
 
 fn make(run: &Run<'_>, job: &BackupJob, repo: &Repository, machine: &Machine, report: &mut Report) -> Result<Made> {

@@ -475,7 +475,7 @@ fn points_of_a_running_machine_survive_kills_of_the_run_and_of_qemu() {
         let began = Instant::now();
         carrier.carries_through(&machine.room, "b", since);
         takes = began.elapsed().clamp(Duration::from_millis(300), Duration::from_secs(2));
-        assert!(machine.ours().0.is_empty(), "{:?}", machine.ours());
+        assert!(machine.ours().0.is_empty(), "round {round}: {:?}", machine.ours());
         kept.insert(mark, oracle);
         let listed = machine.room.json(["points", "db01"]).kind("point");
         let ids: Vec<&str> = listed.iter().map(|point| point["point"].as_str().expect("an id")).collect();
