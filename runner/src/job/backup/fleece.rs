@@ -469,12 +469,16 @@ pub fn sweep(qmp: &mut Qmp, sockets: &Sockets) -> Result<()> {
     if !began.is_empty() && list(qmp, "query-block-exports", json!({}))?.is_empty() {
         let _ = order(qmp, "nbd-server-stop", json!({}));
     }
-    let jobs = |qmp: &mut Qmp| -> Result<Vec<String>> { Ok(mine(list(qmp, "query-jobs", json!({}))?, "id")) };
-    for id in jobs(qmp)? {
-        if order(qmp, "job-cancel", json!({ "id": id })).is_err() {
-            let _ = order(qmp, "job-dismiss", json!({ "id": id }));
+    // Each time it is looked for: one that was running when it was cancelled stays until it is dismissed as well.
+    let jobs = |qmp: &mut Qmp| -> Result<Vec<String>> {
+        let left = mine(list(qmp, "query-jobs", json!({}))?, "id");
+        for id in &left {
+            if order(qmp, "job-cancel", json!({ "id": id })).is_err() {
+                let _ = order(qmp, "job-dismiss", json!({ "id": id }));
+            }
         }
-    }
+        Ok(left)
+    };
     gone(qmp, "a job", jobs)?;
     let nodes = list(qmp, "query-named-block-nodes", json!({ "flat": true }))?;
     for node in &nodes {
