@@ -21,9 +21,9 @@ test: setup      ## everything that must hold, in minutes
 	$(CARGO) test --workspace --locked --quiet
 	$(CARGO) test -p aquifer-tests --features schedule --test schedule --locked --quiet
 	$(CARGO) test -p aquifer-tests --features planted --test planted --locked --quiet
-	$(MAKE) test-postgres
+	AQUIFER_TEST_CATALOGUE=postgres $(CARGO) test --workspace --test cli --test replica --locked --quiet -- takeover oracle:: model::
 
-# What has its catalogue in either: jobs, replicas, takeovers, plans.
+# What has its catalogue in either: jobs, replicas, takeovers, plans. `make test` has the takeovers and plans of it.
 ON_EITHER := replication takeover storm repo_jobs survive_kills oracle:: model::
 test-postgres: setup ## the tests of jobs, replicas and takeovers with their catalogue in PostgreSQL
 	$(CARGO) build --locked -p aquifer

@@ -121,15 +121,26 @@ impl Stop {
 
     /// Waits until somebody asks to stop, at most `limit`; true if so.
     pub fn wait(self, limit: Duration) -> bool {
+        self.wait_or(limit, || false)
+    }
+
+    /// The same, and until something else is so, which whoever brings it about tells by [`look_again`].
+    pub(crate) fn wait_or(self, limit: Duration, is_so: impl Fn() -> bool) -> bool {
         let until = Instant::now() + limit;
         let mut guard = CHANGED.0.lock();
-        while !self.is_asked() {
+        while !self.is_asked() && !is_so() {
             if CHANGED.1.wait_until(&mut guard, until).timed_out() {
                 break;
             }
         }
         self.is_asked()
     }
+}
+
+/// Has everybody who waits look again at what they wait for.
+pub(crate) fn look_again() {
+    let _guard = CHANGED.0.lock();
+    CHANGED.1.notify_all();
 }
 
 /// Whether SIGUSR1 came since the last call.

@@ -32,7 +32,7 @@ use crate::{
     catalogue::{Asked, Catalogue, Error, Fence, Outcome, SessionId, Work},
     context::Context,
     fail::{At, Code, Fail, Remedy, Result},
-    stop::{Halt, Stop, Why},
+    stop::{Halt, Stop, Why, look_again},
 };
 
 /// How long an idle worker waits before it looks again.
@@ -77,6 +77,7 @@ impl Worker<'_> {
             over: AtomicBool::new(false),
             in_hand: AtomicU32::new(0),
             had: AtomicU32::new(0),
+            ended: AtomicU32::new(0),
         };
         thread::scope(|scope| {
             for _ in 0..self.tasks.max(1) {
@@ -96,6 +97,8 @@ struct Shared<'a> {
     over: AtomicBool,
     in_hand: AtomicU32,
     had: AtomicU32,
+    /// Pieces of work that have ended: what was waited for may be possible now, or all be done.
+    ended: AtomicU32,
 }
 
 thread_local! {
@@ -110,17 +113,22 @@ fn halt_of_this_thread() -> &'static Halt {
 impl Shared<'_> {
     fn serve(&self) {
         while !self.stop.is_signalled() && !self.over.load(Ordering::SeqCst) {
+            let ended = self.ended.load(Ordering::SeqCst);
             match self.next() {
                 Ok(Some((work, fence))) => {
                     self.had.fetch_add(1, Ordering::SeqCst);
                     self.do_it(&work, &fence);
                     self.in_hand.fetch_sub(1, Ordering::SeqCst);
+                    self.ended.fetch_add(1, Ordering::SeqCst);
+                    look_again();
                 }
                 Ok(None) => {
                     if self.is_over() {
                         self.over.store(true, Ordering::SeqCst);
+                        look_again();
                     } else {
-                        self.stop.wait(LOOK_EVERY);
+                        let news = || self.over.load(Ordering::SeqCst) || self.ended.load(Ordering::SeqCst) != ended;
+                        self.stop.wait_or(LOOK_EVERY, news);
                     }
                 }
                 Err(error) if is_passing(&error) => {

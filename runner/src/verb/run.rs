@@ -6,6 +6,8 @@
 
 use std::{thread, time::Duration};
 
+use crossbeam_channel::{RecvTimeoutError, bounded};
+
 use crate::{
     catalogue::{Catalogue, Error, NewRun, NewSession, Session, SessionId, SessionResult, Trigger, Wish, WorkState},
     cli::DryRun,
@@ -137,13 +139,19 @@ pub(super) fn follow(context: &Context, catalogue: &Catalogue, id: SessionId, st
     let mut follow = Follow::from_now(catalogue)?.of_session(id).only_trouble();
     let progress = context.out.progress("running", None);
     let outcome = thread::scope(|scope| {
-        let working = scope.spawn(|| worker.run(stop));
-        while !working.is_finished() {
+        let (at_work, ended) = bounded::<()>(0);
+        let working = scope.spawn(|| {
+            let _until_the_end = at_work;
+            worker.run(stop)
+        });
+        loop {
             // What cannot be shown now is shown later; the worker tells when the catalogue is gone for good.
             let _ = follow.show(catalogue, &context.out);
             let (done, total) = worker.hands.progress();
             progress.reach(done, total);
-            thread::sleep(SHOW_EVERY);
+            if ended.recv_timeout(SHOW_EVERY) == Err(RecvTimeoutError::Disconnected) {
+                break;
+            }
         }
         working.join().unwrap_or_else(|payload| Err(Fail::from_panic(payload.as_ref())))
     });

@@ -6,6 +6,8 @@
 
 use std::{thread, time::Duration};
 
+use crossbeam_channel::{RecvTimeoutError, bounded};
+
 use super::super::units;
 use crate::{
     catalogue::LEASE,
@@ -76,12 +78,18 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         hands: Hands::default(),
     };
     let outcome = thread::scope(|scope| {
-        let working = scope.spawn(|| worker.run(stop));
-        while !working.is_finished() {
+        let (at_work, ended) = bounded::<()>(0);
+        let working = scope.spawn(|| {
+            let _until_the_end = at_work;
+            worker.run(stop)
+        });
+        loop {
             if let Err(fail) = follow.show(&catalogue, &context.out) {
                 tracing::warn!(target: "aquifer", error = %fail.what, "the catalogue does not answer; trying again");
             }
-            thread::sleep(SHOW_EVERY);
+            if ended.recv_timeout(SHOW_EVERY) == Err(RecvTimeoutError::Disconnected) {
+                break;
+            }
         }
         working.join().unwrap_or_else(|payload| Err(Fail::from_panic(payload.as_ref())))
     });

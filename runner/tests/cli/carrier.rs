@@ -165,16 +165,20 @@ pub(crate) fn is_at_work(room: &Room) -> bool {
     open.iter().any(|work| work.state == WorkState::Running || work.run_at <= now)
 }
 
-/// Kills every process whose command line names the room and the word; how many there were.
-pub(crate) fn kill_all(room: &Room, word: &str) -> u32 {
-    let (ours, mut killed) = (room.dir.path().to_string_lossy().into_owned(), 0);
+/// Every process whose command line names the room and the word.
+pub(crate) fn processes(room: &Room, word: &str) -> Vec<Pid> {
+    let (ours, mut found) = (room.dir.path().to_string_lossy().into_owned(), Vec::new());
     for entry in fs::read_dir("/proc").expect("processes").flatten() {
         let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line).into_owned();
         let pid = entry.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
-        if let Some(pid) = pid.filter(|_| line.contains(&ours) && line.contains(word)) {
-            killed += u32::from(kill_process(pid, Signal::KILL).is_ok());
-        }
+        found.extend(pid.filter(|_| line.contains(&ours) && line.contains(word)));
     }
-    killed
+    found
+}
+
+/// Kills them; how many there were.
+pub(crate) fn kill_all(room: &Room, word: &str) -> u32 {
+    let there = processes(room, word).into_iter();
+    there.map(|pid| u32::from(kill_process(pid, Signal::KILL).is_ok())).sum()
 }

@@ -507,6 +507,29 @@ fn points_of_a_running_machine_survive_kills_of_the_run_and_of_qemu() {
 }
 
 #[test]
+fn what_a_killed_run_left_at_work_is_taken_down_at_once() {
+    let mut machine = Machine::new(&["vda"]);
+    machine.start(&["vda"]);
+    machine.write("vda", 1, "0", "1M");
+    // A job that stays after its end until it is dismissed, as the one that makes a scratch file does.
+    let scratch = machine.folder().join(".aquifer-scratch0.qcow2").display().to_string();
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", &scratch, "64M"]);
+    let mut qmp = machine.qmp();
+    let node = json!({ "driver": "qcow2", "node-name": "aquifer-scratch0", "file": { "driver": "file", "filename": scratch } });
+    qmp.execute("blockdev-add", node, WAIT).expect("a node");
+    let left = json!({ "job-id": "aquifer-create0", "device": "vda", "target": "aquifer-scratch0", "sync": "none",
+        "auto-dismiss": false });
+    qmp.execute("blockdev-backup", left, WAIT).expect("a job");
+    drop(qmp);
+    let began = Instant::now();
+    let (code, said) = run(&machine, "b");
+    assert_eq!(code, 0, "{said}");
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    assert!(machine.ours().0.is_empty(), "{:?}", machine.ours());
+    machine.compare("latest", "vda", &machine.image("vda"));
+}
+
+#[test]
 fn two_moments_of_a_running_machine_never_become_one_point() {
     let disks = ["vda"];
     let mut machine = Machine::new(&disks);

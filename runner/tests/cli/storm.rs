@@ -10,10 +10,13 @@ use std::{
     collections::BTreeMap,
     fs,
     path::PathBuf,
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
+use aquifer_formats::repo::{DiskName, PointState, Repository, record::Owner};
+use aquifer_vdisk::{BlockCache, Chain, Disk};
 use serde_json::Value;
 
 use crate::{
@@ -176,22 +179,24 @@ impl Storm {
 
     /// Versions that a repository lists, oldest first; each is looked at byte by byte.
     fn judge(&mut self, repo: &'static str, at_least: usize) {
-        let dir = self.room.text(if repo == "nas" { "repo" } else { repo });
+        let dir = self.room.path(if repo == "nas" { "repo" } else { repo });
+        let nobody = Owner { id: uuid::Uuid::nil(), name: "a look".into() };
+        let repository = Repository::open(&dir, nobody).expect("the repository");
+        let machine = repository.machine("files").expect("the machine");
         let mut versions = Vec::new();
-        let listed = self.room.json(["-r", &dir, "points"]);
-        for point in listed.kind("point") {
+        for point in repository.points(&machine).expect("points") {
             // What is not whole is told as such, and goes on or goes away.
-            if point["state"] == "incomplete" {
+            if point.state == PointState::Incomplete {
                 continue;
             }
-            assert_eq!(point["state"], "complete", "{repo}: {point}");
-            let id = point["point"].as_str().expect("an id");
-            let out = self.room.text("out.raw");
-            let _ = fs::remove_file(&out);
-            self.room.ok(["-r", &dir, "export", &format!("files@{id}:data"), &out]);
-            let bytes = fs::read(&out).expect("read");
+            assert_eq!(point.state, PointState::Complete, "{repo}: {point:?}");
+            let layer = repository.open_disk(&point, &DiskName::new("data").expect("a name")).expect("the disk");
+            let cache = Arc::new(BlockCache::new(1 << 20));
+            let disk = Disk::read_only("data", Arc::new(Chain::new(vec![layer], cache).expect("a chain")));
+            let mut bytes = vec![0; SIZE];
+            disk.read(0, &mut bytes).expect("every byte");
             let version = u32::from_le_bytes(bytes[..4].try_into().expect("four"));
-            assert!(self.history.get(&version) == Some(&bytes), "{repo}: {id} is not version {version}");
+            assert!(self.history.get(&version) == Some(&bytes), "{repo}: {} is not version {version}", point.id);
             versions.push(version);
             self.points += 1;
         }
