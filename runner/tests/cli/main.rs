@@ -12,12 +12,12 @@ mod hostile;
 mod images;
 mod kept;
 #[path = "../../../tests/src/ledger.rs"]
-#[allow(dead_code, unreachable_pub, reason = "shared with the tests of the other rooms")]
+#[allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "shared with the tests of the other rooms")]
 mod ledger;
 mod look;
 mod measure;
 #[path = "../../../tests/src/postgres.rs"]
-#[allow(dead_code, unreachable_pub, reason = "shared with the tests of the other rooms")]
+#[allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "shared with the tests of the other rooms")]
 mod postgres;
 mod proxies;
 mod reclaim;

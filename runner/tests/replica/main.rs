@@ -7,7 +7,7 @@ mod fake;
 mod model;
 mod oracle;
 #[path = "../../../tests/src/postgres.rs"]
-#[allow(dead_code, unreachable_pub, reason = "shared with the tests of the other rooms")]
+#[allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "shared with the tests of the other rooms")]
 mod postgres;
 mod stage;
 mod touched;
