@@ -174,8 +174,9 @@ impl BackWork {
                 (None, Some(point)) => Some(digests_of(&record, point, top, &from)?),
                 _ => None,
             };
+            let noted = ranges.is_some();
             let pass = Pass {
-                from,
+                from: from.clone(),
                 have: Some(layers::open(&disk.path, disk.format, desk.cache)?),
                 backing: Some(layers::backing(&disk.path, disk.format)?),
                 digests: digests.as_ref(),
@@ -184,6 +185,9 @@ impl BackWork {
                 pace: desk.pace,
             };
             self.carried.add(pass.run()?);
+            if noted && self.changed.verify {
+                nothing_else(desk, disk, from, record.digest_block)?;
+            }
         }
         self.took_ms = u64::try_from(began.elapsed().as_millis()).ok();
         has_room(desk, &self.home, &self.sent, 1)
@@ -195,6 +199,25 @@ impl BackWork {
             _ => discard(&working_of(&disk.path, 1)),
         })
     }
+}
+
+/// Proves that production's notes were all there was: with the first pass on it, its disk is the replica's.
+fn nothing_else(desk: &Desk<'_>, disk: &crate::replica::model::HomeDisk, from: Arc<Chain>, block: u64) -> Result<()> {
+    let working = working_of(&disk.path, 1);
+    let home = if working.exists() {
+        layers::open(&working, Format::Qcow2, desk.cache)?
+    } else {
+        layers::open(&disk.path, disk.format, desk.cache)?
+    };
+    let sums = |chain| Digests::of(&aquifer_vdisk::Disk::read_only(&disk.disk, chain), block);
+    let (there, here) = (sums(home)?, sums(from.clone())?);
+    let blocks = from.size().div_ceil(block);
+    let extra = (0..blocks).filter(|index| there.sum(*index) != here.sum(*index)).count();
+    if extra == 0 {
+        return Ok(());
+    }
+    let what = format!("{extra} blocks of {} differ beside those that production noted as changed", disk.disk);
+    Err(Fail::new(Code::Failed, what).at(disk.path.display()).help_again("--full"))
 }
 
 /// Where the replica's disk differs from what it was at the point that production's map begins with: the layers of both

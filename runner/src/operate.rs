@@ -23,7 +23,7 @@ pub use place::{Production, production, target};
 pub use report::Report;
 
 use crate::{
-    catalogue::Event,
+    catalogue::{Event, Work, WorkState},
     fail::{Code, Fail, Result},
     failback::{self, Changed},
     failover::{self, planned},
@@ -102,6 +102,9 @@ pub enum Act {
         power_on: bool,
         /// Whether everything is compared, whatever production itself has noted of its changes.
         compare: bool,
+        /// Whether what production has noted is proven by comparing everything as well.
+        #[serde(default)]
+        verify: bool,
     },
     /// The change of sides.
     Switchover {
@@ -199,6 +202,7 @@ impl Ask {
                 let wanted = PointRef::parse(point)?;
                 let manner = failover::Manner { start: *start, force: *force };
                 failover::failover_as(desk, name, &wanted, self.reason.clone(), manner)?;
+                tell_of_addresses(desk, name)?;
             }
             Act::Start if !is_done(Op::Start) => {
                 self.fence(task, desk, Fence::None)?;
@@ -207,11 +211,14 @@ impl Ask {
             Act::Planned { spec, start, restart } if !is_done(Op::Failover) => {
                 let replica = member::place(desk, task.context.site()?, &spec.replica.host, &spec.replica)?;
                 planned(desk, &replica, &spec.home, *restart, *start)?;
+                tell_of_addresses(desk, name)?;
             }
-            Act::Failback { home, switch, power_on, compare } => {
+            Act::Failback { home, switch, power_on, compare, verify } => {
                 if !is_done(Op::Failback) {
+                    refuse_backup(task, desk, name)?;
                     let known =
                         if *compare { Changed::default() } else { marks::marks(task.context, &desk.points(name)?)? };
+                    let known = Changed { verify: *verify, ..known };
                     failback::failback(desk, name, home.clone(), *switch, known)?;
                 }
                 match switch {
@@ -307,4 +314,31 @@ impl Ask {
         let ask = Self { act: Act::Switchover { power_on }, ..self.clone() };
         schedule(task.context, task.catalogue, &ask, time).map(drop)
     }
+}
+
+/// Refuses a way home while a backup reads the machine that is turned off for it.
+fn refuse_backup(task: &Task<'_>, desk: &Desk<'_>, name: &str) -> Result<()> {
+    let machine = desk.load(name)?.record.machine;
+    let reads = |work: &Work| {
+        let of_it = work.spec.get("machine").and_then(serde_json::Value::as_str) == Some(machine.as_str());
+        of_it && work.kind == "backup" && work.state == WorkState::Running
+    };
+    match task.catalogue.open_work()?.into_iter().find(reads) {
+        None => Ok(()),
+        Some(work) => {
+            let session = work.session.map(|session| format!("aquifer sessions {session}")).unwrap_or_default();
+            Err(Fail::new(Code::Busy, format!("{machine} is being backed up")).at(work.object).help(session))
+        }
+    }
+}
+
+/// Tells that nobody has changed the addresses inside the guest: a plan's programs are given the rules.
+fn tell_of_addresses(desk: &Desk<'_>, name: &str) -> Result<()> {
+    let rules = desk.load(name)?.record.rules.addresses;
+    if !rules.is_empty() {
+        let rules: Vec<String> = rules.iter().map(|rule| format!("{} -> {}", rule.from, rule.to)).collect();
+        let what = format!("addresses inside {name} are not changed: {}", rules.join(", "));
+        (desk.warn)(Code::WarnHost, what);
+    }
+    Ok(())
 }

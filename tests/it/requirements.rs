@@ -1,5 +1,6 @@
 //! Promise: the list of requirements is true to what is there: every state is one of four, whatever is not simply open
-//! says what shows it or what is missing, and every test file and test that is named exists.
+//! says what shows it or what is missing, and every test file and test that is named exists. What the seeds state is built;
+//! whatever else is not is named in the decision on what waits, and nothing else is.
 
 use std::{
     collections::BTreeSet,
@@ -35,6 +36,32 @@ fn sources() -> Vec<(PathBuf, String)> {
 fn is_test_name(word: &str) -> bool {
     let plain = word.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
     plain && word.split('_').filter(|part| !part.is_empty()).count() >= 4
+}
+
+/// The ids that the decision on what waits names, in bold.
+fn decided() -> BTreeSet<String> {
+    let text = fs::read_to_string(root().join("docs/decisions/2026-11-21-what-waits.md")).expect("the decision");
+    text.split("**").filter(|word| word.starts_with("R-") && !word.contains(' ')).map(str::to_owned).collect()
+}
+
+/// Where the list and the decision do not say the same.
+fn undecided(list: &str) -> Vec<String> {
+    let (mut wrong, mut decided) = (Vec::new(), decided());
+    for line in list.lines().filter(|line| line.starts_with("| R-")) {
+        let cells: Vec<&str> = line.trim_matches('|').splitn(5, '|').map(str::trim).collect();
+        let [id, mark, _, state, _] = cells[..] else { continue };
+        let is_open = ["partly", "not yet"].contains(&state);
+        if is_open && mark == "S" {
+            wrong.push(format!("{id} is stated in the seeds, and {state}"));
+        }
+        match (is_open, decided.remove(id)) {
+            (true, false) => wrong.push(format!("{id} is {state}, and no decision says why")),
+            (false, true) => wrong.push(format!("{id} is {state}, and the decision says that it waits")),
+            (true, true) | (false, false) => {}
+        }
+    }
+    wrong.extend(decided.into_iter().map(|id| format!("{id} waits, and is not in the list")));
+    wrong
 }
 
 #[test]
@@ -78,6 +105,7 @@ fn the_list_of_requirements_names_what_there_is() {
             }
         }
     }
+    wrong.extend(undecided(&text));
     assert!(ids.len() > 100, "{} requirements were read", ids.len());
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

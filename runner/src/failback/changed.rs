@@ -31,6 +31,9 @@ pub struct Changed {
     /// Notes that production's images may hold; the first that can be trusted is taken, once production is off.
     #[serde(default)]
     pub marks: Vec<Mark>,
+    /// Whether everything is compared once more after the first pass: nothing may differ that was not noted.
+    #[serde(default)]
+    pub verify: bool,
 }
 
 /// Bitmaps that began with a restore point.

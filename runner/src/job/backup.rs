@@ -296,9 +296,9 @@ fn live(
     let (fleece, not_frozen) = Fleece::catch(claim, sockets, caught, job.freeze, &guard)?;
     if let Some(why) = not_frozen {
         let what = format!("{}: the point is as after a loss of power: {why}", run.machine);
-        match (job.freeze, &place.sockets().agent) {
+        match (job.freeze, fleece.has_agent()) {
             // Without an agent nobody expects more.
-            (Freeze::Try, None) => run.context.out.say(what),
+            (Freeze::Try, false) => run.context.out.say(what),
             _ => run.note(Code::WarnHost, what),
         }
     }

@@ -29,8 +29,8 @@ use crate::{
         components,
         desk::Desk,
         foresee::{self, Foreseen},
-        member,
-        model::{Carried, Origin, PointRecord, ReplicaRecord},
+        keep, member,
+        model::{Carried, Origin, PointRecord, ReplicaRecord, Top},
         production,
         run::{Ran, ReplicaSpec, newest_backup, replicate, replicate_as},
         seat,
@@ -55,6 +55,8 @@ pub struct Report {
     /// What was moved for them.
     #[serde(flatten)]
     pub carried: Carried,
+    /// Bytes of the digests of its newest point.
+    pub digest_bytes: u64,
     /// Where the time went.
     pub busy: Busy,
     /// The stage that took the largest share of it.
@@ -89,6 +91,8 @@ enum Came {
     Nothing,
     /// Its replica is in use, or given up.
     OnHold(State),
+    /// Another replica of it is in use.
+    Held(String, State),
     /// The job does not say how it is to begin.
     LeftOut(String),
 }
@@ -136,7 +140,20 @@ impl<'a> Run<'a> {
         record.and_then(|record| member::is_lost(self.site, &record)).unwrap_or(false)
     }
 
+    /// Another replica of the same machine that serves or is on its way home: until that has ended nothing is replicated.
+    fn held_by_another(&self, desk: &Desk<'_>) -> Result<Option<(String, State)>> {
+        let all = desk.catalogue.replicas::<ReplicaRecord>()?;
+        let serving = |state: State| state.holds_replication() && !state.is_final();
+        let other = all
+            .into_iter()
+            .find(|row| row.source == self.machine && row.name != self.spec.name && serving(row.record.state));
+        Ok(other.map(|row| (row.name, row.record.state)))
+    }
+
     fn carry_out(&self, desk: &Desk<'_>) -> Result<Came> {
+        if let Some((name, state)) = self.held_by_another(desk)? {
+            return Ok(Came::Held(name, state));
+        }
         let mut made = Vec::new();
         if self.job.mapping.contains_key(self.machine) {
             made.extend(adopt::adopt(desk, &self.spec)?);
@@ -232,12 +249,20 @@ impl<'a> Run<'a> {
             state: desk.load(&self.spec.name)?.record.state,
             points: made.iter().map(one).collect(),
             carried,
+            digest_bytes: self.digest_bytes(desk)?,
             busy: Busy::default(),
             bottleneck: None,
             bottleneck_percent: None,
             replica_lag_seconds: newest.map(|taken| i64::try_from(age(taken).as_secs()).unwrap_or(i64::MAX)),
             warnings: Vec::new(),
         })
+    }
+
+    fn digest_bytes(&self, desk: &Desk<'_>) -> Result<u64> {
+        let (record, points) = (desk.load(&self.spec.name)?.record, desk.points(&self.spec.name)?);
+        let Some(newest) = points.last() else { return Ok(0) };
+        let size = |top: &Top| std::fs::metadata(keep::digest_file(&record, newest, &top.disk)).map_or(0, |m| m.len());
+        Ok(newest.disks.iter().map(size).sum())
     }
 
     /// Tells that what feeds the replica has run dry.
@@ -307,6 +332,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
                 Vec::new()
             }
             Came::OnHold(state) => return Ok(Err((Code::WarnOnHold, on_hold(&run.spec.name, state)))),
+            Came::Held(other, state) => return Ok(Err((Code::WarnOnHold, on_hold(&other, state)))),
             Came::LeftOut(why) => return Ok(Err((Code::WarnSkipped, why))),
         };
         run.look_at_age(&desk)?;

@@ -1,12 +1,15 @@
 //! Putting what is asked into the queue, and reading what came of it.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use jiff::Timestamp;
 
 use super::{Ask, KIND, Report};
 use crate::{
-    catalogue::{Catalogue, NewSession, NewWork, Retries, SessionId, Wish, Work, WorkState},
+    catalogue::{Catalogue, NewSession, NewWork, Retries, SessionId, Wish, Work, WorkId, WorkState},
     context::Context,
     fail::{Code, Fail, Result},
     replica::{
@@ -19,6 +22,9 @@ use crate::{
 
 /// Before backups and copies: a site waits for it.
 const PRIORITY: i32 = 800;
+
+/// How long a run that was asked to stop may take.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A session of operations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,7 +65,7 @@ pub fn check(catalogue: &Catalogue, ask: &Ask) -> Result<ReplicaRecord> {
 pub fn interrupted(context: &Context, catalogue: &Catalogue, names: &[&str], cancel: bool) -> Result<Vec<SessionId>> {
     let objects: Vec<String> = names.iter().map(|name| object(name)).collect();
     let now = Timestamp::now();
-    let mut found = Vec::new();
+    let (mut found, mut cancelled) = (Vec::new(), Vec::new());
     for work in catalogue.open_work()?.into_iter().filter(|work| objects.contains(&work.object)) {
         let Some(session) = work.session else { continue };
         // What waits for its time, or behind others, is no hindrance.
@@ -69,6 +75,7 @@ pub fn interrupted(context: &Context, catalogue: &Catalogue, names: &[&str], can
         if is_in_hands(&work, now) {
             if cancel && work.kind != KIND {
                 catalogue.wish(session, Wish::Cancel, &context.user(), Some("a failover goes first"))?;
+                cancelled.push(work.id);
                 continue;
             }
             let what = format!("{} is being worked on: session {session} by {}", work.object, owner_of(&work));
@@ -78,7 +85,26 @@ pub fn interrupted(context: &Context, catalogue: &Catalogue, names: &[&str], can
             found.push(session);
         }
     }
+    out_of_hands(context, catalogue, &cancelled)?;
     Ok(found)
+}
+
+/// Waits until runs that were asked to stop have stopped: they hear of it with their next sign of life.
+fn out_of_hands(context: &Context, catalogue: &Catalogue, works: &[WorkId]) -> Result<()> {
+    let (stop, began) = (context.stop()?, Instant::now());
+    loop {
+        let now = Timestamp::now();
+        let open = catalogue.open_work()?;
+        let Some(held) = open.iter().find(|work| works.contains(&work.id) && is_in_hands(work, now)) else {
+            return Ok(());
+        };
+        if began.elapsed() > PATIENCE {
+            let what = format!("{} does not stop: it is worked on by {}", held.object, owner_of(held));
+            return Err(Fail::new(Code::Busy, what));
+        }
+        stop.wait(Duration::from_millis(200));
+        stop.check()?;
+    }
 }
 
 fn is_worked_on(catalogue: &Catalogue, name: &str) -> Result<bool> {

@@ -38,6 +38,8 @@ pub(super) struct Entry<'a> {
     pub(super) machine: &'a str,
     /// Its replica.
     pub(super) replica: &'a str,
+    /// Rules for its addresses, one in a line: from, to, netmask, gateway, name servers.
+    pub(super) addresses: String,
     /// Its process; none where it was not started.
     pub(super) running: Option<&'a Running>,
 }
@@ -75,6 +77,7 @@ fn attempt(entry: &Entry<'_>, gate: &Gate, left: Duration, stop: Stop) -> Result
                 ("AQUIFER_PLAN", entry.plan.to_owned()),
                 ("AQUIFER_MACHINE", entry.machine.to_owned()),
                 ("AQUIFER_REPLICA", entry.replica.to_owned()),
+                ("AQUIFER_ADDRESSES", entry.addresses.clone()),
                 ("AQUIFER_CONSOLE_LOG", text(entry.running.map(|running| &running.console_log))),
                 ("AQUIFER_MONITOR", text(entry.running.map(|running| &running.orders))),
             ];

@@ -369,7 +369,15 @@ fn one(
     let _ = tell.send(News::Gating(index, Box::new(report)));
     let Some(wanted) = &entry.gate else { return Ok(()) };
     let row = task.catalogue.replica::<crate::replica::model::ReplicaRecord>(&replica)?;
-    let running = row.and_then(|row| row.record.failover).and_then(|failover| failover.running);
-    let gated = gate::Entry { plan: &spec.plan, machine: &entry.machine, replica: &replica, running: running.as_ref() };
+    let record = row.map(|row| row.record);
+    let addresses = record.as_ref().map(|record| record.rules.lines()).unwrap_or_default();
+    let running = record.and_then(|record| record.failover).and_then(|failover| failover.running);
+    let gated = gate::Entry {
+        plan: &spec.plan,
+        machine: &entry.machine,
+        replica: &replica,
+        addresses,
+        running: running.as_ref(),
+    };
     gate::wait(&gated, wanted, entry.timeout, task.stop)
 }

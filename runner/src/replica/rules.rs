@@ -93,6 +93,16 @@ impl Rules {
         moved
     }
 
+    /// Rules for addresses as programs are given them: one in a line, its parts apart by spaces, `-` for what is not said.
+    pub fn lines(&self) -> String {
+        let line = |rule: &Addresses| {
+            let gateway = rule.gateway.as_deref().unwrap_or("-");
+            let dns = if rule.dns.is_empty() { "-".to_owned() } else { rule.dns.join(",") };
+            format!("{} {} {} {gateway} {dns}\n", rule.from, rule.to, rule.mask)
+        };
+        self.addresses.iter().map(line).collect()
+    }
+
     /// The target's name for a network of production.
     pub fn forth(&self, network: &str) -> String {
         let rule = self.networks.iter().find(|rule| rule.covers(network));

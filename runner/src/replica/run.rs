@@ -244,6 +244,13 @@ pub(super) fn prepare(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<Row> {
     }
     super::recover::recover(desk, &spec.name)?;
     let mut row = desk.load(&spec.name)?;
+    if matches!(row.record.state, State::Absent | State::Ready) && desk.running(&row.record.folder).is_some() {
+        // What it wrote is in no record: the next run that finds it off compares with the disks themselves.
+        row.record.needs_resync = true;
+        desk.store(row)?;
+        let what = format!("the machine of {} was started by hand; turn it off, and the next run goes on", spec.name);
+        return Err(Fail::new(Code::State, what).at(spec.folder.display()));
+    }
     if row.record.machine != spec.machine || row.record.host != spec.host {
         let (machine, host) = (&row.record.machine, &row.record.host);
         let what =

@@ -36,6 +36,9 @@ pub struct Args {
     /// Compare everything, whatever production itself has noted of its changes
     #[arg(long)]
     pub full: bool,
+    /// Prove what production itself has noted of its changes: everything is compared as well, and nothing else may differ
+    #[arg(long, conflicts_with = "full")]
+    pub verify: bool,
     /// What becomes of production's description where the replica's machine has another one
     #[arg(long, value_enum, value_name = "WHAT")]
     pub drift: Option<OnDrift>,
@@ -117,9 +120,10 @@ fn begin(context: &Context, args: &Args, record: &ReplicaRecord) -> Result<Wante
         )
     });
     Ok(Wanted {
-        ask: args
-            .machines
-            .ask(&record.name, Act::Failback { home, switch, power_on: !args.no_start, compare: args.full }),
+        ask: args.machines.ask(
+            &record.name,
+            Act::Failback { home, switch, power_on: !args.no_start, compare: args.full, verify: args.verify },
+        ),
         loss,
     })
 }

@@ -92,6 +92,13 @@ struct Listed<'a> {
     bytes_on_disk: u64,
 }
 
+#[derive(Serialize)]
+struct ListedPoint<'a> {
+    #[serde(flatten)]
+    point: &'a PointRecord,
+    allowed_operations: &'a [Op],
+}
+
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     if let (true, Some(name)) = (args.start, &args.replica) {
         let manner = Manner { dry: &args.dry, confirm: None, cancel_job: false, ops: &[Op::Start] };
@@ -236,7 +243,9 @@ fn show(context: &Context, catalogue: &Catalogue, record: &ReplicaRecord, with_p
     context.out.line(line(&listed));
     if with_points {
         for point in &points {
-            context.out.record("point", point);
+            // A takeover begins at any point of one that is ready; the one it stands on is taken with `latest`.
+            let allowed: &[Op] = if record.state == State::Ready { &[Op::Failover] } else { &[] };
+            context.out.record("point", &ListedPoint { point, allowed_operations: allowed });
             context.out.line(point_line(point));
         }
         if record.state == State::Ready {

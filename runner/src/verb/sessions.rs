@@ -1,5 +1,7 @@
 //! `sessions`: runs of jobs and operations, what came of them, and how to stop one.
 
+use serde::Serialize;
+
 use crate::{
     catalogue::{Session, SessionFilter, SessionId, SessionState, Wish, Work},
     cli::DryRun,
@@ -70,7 +72,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
             catalogue.wish(id, wish, &context.user(), args.reason.as_deref())?;
         }
         let session = catalogue.session(id)?;
-        context.out.record("session", &session);
+        context.out.record("session", &listed(&session));
         context.out.line(line(&session));
         for work in catalogue.work_of(id)? {
             context.out.line(work_line(&work));
@@ -81,7 +83,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let filter = SessionFilter { job: args.job.clone(), open: args.open, since: None, limit: Some(args.last) };
     let sessions = catalogue.sessions(&filter)?;
     for session in &sessions {
-        context.out.record("session", session);
+        context.out.record("session", &listed(session));
         context.out.line(line(session));
     }
     if sessions.is_empty() {
@@ -89,6 +91,23 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     }
     context.out.closing("sessions", sessions.len());
     Ok(())
+}
+
+/// A session with what may be asked of it now.
+#[derive(Serialize)]
+struct Listed<'a> {
+    #[serde(flatten)]
+    session: &'a Session,
+    allowed_operations: &'static [&'static str],
+}
+
+fn listed(session: &Session) -> Listed<'_> {
+    let allowed_operations: &[&str] = match (session.state, session.wish) {
+        (SessionState::Stopped, _) | (_, Wish::Cancel) => &[],
+        (_, Wish::Pause) => &["cancel", "resume"],
+        (_, Wish::Run) => &["cancel", "pause"],
+    };
+    Listed { session, allowed_operations }
 }
 
 /// A session as a line.

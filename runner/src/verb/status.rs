@@ -1,5 +1,7 @@
 //! `status`: recoveries, and how far they are; mounts, and where they are.
 
+mod metrics;
+
 use std::{path::PathBuf, time::Duration};
 
 use aquifer_mount::session::{Folder, Registry};
@@ -22,12 +24,18 @@ pub struct Args {
     /// Only this session: a name, an id or the end of one, or its folder
     #[arg(value_name = "SESSION")]
     pub session: Option<String>,
+    /// Figures of the whole site, in the text form that Prometheus reads
+    #[arg(long, conflicts_with_all = ["session", "watch"])]
+    pub metrics: bool,
     /// Go on showing until interrupted; without a terminal, show once
     #[arg(long)]
     pub watch: bool,
 }
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
+    if args.metrics {
+        return metrics::show(context);
+    }
     let json = context.out.form() == Form::Json;
     if !args.watch || !(json || context.out.is_terminal()) {
         return once(context, args, &mut String::new());

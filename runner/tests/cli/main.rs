@@ -1,5 +1,6 @@
 //! The command line as its users meet it: a contract, told by running the binary.
 
+mod beside;
 mod bitmap;
 mod carrier;
 mod cluster;

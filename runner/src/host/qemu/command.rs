@@ -51,6 +51,7 @@ impl Line {
         for (index, nic) in shape.nics.iter().enumerate() {
             line.nic(index, nic, shape.network);
         }
+        line.agent();
         Ok(line)
     }
 
@@ -201,6 +202,16 @@ impl Line {
         self.json("-device", &device);
     }
 
+    /// After all else, so that nothing else has another place than it had.
+    fn agent(&mut self) {
+        // The guest's own agent, where it has one, is asked through this.
+        let agent = escaped(&socket(&self.places, "agent.sock"));
+        self.json("-device", &json!({ "driver": "virtio-serial-pci", "id": "serial" }));
+        self.add("-chardev", joined(&[&"socket,id=agent,server=on,wait=off,path=", &agent]));
+        let port = json!({ "driver": "virtserialport", "bus": "serial.0", "chardev": "agent", "name": "org.qemu.guest_agent.0" });
+        self.json("-device", &port);
+    }
+
     fn nic(&mut self, index: usize, nic: &Nic, network: Network) {
         let model = match nic.model {
             NicModel::Virtio => "virtio-net-pci",
@@ -233,9 +244,9 @@ pub(super) fn running(process: Process, places: &Places, accel: Accel, log: Path
 }
 
 /// The sockets a machine makes.
-pub(super) fn sockets(running: &Running) -> impl Iterator<Item = &Path> {
-    let named = [&running.orders, &running.events, &running.console];
-    named.into_iter().map(PathBuf::as_path).chain(running.screen.as_deref())
+pub(super) fn sockets(running: &Running) -> impl Iterator<Item = PathBuf> {
+    let named = [&running.orders, &running.events, &running.console].map(PathBuf::clone);
+    named.into_iter().chain([running.orders.with_file_name("agent.sock")]).chain(running.screen.clone())
 }
 
 fn old_board(shape: &Shape) -> bool {

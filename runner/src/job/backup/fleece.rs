@@ -246,6 +246,7 @@ impl Fleece {
         }
         room(&sockets.scratch)?;
         let mut qmp = connect(&sockets)?.ok_or_else(|| Fail::new(Code::State, "the machine does not run"))?;
+        let sockets = Sockets { agent: sockets.agent.clone().filter(|_| guest_listens(&mut qmp)), ..sockets };
         let marks = caught.iter().map(|_| format!("{MARK}{}", Uuid::now_v7().simple())).collect();
         let guard = Guard::start(guard, &sockets)?;
         let mut fleece = Self {
@@ -382,7 +383,7 @@ impl Fleece {
             return Ok((None, None));
         }
         let outcome = match &self.sockets.agent {
-            None => Err("the machine has no channel to an agent".to_owned()),
+            None => Err("no agent runs in the machine".to_owned()),
             Some(path) => Agent::connect(path).and_then(Agent::freeze).map_err(|error| error.to_string()),
         };
         match (outcome, freeze) {
@@ -418,6 +419,13 @@ impl Fleece {
             )?;
         }
         Ok(())
+    }
+}
+
+impl Fleece {
+    /// Whether an agent runs in the guest, as far as that can be told.
+    pub fn has_agent(&self) -> bool {
+        self.sockets.agent.is_some()
     }
 }
 
@@ -602,6 +610,13 @@ fn size_of_node(qmp: &mut Qmp, node: &str) -> Result<u64> {
 
 fn order(qmp: &mut Qmp, command: &str, arguments: Value) -> Result<Value> {
     qmp.execute(command, arguments, ORDER).map_err(monitor)
+}
+
+/// Whether somebody in the guest has opened the agent's channel. A channel that is not QEMU's own may have.
+fn guest_listens(qmp: &mut Qmp) -> bool {
+    let all = list(qmp, "query-chardev", json!({})).unwrap_or_default();
+    let agent = all.iter().find(|device| text(device, "label") == "agent");
+    agent.and_then(|device| device.get("frontend-open")).and_then(Value::as_bool).unwrap_or(true)
 }
 
 fn list(qmp: &mut Qmp, command: &str, arguments: Value) -> Result<Vec<Value>> {

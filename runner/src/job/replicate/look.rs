@@ -188,9 +188,8 @@ fn caught(context: &Context, desk: &Desk<'_>, entry: &Machine, machine: &str, pl
     let catches = disks.into_iter().map(|disk| Catch { disk, since: None }).collect();
     let (guard, _) = context.own_command()?;
     let taken = Timestamp::now();
-    let agent = sockets.agent.is_some();
     let (fleece, not_frozen) = Fleece::catch(claim, sockets, catches, Freeze::Try, &guard)?;
-    if let Some(why) = not_frozen.filter(|_| agent) {
+    if let Some(why) = not_frozen.filter(|_| fleece.has_agent()) {
         (desk.warn)(Code::WarnHost, format!("{machine}: the point is as after a loss of power: {why}"));
     }
     let (mut wanted, mut doors, mut sizes) = (Vec::new(), Vec::new(), Vec::new());
