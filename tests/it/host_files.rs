@@ -116,8 +116,8 @@ fn a_running_machine_goes_over_to_a_layer_and_is_merged_down_again() {
     let above = stage.layer("2.qcow2", "1.qcow2");
     Qemu.layer(&running, 0, &above).expect("a layer on a layer");
     goes_on(&running, 3);
-    Qemu.merge(&running, 0, &stage.path("base.qcow2")).expect("merge");
-    Qemu.merge(&running, 0, &stage.path("base.qcow2")).expect("it is merged already");
+    Qemu.merge(&running, 0, &stage.path("base.qcow2"), u64::MAX).expect("merge");
+    Qemu.merge(&running, 0, &stage.path("base.qcow2"), u64::MAX).expect("it is merged already");
     fs::remove_file(&layer).expect("nothing needs it");
     fs::remove_file(&above).expect("nothing needs it");
     eventually("a whole round on the merged disk", || seen(&running).matches('R').nth(1).map(drop));
@@ -139,7 +139,7 @@ fn a_layer_that_cannot_be_opened_changes_nothing() {
     fs::write(&text, "this is no image").expect("write");
     assert!(matches!(Qemu.layer(&running, 0, &text), Err(Error::Monitor(_))));
     assert!(matches!(Qemu.layer(&running, 7, &text), Err(Error::Observed { .. })), "there is no such disk");
-    assert!(matches!(Qemu.merge(&running, 7, &text), Err(Error::Observed { .. })));
+    assert!(matches!(Qemu.merge(&running, 7, &text, u64::MAX), Err(Error::Observed { .. })));
     goes_on(&running, 3);
 }
 

@@ -21,7 +21,7 @@ use aquifer_runner::{
     context::Context,
     fail::Result,
     stop::Stop,
-    tasks::{Done, Task, Worker},
+    tasks::{Done, Hands, Task, Worker},
 };
 use aquifer_tests::postgres::Database;
 use jiff::Timestamp;
@@ -40,8 +40,16 @@ fn process() {
     let url: Url = url.parse().expect("a url");
     let catalogue = Catalogue::open_with_lease(&url, LEASE).expect("the catalogue");
     let context = Context::new(Globals::default(), "worker");
-    let worker =
-        Worker { context: &context, catalogue: &catalogue, owner, tasks: 1, only: None, until_idle: true, body: count };
+    let worker = Worker {
+        context: &context,
+        catalogue: &catalogue,
+        owner,
+        tasks: 1,
+        only: None,
+        until_idle: true,
+        body: count,
+        hands: Hands::default(),
+    };
     worker.run(Stop::listen().expect("signals")).expect("the worker");
 }
 
