@@ -557,11 +557,13 @@ impl Work for CommitWork {
 
     fn plan<'a>(desk: &'a Desk<'a>) -> Plan<'a, Self> {
         Plan::new(AfterCrash::On)
-            .final_step("stamp", |work: &mut Self| {
+            .final_step("stamp", |work: &mut Self| desk.stamp_as(&work.name, work.epoch + 1))
+            .final_step("describe", |work: &mut Self| {
+                // What its firmware remembers is the restore point's from now on, not the takeover's.
                 let record = desk.load(&work.name)?.record;
-                desk.stamp(&record.folder, record.lineage, work.epoch + 1)
+                layers::remove(&desk.host.variables(&record.folder))?;
+                describe_latest(desk, &work.name)
             })
-            .final_step("describe", |work: &mut Self| describe_latest(desk, &work.name))
     }
 
     fn settle(&self, record: &mut ReplicaRecord, went: &Went) {
@@ -638,6 +640,10 @@ impl Work for ReturnWork {
                 if work.changed { drift::put(&work.home, |configured| &configured.before) } else { Ok(()) }
             })
             .final_step("layer", |work: &mut Self| {
+                // Left by a change of sides that got stuck.
+                for disk in &work.home.disks {
+                    [1, 2].into_iter().try_for_each(|pass| discard(&working_of(&disk.path, pass)))?;
+                }
                 let record = desk.load(&work.name)?.record;
                 let Some(point) = work.point.as_ref().filter(|_| work.changed) else { return Ok(()) };
                 put_layers(desk, &record, &point.disks, &work.tops)?;

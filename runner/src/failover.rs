@@ -224,14 +224,8 @@ impl Work for FailoverWork {
             )
             .step(
                 "stamp",
-                |work: &mut Self| {
-                    let record = desk.load(&work.name)?.record;
-                    desk.stamp(&record.folder, record.lineage, work.epoch + 1)
-                },
-                |work: &mut Self| {
-                    let record = desk.load(&work.name)?.record;
-                    desk.stamp(&record.folder, record.lineage, work.epoch)
-                },
+                |work: &mut Self| desk.stamp_as(&work.name, work.epoch + 1),
+                |work: &mut Self| desk.stamp_as(&work.name, work.epoch),
             )
             .step(
                 "describe",
@@ -473,10 +467,7 @@ impl Work for UndoWork {
                 layers::remove(&desk.host.variables(&record.folder))?;
                 describe_latest(desk, &work.name)
             })
-            .final_step("stamp", |work: &mut Self| {
-                let record = desk.load(&work.name)?.record;
-                desk.stamp(&record.folder, record.lineage, work.epoch + 1)
-            })
+            .final_step("stamp", |work: &mut Self| desk.stamp_as(&work.name, work.epoch + 1))
     }
 
     fn settle(&self, record: &mut ReplicaRecord, went: &Went) {
@@ -531,12 +522,7 @@ impl Work for PermanentWork {
 
     fn plan<'a>(desk: &'a Desk<'a>) -> Plan<'a, Self> {
         Plan::new(AfterCrash::On)
-            .final_step("points", |work: &mut Self| {
-                for point in desk.points(&work.name)? {
-                    desk.drop_point(&work.name, point.number)?;
-                }
-                Ok(())
-            })
+            .final_step("points", |work: &mut Self| desk.drop_points(&work.name))
             .final_step("merge", |work: &mut Self| work.merge(desk))
             .final_step("describe", |work: &mut Self| {
                 let record = desk.load(&work.name)?.record;

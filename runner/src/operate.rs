@@ -32,7 +32,7 @@ use crate::{
         desk::{Desk, object},
         member,
         model::{Home, Switch},
-        recover::recover,
+        recover::recover_for,
         run::ReplicaSpec,
         seat::at_desk,
         state::{Op, State},
@@ -188,7 +188,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
 impl Ask {
     fn carry_out(&self, task: &Task<'_>, desk: &Desk<'_>) -> Result<Report> {
         member::settle(desk, task.context.site()?, &self.replica)?;
-        recover(desk, &self.replica)?;
+        recover_for(desk, &self.replica, self.act.op())?;
         let ended = task.catalogue.operations_of(task.work.id)?;
         let is_done = |op: Op| ended.iter().any(|known| known.op == op.name() && known.state == "done");
         let before = desk.load(&self.replica)?.record.failback;

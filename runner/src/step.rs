@@ -134,6 +134,12 @@ impl<'a, W: Serialize> Plan<'a, W> {
         self
     }
 
+    /// The same, with another answer to what becomes of it after a death.
+    #[must_use]
+    pub fn after_crash(self, after_crash: AfterCrash) -> Self {
+        Self { after_crash, ..self }
+    }
+
     /// The names of its steps.
     pub fn names(&self) -> Vec<&'static str> {
         self.steps.iter().map(|step| step.name).collect()

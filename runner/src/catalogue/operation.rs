@@ -176,16 +176,17 @@ impl Catalogue {
         })
     }
 
-    /// Gives an open operation to the work that will go on with it: after the work that began it has ended.
+    /// Gives an open operation to the work that will go on with it: after the work that began it has ended, or was put
+    /// back because its worker went away.
     ///
     /// # Errors
-    /// [`Error::Fenced`]; [`Error::Busy`] where its work is still in the queue; [`Error::State`].
+    /// [`Error::Fenced`]; [`Error::Busy`] while somebody has its work in hand; [`Error::State`].
     pub fn adopt_operation(&self, fence: &Fence, id: OperationId) -> Result<Operation> {
         self.write("take an operation over", async |tx| {
             tx.prove(fence).await?;
             let row = sqlx::query(
                 "UPDATE operation SET work = $1, epoch = $2 WHERE id = $3 AND state = 'open' AND (work = $4 OR NOT EXISTS \
-                 (SELECT 1 FROM work w WHERE w.id = operation.work AND w.state IN ('ready', 'running'))) RETURNING *",
+                 (SELECT 1 FROM work w WHERE w.id = operation.work AND w.state = 'running')) RETURNING *",
             )
             .bind(fence.work.0)
             .bind(fence.epoch)

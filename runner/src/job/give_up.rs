@@ -145,6 +145,6 @@ fn wanted(task: &Task<'_>, replica: &str) -> Result<ReplicaSpec> {
 }
 
 fn is_gone(desk: &crate::replica::desk::Desk<'_>, name: &str) -> Result<bool> {
-    crate::replica::recover::recover(desk, name)?;
+    crate::replica::recover::recover_for(desk, name, Op::Remove)?;
     Ok(desk.load(name)?.record.state == State::Removed)
 }

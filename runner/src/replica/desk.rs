@@ -34,7 +34,7 @@ use crate::{
     catalogue::{self, Catalogue, Event, Fence, OperationId, PointRow, Stored},
     fail::{Code, Fail, Result},
     host::{Host, Network, Places, Rooms, Running},
-    step::{End, Journal, Plan, Progress},
+    step::{AfterCrash, End, Journal, Plan, Progress},
 };
 
 /// A replica as the catalogue has it.
@@ -216,6 +216,14 @@ impl Desk<'_> {
         Ok(self.catalogue.drop_point(self.fence, name, &point_id(number))?)
     }
 
+    /// Makes all restore points of a replica unknown.
+    ///
+    /// # Errors
+    /// The catalogue's.
+    pub fn drop_points(&self, name: &str) -> Result<()> {
+        self.points(name)?.iter().try_for_each(|point| self.drop_point(name, point.number))
+    }
+
     /// Where the files and sockets of the machine in `folder` are.
     pub fn places(&self, folder: &Path) -> Places {
         self.rooms.places(folder)
@@ -286,12 +294,21 @@ impl Desk<'_> {
         put_file(&folder.join(STAMP), &text)
     }
 
+    /// Puts the stamp of a replica that is known, with this count of changes of sides.
+    ///
+    /// # Errors
+    /// [`Code::NotFound`]; I/O.
+    pub fn stamp_as(&self, name: &str, epoch: u64) -> Result<()> {
+        let record = self.load(name)?.record;
+        self.stamp(&record.folder, record.lineage, epoch)
+    }
+
     /// Looks whether `op` is possible now, after whatever died before it was brought to an end.
     ///
     /// # Errors
     /// [`Code::State`], [`Code::ForeignOwner`], [`Code::Busy`].
     pub fn ready_for(&self, name: &str, op: Op) -> Result<Row> {
-        super::recover::recover(self, name)?;
+        super::recover::recover_for(self, name, op)?;
         let row = self.load(name)?;
         row.record.state.step(op)?;
         self.check_stamp(&row.record)?;
@@ -316,9 +333,20 @@ impl Desk<'_> {
     /// # Errors
     /// As [`Desk::carry_out`].
     pub(super) fn go_on<W: Work>(&self, name: &str, operation: &catalogue::Operation) -> Result<W> {
+        self.go_on_with(name, operation, W::plan(self))
+    }
+
+    /// Takes an operation back whose worker died, if it has not passed its point of no return.
+    ///
+    /// # Errors
+    /// As [`Desk::carry_out`].
+    pub(super) fn go_back<W: Work>(&self, name: &str, operation: &catalogue::Operation) -> Result<W> {
+        self.go_on_with(name, operation, W::plan(self).after_crash(AfterCrash::Back))
+    }
+
+    fn go_on_with<W: Work>(&self, name: &str, operation: &catalogue::Operation, plan: Plan<'_, W>) -> Result<W> {
         let data = if operation.data.is_null() { &operation.intent } else { &operation.data };
         let at = Progress::<W>::read(data.clone())?;
-        let plan = W::plan(self);
         let end = plan.recover(at, &Kept { desk: self, id: operation.id })?;
         self.conclude(name, operation.id, end, Some("its worker died".into()))
     }

@@ -62,7 +62,7 @@ pub fn take_back(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<()> {
     (record.epoch, record.folder) = (next, folder);
     (record.host, record.job) = (spec.host.clone(), spec.job.clone());
     if let Some(known) = known {
-        desk.points(name)?.iter().try_for_each(|point| desk.drop_point(name, point.number))?;
+        desk.drop_points(name)?;
         desk.catalogue.drop_replica(desk.fence, name, known.revision)?;
     }
     // The points first: one that is listed without its record is looked at by nobody.
@@ -91,7 +91,7 @@ pub fn drop_foreign(desk: &Desk<'_>, name: &str) -> Result<()> {
         let open = desk.catalogue.adopt_operation(desk.fence, open.id)?;
         desk.catalogue.end_operation(desk.fence, open.id, &End::Failed("the replica was dropped".into()))?;
     }
-    desk.points(name)?.iter().try_for_each(|point| desk.drop_point(name, point.number))?;
+    desk.drop_points(name)?;
     let digests = row.record.metadata.join(row.record.lineage.to_string());
     match fs::remove_dir_all(&digests) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {

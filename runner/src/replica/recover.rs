@@ -23,6 +23,14 @@ use crate::{
 /// # Errors
 /// [`Code::Busy`] while somebody does. That the operation was taken back is no error here.
 pub fn recover(desk: &Desk<'_>, name: &str) -> Result<()> {
+    recover_for(desk, name, Op::Replicate)
+}
+
+/// The same, because somebody wants `next`: what a run had copied is kept for the next run, and nobody waits for the rest.
+///
+/// # Errors
+/// As [`recover`].
+pub fn recover_for(desk: &Desk<'_>, name: &str, next: Op) -> Result<()> {
     let open = desk.catalogue.open_operations()?;
     let Some(open) = open.into_iter().find(|operation| operation.object == object(name)) else { return Ok(()) };
     let open = desk.catalogue.adopt_operation(desk.fence, open.id)?;
@@ -37,6 +45,9 @@ pub fn recover(desk: &Desk<'_>, name: &str) -> Result<()> {
         .unwrap_or_default()
         .to_owned();
     let ended = match kind.as_str() {
+        RunWork::KIND if !matches!(next, Op::Replicate | Op::PlannedFailover) => {
+            desk.go_back::<RunWork>(name, &open).map(drop)
+        }
         RunWork::KIND => desk.go_on::<RunWork>(name, &open).map(drop),
         AdoptWork::KIND => desk.go_on::<AdoptWork>(name, &open).map(drop),
         RemoveWork::KIND => desk.go_on::<RemoveWork>(name, &open).map(drop),

@@ -74,12 +74,7 @@ impl Work for RemoveWork {
 
     fn plan<'a>(desk: &'a Desk<'a>) -> Plan<'a, Self> {
         Plan::new(AfterCrash::On)
-            .final_step("points", |work: &mut Self| {
-                for point in desk.points(&work.name)? {
-                    desk.drop_point(&work.name, point.number)?;
-                }
-                Ok(())
-            })
+            .final_step("points", |work: &mut Self| desk.drop_points(&work.name))
             .final_step("files", |work: &mut Self| {
                 let record = desk.load(&work.name)?.record;
                 match work.files {

@@ -663,8 +663,8 @@ impl RunWork {
         let mut carried = Carried::default();
         for (index, built) in built.into_inner() {
             let (Some(build), Some(top)) = (builds.get(index), self.point.disks.get(index)) else { continue };
-            trust::set_aside(desk, &record, &top.file)?;
             build.settle(&built, |part| {
+                trust::set_aside(desk, &record, &top.file)?;
                 built.digests.store(&keep::digest_file(&record, &self.point, &top.disk))?;
                 trust::enter(&record, &top.file, part, Holds::Point(self.point.id))
             })?;

@@ -23,9 +23,9 @@ pub struct Args {
     /// Replicas, or plan/NAME
     #[arg(value_name = "TARGET", required_unless_present = "plan")]
     pub targets: Vec<String>,
-    /// The restore point: latest, latest~2, an RFC 3339 time, or the first characters of a point's id
-    #[arg(long, value_name = "POINT", default_value = "latest")]
-    pub to: String,
+    /// The restore point: latest (the default), latest~2, an RFC 3339 time, or the first characters of a point's id
+    #[arg(long, value_name = "POINT")]
+    pub to: Option<String>,
     /// A plan of the site file: its machines take over in its order
     #[arg(long, value_name = "NAME", conflicts_with_all = ["targets", "planned"])]
     pub plan: Option<String>,
@@ -55,13 +55,19 @@ pub struct Args {
     pub dry: DryRun,
 }
 
+impl Args {
+    fn point(&self) -> &str {
+        self.to.as_deref().unwrap_or("latest")
+    }
+}
+
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let plan = args.plan.as_deref().or_else(|| match args.targets.as_slice() {
         [one] => one.strip_prefix("plan/"),
         _ => None,
     });
     if let Some(plan) = plan {
-        return super::plan::begin(context, plan, &args.to, &args.machines, &args.dry, None);
+        return super::plan::begin(context, plan, args.point(), &args.machines, &args.dry, None);
     }
     let manner = Manner {
         dry: &args.dry,
@@ -76,18 +82,18 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
 }
 
 fn at_point(catalogue: &Catalogue, args: &Args, record: &ReplicaRecord) -> Result<Act> {
-    let wanted = PointRef::parse(&args.to)?;
+    let wanted = PointRef::parse(args.point())?;
     let mut points: Vec<PointRecord> =
         catalogue.points_of::<PointRecord>(&record.name)?.into_iter().map(|row| row.record).collect();
     points.sort_by_key(|point| point.number);
     // One that failed stands on its point already. Which point is meant is settled now, not when it begins.
     let point = match &record.failover {
         Some(failed) => {
-            if args.to != "latest" && pick(&record.name, &points, &wanted)?.id != failed.point {
+            if args.to.is_some() && pick(&record.name, &points, &wanted)?.id != failed.point {
                 let what = format!("{} stands on the point {} already", record.name, failed.point);
                 return Err(Fail::new(Code::State, what).help(format!("aquifer undo {}", record.name)));
             }
-            args.to.clone()
+            failed.point.to_string()
         }
         None => pick(&record.name, &points, &wanted)?.id.to_string(),
     };

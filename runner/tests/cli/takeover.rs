@@ -166,7 +166,7 @@ impl Site {
         self.record().state.name().to_owned()
     }
 
-    fn rooms(&self) -> Rooms {
+    pub(crate) fn rooms(&self) -> Rooms {
         let host = |images: &str, run: &str| (self.room.path(images), self.room.path(run));
         Rooms { hosts: vec![host("prod", "rp"), host("dr", "rd")], others: self.room.path("none") }
     }

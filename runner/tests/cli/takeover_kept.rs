@@ -3,6 +3,10 @@
 
 use std::{fs, process::Command, time::Duration};
 
+use aquifer_runner::{
+    host::{Attachment, Host, ImageFormat, Network, placed::Placed, qemu::Qemu},
+    recover::shape::Wishes,
+};
 use serde_json::json;
 
 use crate::takeover::{REPLICA, Site};
@@ -101,4 +105,79 @@ fn tool(program: &str, args: &[&str]) {
     let output = Command::new(program).args(args).output().expect("the tool is installed");
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && !said.contains("failed"), "{program} {args:?}: {said}");
+}
+
+#[test]
+fn a_takeover_that_failed_is_tried_again_at_its_point_and_at_no_other() {
+    let site = Site::new(2);
+    // A hypervisor that answers what it is asked, and does not start.
+    let bin = site.room.path("bin");
+    fs::create_dir(&bin).expect("folder");
+    let real = "/usr/bin/qemu-system-x86_64";
+    let script = format!("#!/bin/sh\nfor word; do [ \"$word\" = -pidfile ] && exit 1; done\nexec {real} \"$@\"\n");
+    fs::write(bin.join("qemu-system-x86_64"), script).expect("program");
+    tool("chmod", &["755", &bin.join("qemu-system-x86_64").display().to_string()]);
+    let mut broken =
+        site.room.command(["-c", "site.toml", "failover", REPLICA, "--network", "none", "--to", "latest~1"]);
+    let path = format!("{}:/usr/bin:/bin", bin.display());
+    assert_eq!(broken.env("PATH", path).status().expect("it ends").code(), Some(2));
+    assert_eq!(site.state(), "failed_failover");
+    let failed = site.record().failover.expect("a takeover").point.to_string();
+    let other = site.refused(&["failover", REPLICA, "--to", "latest"], "E_STATE");
+    assert!(other["do"].as_str().is_some_and(|help| help.contains("undo")), "{other}");
+    let report = site.does(&["failover", REPLICA]);
+    assert_eq!((&report["state"], &report["point"]), (&json!("failover"), &json!(failed)));
+}
+
+#[test]
+fn a_run_that_died_does_not_keep_a_takeover_waiting() {
+    let site = Site::new(1);
+    let room = &site.room;
+    let production = room.text("prod/db01/vda.qcow2");
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 0x77 15M 4M", &production]);
+    room.ok(["backup", "db01", "--disk", &format!("vda={production}")]);
+    let text = fs::read_to_string(room.path("site.toml")).expect("site");
+    fs::write(room.path("site.toml"), text.replace("[job.dr]\n", "[job.dr]\nlimits = { read = \"256KiB/s\" }\n"))
+        .expect("site");
+    let mut run = room.command(["-c", "site.toml", "run", "dr"]).spawn().expect("run");
+    let begun = room.path("dr").join(REPLICA).join("vda/2.qcow2.part");
+    while !begun.exists() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    run.kill().expect("kill");
+    run.wait().expect("reap");
+    fs::write(room.path("site.toml"), text).expect("site");
+    let report = site.does(&["failover", REPLICA, "--no-start"]);
+    assert_eq!(report["state"], "failover");
+    let top = site.record().failover.expect("a takeover").tops[0].file.clone();
+    assert_ne!(top, "vda/2.qcow2", "the number of what is still being made");
+    assert_eq!(
+        room.json(["-c", "site.toml", "replicas", REPLICA]).kind("point").len(),
+        1,
+        "nobody waited for the rest"
+    );
+}
+
+#[test]
+fn a_machine_that_runs_there_on_other_disks_is_not_taken_for_ours() {
+    let site = Site::new(1);
+    // Somebody has started the replica by hand, on a disk of his own.
+    let folder = site.room.path("dr").join(REPLICA);
+    let own = folder.join("own.qcow2");
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", &own.display().to_string(), "32M"]);
+    let placed = Placed::read(&folder).expect("a machine");
+    let wishes = Wishes { network: Network::None, ..Wishes::default() };
+    let shape = placed.shape("stranger", &wishes, &[]).expect("a shape");
+    let places = site.rooms().places(&fs::canonicalize(&folder).expect("folder"));
+    fs::create_dir_all(&places.runtime_dir).expect("folder");
+    let disk = Attachment::File { path: own, format: ImageFormat::Qcow2 };
+    let stranger = Qemu.start(&shape, &[disk], &places).expect("it starts");
+    let outcome = site.json(&["failover", REPLICA, "--network", "none"]);
+    let error = outcome.one("error");
+    assert_eq!(error["exit"], 2, "{error}");
+    assert!(error["what"].as_str().is_some_and(|what| what.contains("own.qcow2")), "{error}");
+    assert_eq!(site.state(), "failed_failover");
+    Qemu.power_off(&stranger, Duration::ZERO).expect("it ends");
+    site.does(&["failover", REPLICA]);
+    assert_eq!(site.state(), "failover");
 }

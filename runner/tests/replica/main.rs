@@ -10,6 +10,7 @@ mod oracle;
 #[allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "shared with the tests of the other rooms")]
 mod postgres;
 mod stage;
+mod stuck;
 mod touched;
 
 use std::path::Path;

@@ -1,0 +1,292 @@
+//! Promise: what gets stuck, is overtaken or has no room ends in a state with a way on, and leaves nothing half made; a
+//! catalogue that lost a replica learns of it again.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command},
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
+use aquifer_runner::{
+    catalogue::{NewWork, Outcome, Retries},
+    fail::Code,
+    failback::{Changed, commit, failback, give_back, switchover},
+    failover::{failover, start_again, undo},
+    replica::{
+        build::Moved,
+        desk::Desk,
+        model::{Home, HomeKind, ReplicaRecord, Switch},
+        recall::{drop_foreign, take_back},
+        run::replicate,
+        state::State,
+    },
+    source::PointRef,
+};
+use jiff::Timestamp;
+
+use crate::stage::{Dice, Disks, REPLICA, Stage, scribble};
+
+const MIB: usize = 1 << 20;
+const LATEST: PointRef = PointRef::Latest(0);
+
+fn at(hour: i64) -> Timestamp {
+    Timestamp::from_second(1_700_000_000 + hour * 3600).expect("a time")
+}
+
+/// A replica of one disk with a point; what that holds.
+fn replica(stage: &Stage, dice: &mut Dice) -> Disks {
+    let mut disk = vec![0; 3 * MIB];
+    disk.chunks_mut(4096).step_by(2).for_each(|grain| grain.fill_with(|| dice.roll() as u8));
+    let disks = vec![("vda".into(), disk)];
+    stage.back_up("r1", &disks, true, at(0));
+    stage.made();
+    disks
+}
+
+fn record(stage: &Stage) -> ReplicaRecord {
+    stage.at(|desk| desk.load(REPLICA)).expect("load").record
+}
+
+/// Production with one disk.
+fn home_of(stage: &Stage, disk: Vec<u8>) -> Home {
+    stage.put_production(&vec![("vda".into(), disk), ("vdb".into(), vec![0; 4096])]);
+    let mut home = stage.home(HomeKind::Original);
+    home.disks.truncate(1);
+    home
+}
+
+fn goes_home(stage: &Stage, home: &Home) -> Result<(), Code> {
+    let back = |desk: &Desk<'_>| failback(desk, REPLICA, home.clone(), Switch::Manual, Changed::default());
+    stage.at(back).map(drop).map_err(|fail| fail.code)
+}
+
+/// A program that has an image open.
+struct Held(Child);
+
+impl Held {
+    fn open(image: &Path) -> Self {
+        let socket = image.with_extension("held");
+        let door = Command::new("qemu-nbd").args(["-t", "-f", "qcow2", "-k"]).arg(&socket).arg(image).spawn();
+        let held = Self(door.expect("qemu-nbd"));
+        while !socket.exists() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        fs::remove_file(socket).expect("remove");
+        held
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_change_of_sides_that_got_stuck_is_taken_back_and_made_again() {
+    let stage = Stage::new();
+    let mut dice = Dice::new(50);
+    let mut serving = replica(&stage, &mut dice);
+    let home = home_of(&stage, vec![1; 2 * MIB]);
+    stage.at(|desk| failover(desk, REPLICA, &LATEST, None, true)).expect("failover");
+    let folder = record(&stage).folder;
+    goes_home(&stage, &home).expect("pass 1");
+    stage.guest_writes(&folder, &mut serving, 3, &mut dice);
+    // Somebody opens production's image after it was looked at, and before it is written to.
+    let held: parking_lot::Mutex<Option<Held>> = parking_lot::Mutex::default();
+    let opens = |moved: Moved| {
+        if matches!(moved, Moved::Read(_)) {
+            held.lock().get_or_insert_with(|| Held::open(&home.disks[0].path));
+        }
+        Ok(())
+    };
+    let switch = |desk: &Desk<'_>| switchover(&Desk { pace: &opens, ..*desk }, REPLICA, true, Duration::ZERO);
+    assert_eq!(stage.at(switch).expect_err("it is open").code, Code::Tool);
+    assert_eq!(record(&stage).state, State::ReadyToSwitch);
+    assert!(stage.points().iter().all(|point| point.number == 1), "no point of a machine that may go on");
+    drop(held.lock().take());
+
+    stage.at(|desk| give_back(desk, REPLICA, false)).expect("taken back");
+    assert_eq!(record(&stage).state, State::Failover);
+    let left = fs::read_dir(&home.folder).expect("list").flatten().map(|entry| entry.file_name());
+    let left: Vec<_> = left.filter(|name| name.to_string_lossy().contains(".pass")).collect();
+    assert!(left.is_empty(), "{left:?}");
+    stage.at(|desk| start_again(desk, REPLICA)).expect("it serves again");
+    stage.guest_writes(&folder, &mut serving, 2, &mut dice);
+    stage.assert_point(&stage.points()[0], &replica_of(&stage));
+    goes_home(&stage, &home).expect("pass 1 again");
+    stage.at(|desk| switchover(desk, REPLICA, true, Duration::ZERO)).expect("pass 2 again");
+    stage.assert_home(&home, &serving, "home");
+    let variables = folder.join("nvram.fd");
+    fs::write(&variables, "of the takeover").expect("write");
+    stage.at(|desk| commit(desk, REPLICA, false)).expect("commit");
+    assert!(!variables.exists(), "the next takeover begins with its point's");
+}
+
+/// What the only backup holds.
+fn replica_of(stage: &Stage) -> Disks {
+    let repo = stage.repository("r1");
+    let machine = repo.machine("db01").expect("machine");
+    let point = repo.points(&machine).expect("points").pop().expect("a point");
+    let name = aquifer_formats::repo::DiskName::new("vda").expect("name");
+    let disk = repo.open_disk(&point, &name).expect("disk");
+    let chain = aquifer_vdisk::Chain::of_point(disk, stage.cache.clone());
+    let mut bytes = vec![0; 3 * MIB];
+    chain.read(0, &mut bytes).expect("read");
+    vec![("vda".into(), bytes)]
+}
+
+/// A file system of its own, gone with the test.
+struct Small(PathBuf);
+
+impl Small {
+    fn mount(at: PathBuf, options: &str) -> Self {
+        fs::create_dir_all(&at).expect("folder");
+        let done = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(&at).status();
+        assert!(done.expect("mount").success(), "this test needs root");
+        Self(at)
+    }
+
+    fn grow(&self, options: &str) {
+        let done = Command::new("mount").args(["-o", &format!("remount,{options}")]).arg(&self.0).status();
+        assert!(done.expect("mount").success());
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_home_without_room_is_left_as_it_was() {
+    // Room for what is sent but not for writing it down; not even for that.
+    for size in ["size=5m", "size=2m"] {
+        let stage = Stage::new();
+        let mut dice = Dice::new(51);
+        let disks = replica(&stage, &mut dice);
+        let small = Small::mount(stage.path("prod").join("db01"), size);
+        let production = vec![("vda".to_owned(), vec![0; 3 * MIB])];
+        let home = home_of(&stage, production[0].1.clone());
+        let names = || {
+            let mut all: Vec<_> = fs::read_dir(&home.folder).expect("list").flatten().map(|e| e.file_name()).collect();
+            all.sort();
+            all
+        };
+        let before = names();
+        stage.at(|desk| failover(desk, REPLICA, &LATEST, None, true)).expect("failover");
+        assert_eq!(goes_home(&stage, &home), Err(Code::Capacity), "{size}");
+        assert_eq!((record(&stage).state, names()), (State::Failover, before));
+        stage.assert_home(&home, &production, "as it was");
+        small.grow("size=32m");
+        goes_home(&stage, &home).expect("there is room now");
+        stage.assert_home(&home, &disks, "home");
+    }
+}
+
+#[test]
+fn a_worker_that_wakes_up_writes_into_nothing_that_counts() {
+    let stage = Stage::new();
+    let mut dice = Dice::new(52);
+    let mut disks = replica(&stage, &mut dice);
+    scribble(&mut disks[0].1, 6, &mut dice);
+    stage.back_up("r1", &disks, false, at(1));
+    let asleep = AtomicBool::new(false);
+    let sleeps = |moved: Moved| {
+        if !matches!(moved, Moved::Written(1..)) || asleep.swap(true, Ordering::Relaxed) {
+            return Ok(());
+        }
+        // Its lease runs out; another worker takes the work over and brings it to its end.
+        stage.catalogue.finish(&stage.fence, &Outcome::Cancelled, None).expect("finish");
+        let new = NewWork {
+            kind: "second".into(),
+            object: String::new(),
+            job: None,
+            session: None,
+            priority: 300,
+            run_at: Timestamp::UNIX_EPOCH,
+            needs: Vec::new(),
+            retries: Retries::default(),
+            spec: serde_json::Value::Null,
+        };
+        stage.catalogue.enqueue(&new).expect("enqueue");
+        let (_, fence) = stage.catalogue.claim("second", &["second"], Timestamp::now()).expect("claim").expect("work");
+        stage.at(|desk| replicate(&Desk { fence: &fence, ..*desk }, &stage.spec())).expect("the other's run");
+        stage.assert_point(stage.points().last().expect("a point"), &disks);
+        Ok(())
+    };
+    let fail = stage.at(|desk| replicate(&Desk { pace: &sleeps, ..*desk }, &stage.spec())).expect_err("it is late");
+    assert!(matches!(fail.code, Code::Fenced | Code::State), "{fail}");
+    let points = stage.points();
+    assert_eq!(points.len(), 2);
+    stage.assert_point(&points[1], &disks);
+    let names: Vec<_> = fs::read_dir(stage.file("vda")).expect("list").flatten().map(|e| e.file_name()).collect();
+    assert_eq!(names.len(), 2, "{names:?}");
+}
+
+/// The catalogue forgets a replica.
+fn empty(stage: &Stage) {
+    stage
+        .at(|desk| {
+            desk.points(REPLICA)?.iter().try_for_each(|point| desk.drop_point(REPLICA, point.number))?;
+            let row = desk.load(REPLICA)?;
+            Ok::<_, aquifer_runner::fail::Fail>(desk.catalogue.drop_replica(desk.fence, REPLICA, row.revision)?)
+        })
+        .expect("forgotten");
+}
+
+#[test]
+fn a_catalogue_that_lost_a_replica_learns_of_it_again() {
+    let stage = Stage::new();
+    let mut dice = Dice::new(53);
+    let mut disks = replica(&stage, &mut dice);
+    let (before, points) = (record(&stage), stage.points());
+    empty(&stage);
+    let fail = stage.replicate().expect_err("its folder is not empty");
+    assert_eq!(fail.code, Code::Exists);
+    assert!(fail.do_.is_some_and(|help| help.to_string().contains("--take-back")));
+    stage.at(|desk| take_back(desk, &stage.spec())).expect("take back");
+    assert_eq!(stage.points(), points);
+    assert_eq!(record(&stage), ReplicaRecord { epoch: before.epoch + 1, ..before.clone() });
+    assert_eq!(stage.at(|desk| take_back(desk, &stage.spec())).expect_err("it is known").code, Code::Exists);
+    scribble(&mut disks[0].1, 1, &mut dice);
+    stage.back_up("r1", &disks, false, at(1));
+    assert!(stage.made()[0].carried.bytes_read < MIB as u64, "it goes on where it was");
+    // The same while it serves.
+    stage.at(|desk| failover(desk, REPLICA, &LATEST, None, true)).expect("failover");
+    let mut serving = disks.clone();
+    stage.guest_writes(&before.folder, &mut serving, 2, &mut dice);
+    empty(&stage);
+    stage.at(|desk| take_back(desk, &stage.spec())).expect("take back");
+    assert_eq!(record(&stage).state, State::Failover);
+    let files = stage.host.files(&before.folder).expect("it never stopped");
+    stage.assert_file(&files[0], aquifer_formats::probe::Format::Qcow2, &serving[0].1, "what it serves");
+    stage.at(|desk| undo(desk, REPLICA, false)).expect("undo");
+    stage.assert_point(stage.points().last().expect("a point"), &disks);
+}
+
+#[test]
+fn a_replica_that_is_somebody_elses_is_dropped_and_its_folder_left_alone() {
+    let stage = Stage::new();
+    let mut dice = Dice::new(54);
+    let disks = replica(&stage, &mut dice);
+    assert_eq!(stage.at(|desk| drop_foreign(desk, REPLICA)).expect_err("it is ours").code, Code::State);
+    let stamp = stage.file("replica.json");
+    let text = fs::read_to_string(&stamp).expect("stamp");
+    let theirs = text
+        .replace("\"epoch\": 1", "\"epoch\": 4")
+        .replace(&stage.me.id.to_string(), "01890000-0000-7000-8000-000000000001");
+    fs::write(&stamp, &theirs).expect("write");
+    let fail = stage.at(|desk| failover(desk, REPLICA, &LATEST, None, true)).expect_err("it is theirs");
+    assert_eq!(fail.code, Code::ForeignOwner);
+    let points = stage.points();
+    stage.at(|desk| drop_foreign(desk, REPLICA)).expect("drop");
+    assert_eq!((record(&stage).state, stage.points().len()), (State::Removed, 0));
+    assert_eq!(fs::read_to_string(&stamp).expect("stamp"), theirs);
+    stage.assert_point(&points[0], &disks);
+    assert_eq!(stage.at(|desk| take_back(desk, &stage.spec())).expect_err("theirs").code, Code::ForeignOwner);
+}
