@@ -21,6 +21,7 @@
 //! merged chains of other formats (`aquifer-vdisk`); encryption, which has its feature bit and no code.
 
 mod append;
+mod below;
 mod block;
 mod dedupe;
 mod delta;
@@ -38,6 +39,7 @@ mod seal;
 mod verify;
 mod writer;
 
+pub use below::{Below, LinkedDisk, ReadBelow};
 pub use block::Compression;
 pub use delta::delta;
 pub use key::ContentKey;
@@ -45,7 +47,7 @@ pub use layout::{BLOCK_LOG2_DEFAULT, BLOCK_LOG2_MAX, BLOCK_LOG2_MIN, LEAF_ENTRIE
 pub use reader::{NeededLayer, Reader};
 pub use resolve::{LayerName, Resolver};
 pub use salvage::{Salvaged, Unseen, confirm_sealed, salvage};
-pub use seal::{Sealed, Stats, is_sealed};
+pub use seal::{Sealed, Stats, is_link, is_sealed};
 pub use verify::{Damage, Depth, Finding, Verify, verify};
 pub use writer::{NewLayer, Writer, WriterOptions};
 

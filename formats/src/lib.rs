@@ -15,6 +15,7 @@ pub mod codec;
 pub mod error;
 pub mod gate;
 pub mod layer;
+pub mod lzop;
 #[cfg(test)]
 mod made;
 pub mod ova;
@@ -28,6 +29,7 @@ pub mod repo;
 mod runs;
 pub mod storage;
 mod tables;
+mod tar;
 pub mod vbk;
 pub mod vdi;
 pub mod vhd;
@@ -35,6 +37,7 @@ pub mod vhdx;
 pub mod virtnbd;
 pub mod vma;
 pub mod vmdk;
+pub mod xva;
 
 pub use error::{Error, Result};
 pub use gate::{Gate, Passage};

@@ -44,6 +44,8 @@ pub enum Format {
     Vbk,
     /// Stream of virtnbdbackup.
     Virtnbdbackup,
+    /// Machine export of XenServer and XCP-ng.
+    Xva,
 }
 
 /// Longest head any magic below needs, in bytes.
@@ -54,7 +56,7 @@ const HEAD_BYTES: usize = 512;
 pub const AQL_MAGIC: [u8; 8] = *b"\x89AQL\r\n\x1a\n";
 
 /// A magic number: format, offset in the head, bytes.
-static MAGICS: [(Format, usize, &[u8]); 15] = [
+static MAGICS: [(Format, usize, &[u8]); 16] = [
     (Format::Aql, 0, &AQL_MAGIC),
     (Format::Qcow2, 0, b"QFI\xfb\0\0\0\x02"),
     (Format::Qcow2, 0, b"QFI\xfb\0\0\0\x03"),
@@ -65,6 +67,8 @@ static MAGICS: [(Format, usize, &[u8]); 15] = [
     (Format::Vhdx, 0, b"vhdxfile"),
     (Format::Vhd, 0, b"conectix"),
     (Format::Vdi, 64, b"\x7f\x10\xda\xbe"),
+    // A tar file as well: this one first.
+    (Format::Xva, 0, b"ova.xml\0"),
     (Format::Ova, 257, b"ustar"),
     (Format::Vma, 0, b"VMA\0"),
     (Format::Fidx, 0, b"\x2f\x7f\x41\xed\x91\xfd\x0f\xcd"),
@@ -74,7 +78,7 @@ static MAGICS: [(Format, usize, &[u8]); 15] = [
 
 impl Format {
     /// Every format, in the order messages list them.
-    pub const ALL: [Format; 12] = [
+    pub const ALL: [Format; 13] = [
         Format::Raw,
         Format::Qcow2,
         Format::Aql,
@@ -87,6 +91,7 @@ impl Format {
         Format::Fidx,
         Format::Vbk,
         Format::Virtnbdbackup,
+        Format::Xva,
     ];
 
     /// The name people type.
@@ -104,6 +109,7 @@ impl Format {
             Format::Fidx => "fidx",
             Format::Vbk => "vbk",
             Format::Virtnbdbackup => "virtnbdbackup",
+            Format::Xva => "xva",
         }
     }
 
@@ -120,7 +126,7 @@ pub fn wrapping(head: &[u8]) -> Option<&'static str> {
     let known: [(&[u8], &str); 5] = [
         (b"\x28\xb5\x2f\xfd", "zstd"),
         (b"\x1f\x8b", "gzip"),
-        (b"\x89LZO\0", "lzop"),
+        (&crate::lzop::MAGIC, "lzop"),
         (b"\xfd7zXZ\0", "xz"),
         (b"BZh", "bzip2"),
     ];

@@ -43,7 +43,7 @@ pub use error::{Error, Result};
 pub use lease::{LEASE_TTL, Lease, LeaseMemory, LeaseObserver, Liveness};
 pub use manifest::{Freshness, Seen};
 pub use name::DiskName;
-pub use open::{Access, Machine, Repository};
+pub use open::{Access, LinkedOpener, Machine, Repository};
 pub use point::{Point, PointState};
 pub use query::PointQuery;
 pub use store::Store;

@@ -1,25 +1,29 @@
-//! Files of virtnbdbackup, read-only: fulls and increments of libvirt machines as one stream each, not compressed.
+//! Files of virtnbdbackup, read-only: fulls and increments of libvirt machines as one stream each, plain or in LZ4.
 //!
 //! ```text
 //! meta 0000000000000000 LENGTH \r\n   JSON   \r\n        which disk, which checkpoint, on which one it stands
 //! data START            LENGTH \r\n   bytes  \r\n        numbers are 16 hexadecimal digits
 //! zero START            LENGTH \r\n
 //! stop 0000000000000000 0000000000000000 \r\n
+//! [4711, {"67108864": [815, 99]}] \r\n          only where compressed: stored lengths of the data, a number for each frame
+//! comp 0000000000000000 LENGTH \r\n           of that list; the end of the file
 //! ```
 //!
 //! Invariants
 //! - One pass over the 40 bytes before each piece tells where a disk's bytes are; no data is read for it.
 //! - A file without its end is refused: its backup never ended. Pieces never overlap.
+//! - A frame of LZ4 is decoded whole, and its checksums are checked; one of more than 64 MiB is refused.
 //! - What a full does not mention is zeros, what an increment does not mention is the point's below.
 //!
-//! Not here: compressed streams, which are refused by name; which file holds the point below
-//! (`aquifer_vdisk::open`). Data has no checksum.
+//! Not here: which file holds the point below (`aquifer_vdisk::open`). Plain data has no checksum.
+
+mod lz4_frame;
 
 use std::sync::Arc;
 
 use serde::Deserialize;
 
-use crate::{BlockRef, Content, Error, FileSlot, Layer, Result, Storage, runs, tables::TableFile};
+use crate::{BlockRef, Codec, Content, Error, FileSlot, Layer, Result, Storage, runs, tables::TableFile};
 
 /// Bytes of a header.
 const HEAD_BYTES: u64 = 40;
@@ -27,6 +31,10 @@ const HEAD_BYTES: u64 = 40;
 const META_BYTES_MAX: u64 = 1 << 20;
 /// Most pieces of a file: a GiB of memory would be three times as many.
 const PIECES_MAX: usize = 1 << 24;
+/// Longest list of stored lengths, in bytes.
+const LENGTHS_BYTES_MAX: u64 = 16 << 20;
+/// Most bytes of one compressed frame, decoded.
+const FRAME_BYTES_MAX: u64 = 64 << 20;
 /// Stands for no place in the file.
 const ZEROS: u64 = u64::MAX;
 
@@ -46,6 +54,8 @@ struct Meta {
     /// `false`, `true`, or a level.
     #[serde(default)]
     compressed: serde_json::Value,
+    #[serde(default)]
+    compression_method: Option<String>,
 }
 
 /// One piece: where on the disk, how long, where in the file.
@@ -54,6 +64,8 @@ struct Piece {
     start: u64,
     len: u64,
     at: u64,
+    /// Bytes there where they are compressed; else 0.
+    stored: u32,
 }
 
 /// One file as a layer.
@@ -81,10 +93,16 @@ impl VirtnbdLayer {
     pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
         let (file, meta, start) = described(storage)?;
         let is_plain = matches!(meta.compressed, serde_json::Value::Null | serde_json::Value::Bool(false));
-        if !is_plain {
-            return Err(Error::unsupported(file.label(), "a compressed stream"));
-        }
-        let pieces = pieces(&file, start, meta.virtual_size)?;
+        let lengths = if is_plain {
+            None
+        } else {
+            let method = meta.compression_method.as_deref().unwrap_or("lz4");
+            if method != "lz4" {
+                return Err(Error::unsupported(file.label(), format!("a stream compressed by {method:?}")));
+            }
+            Some(lengths(&file)?)
+        };
+        let pieces = pieces(&file, start, meta.virtual_size, lengths.as_ref())?;
         Ok(Self { file, meta, pieces })
     }
 
@@ -125,6 +143,7 @@ impl VirtnbdLayer {
                 let len = (piece.start + piece.len).min(end) - at;
                 match piece.at {
                     ZEROS => (Content::Zero, len),
+                    _ if piece.stored > 0 => (piece.packed(at), len),
                     place => (Content::Plain { file: 0, offset: place + (at - piece.start) }, len),
                 }
             }
@@ -132,6 +151,82 @@ impl VirtnbdLayer {
             None => (unsaid, end - at),
         })
     }
+}
+
+impl Piece {
+    /// The piece from the byte `at` of the disk on, as a packed block.
+    fn packed(&self, at: u64) -> Content {
+        let narrow = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
+        let block = BlockRef {
+            offset: self.at,
+            logical: self.start,
+            stored_len: self.stored,
+            raw_len: narrow(self.len),
+            check: 0,
+            file: 0,
+            codec: Codec::Lz4,
+        };
+        Content::Packed { block, skip: narrow(at - self.start) }
+    }
+}
+
+/// Stored lengths of the frames of a piece of data: one frame, or several.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Stored {
+    One(u32),
+    Several(std::collections::BTreeMap<String, Vec<u32>>),
+}
+
+/// The list of stored lengths, and where it begins.
+fn lengths(file: &TableFile) -> Result<(Vec<Stored>, u64)> {
+    let at = file.len.saturating_sub(HEAD_BYTES);
+    let bad = |what: String| Error::corrupt(file.label(), at, format!("list of stored lengths: {what}"));
+    let head = file.read(at, HEAD_BYTES, "the end of a compressed backup,")?;
+    let Some((_, _, len)) = header(&head).filter(|(kind, ..)| kind == b"comp") else {
+        return Err(bad("the file does not end with one: its backup never ended".into()));
+    };
+    if len > LENGTHS_BYTES_MAX {
+        return Err(bad(format!("{len} bytes")));
+    }
+    let start = at.checked_sub(len + 2).ok_or_else(|| bad(format!("{len} bytes do not fit the file")))?;
+    let text = file.read(start, len, "the list of stored lengths")?;
+    let list: Vec<Stored> = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
+    Ok((list, start))
+}
+
+/// The frames of one piece of data at `data`; answers where they end.
+fn frames(file: &TableFile, stored: &Stored, piece: Piece, pieces: &mut Vec<Piece>) -> Result<u64> {
+    let bad = |at: u64, what: String| Error::corrupt(file.label(), at, what);
+    let several: Vec<u32> = match stored {
+        Stored::One(stored) => vec![*stored],
+        Stored::Several(lists) => lists.values().flatten().copied().collect(),
+    };
+    let (mut at, mut start, end) = (piece.at, piece.start, piece.start + piece.len);
+    for stored in &several {
+        file.check_inside(at, u64::from(*stored), "a compressed piece")?;
+        let len = match several.as_slice() {
+            [_] => piece.len,
+            _ => {
+                let head = file.read(at, lz4_frame::HEAD_BYTES_MAX.min(file.len - at), "a frame's header")?;
+                let content = lz4_frame::Head::take(&mut head.as_slice()).map_err(|what| bad(at, what))?.content;
+                content.ok_or_else(|| bad(at, "one of several frames does not say how long it is".into()))?
+            }
+        };
+        if len > FRAME_BYTES_MAX {
+            return Err(Error::unsupported(file.label(), format!("a compressed frame of {len} bytes")));
+        }
+        if *stored == 0 || len == 0 || start.saturating_add(len) > end || pieces.len() == PIECES_MAX {
+            return Err(bad(at, format!("a compressed frame of {stored} bytes for {len} at {start}")));
+        }
+        pieces.push(Piece { start, len, at, stored: *stored });
+        at += u64::from(*stored);
+        start += len;
+    }
+    if start != end {
+        return Err(bad(at, format!("the frames of {}+{} hold {}", piece.start, piece.len, start - piece.start)));
+    }
+    Ok(at)
 }
 
 /// The file, its description, and where the first piece begins.
@@ -154,14 +249,26 @@ fn described(storage: Arc<dyn Storage>) -> Result<(TableFile, Meta, u64)> {
     Ok((file, meta, HEAD_BYTES + len + 2))
 }
 
-fn pieces(file: &TableFile, start: u64, size: u64) -> Result<Vec<Piece>> {
+fn pieces(file: &TableFile, start: u64, size: u64, packed: Option<&(Vec<Stored>, u64)>) -> Result<Vec<Piece>> {
     let (mut at, mut pieces) = (start, Vec::new());
+    let mut lengths = packed.map(|(list, _)| list.iter());
     loop {
         let head = file.read(at, HEAD_BYTES, "a header, or the end of the backup,")?;
         let bad = |what: String| Error::corrupt(file.label(), at, what);
         let Some((kind, start, len)) = header(&head) else { return Err(bad("no header of a piece".into())) };
         let data = at + HEAD_BYTES;
+        if start.checked_add(len).is_none_or(|end| end > size) {
+            return Err(bad(format!("the piece {start}+{len} leaves the disk of {size} bytes")));
+        }
+        if let (b"data", Some(lengths)) = (&kind, &mut lengths) {
+            let stored = lengths.next().ok_or_else(|| bad("data without a stored length".into()))?;
+            at = frames(file, stored, Piece { start, len, at: data, stored: 0 }, &mut pieces)?.saturating_add(2);
+            continue;
+        }
         let (place, next) = match &kind {
+            b"stop" if packed.is_some_and(|(_, list)| *list != data) => {
+                return Err(bad("the list of stored lengths does not follow the last piece".into()));
+            }
             b"stop" => break,
             b"zero" => (ZEROS, data),
             b"data" => {
@@ -170,14 +277,11 @@ fn pieces(file: &TableFile, start: u64, size: u64) -> Result<Vec<Piece>> {
             }
             _ => return Err(bad(format!("a piece of kind {:?}", String::from_utf8_lossy(&kind)))),
         };
-        if start.checked_add(len).is_none_or(|end| end > size) {
-            return Err(bad(format!("the piece {start}+{len} leaves the disk of {size} bytes")));
-        }
         if pieces.len() == PIECES_MAX {
             return Err(Error::unsupported(file.label(), format!("more than {PIECES_MAX} pieces")));
         }
         if len > 0 {
-            pieces.push(Piece { start, len, at: place });
+            pieces.push(Piece { start, len, at: place, stored: 0 });
         }
         at = next;
     }
@@ -229,7 +333,14 @@ impl Layer for VirtnbdLayer {
 
     fn unpack(&self, block: &BlockRef, _need: usize, out: &mut Vec<u8>) -> Result<()> {
         out.clear();
-        Err(Error::corrupt(self.label(), block.offset, "a stream that is not compressed has no packed blocks"))
+        let bytes = self.file.read(block.offset, block.stored_len.into(), "a compressed piece")?;
+        let len = usize::try_from(block.raw_len).unwrap_or(usize::MAX);
+        lz4_frame::decode(&bytes, len, out).map_err(|what| Error::BadBlock {
+            path: self.label().into(),
+            offset: block.offset,
+            len: block.stored_len.into(),
+            what,
+        })
     }
 }
 

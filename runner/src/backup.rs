@@ -13,9 +13,10 @@
 pub(crate) mod changed;
 pub(crate) mod describe;
 mod feed;
+mod link;
 mod resume;
 
-use std::{path::PathBuf, sync::Arc, time::Instant};
+use std::{sync::Arc, time::Instant};
 
 use aquifer_formats::{
     aql::Stats,
@@ -166,11 +167,10 @@ pub(crate) fn open_source(
     context: &Context,
     name: &DiskName,
     word: &str,
-    allow_backing: &[PathBuf],
+    options: &SourceOptions,
     hint: Hint,
 ) -> Result<Wanted> {
-    let options = SourceOptions { allow_backing: allow_backing.to_vec(), ..SourceOptions::default() };
-    let selection = select(context, word, &options)?;
+    let selection = select(context, word, options)?;
     let selected = selection.single()?.clone();
     let mut wanted = open_selected(context, name, selected, hint)?;
     wanted.selection = Some(selection);
@@ -249,7 +249,7 @@ impl Order<'_> {
         let mut bytes = 0;
         for disk in wanted {
             let stands_on = parent_reader(repo, parent, &disk.name)?;
-            let look = changed::look(self, disk, stands_on.as_deref())?;
+            let look = changed::look(self, disk, stands_on.as_ref())?;
             let bytes_to_read = look.bytes(&disk.disk)?;
             let record = DiskRecord {
                 disk: disk.name.as_str(),
@@ -335,7 +335,7 @@ impl Order<'_> {
 
     fn disk(&self, begun: &mut Begun<'_>, wanted: &Wanted, read: &mut u64) -> Result<Stored> {
         let stands_on = if self.full { None } else { begun.transaction.parent_disk(&wanted.name)? };
-        let look = changed::look(self, wanted, stands_on.as_deref())?;
+        let look = changed::look(self, wanted, stands_on.as_ref())?;
         let counted = match feed::feed(self, begun, wanted, &look)? {
             feed::Fed::Stale => return Ok(Stored::Stale),
             feed::Fed::Before => None,

@@ -34,7 +34,7 @@ pub use hold::Hold;
 use crate::{
     context::Context,
     fail::{Code, Fail, Result},
-    source::PointRef,
+    source::{PointRef, linked::opener},
 };
 
 /// This installation, as `installation.json` in the state folder keeps it.
@@ -51,7 +51,7 @@ struct Installation {
 pub fn open(context: &Context) -> Result<Repository> {
     let dir = context.repo_dir()?;
     let dir = fs::canonicalize(&dir).unwrap_or(dir);
-    Ok(Repository::open(&dir, me(context)?)?)
+    Ok(Repository::open(&dir, me(context)?)?.with_linked(opener(context.cache()?)))
 }
 
 /// This installation, made known the first time it is needed.
@@ -95,19 +95,19 @@ pub fn me_for_good(context: &Context) -> Result<Owner> {
 pub fn open_to_change(context: &Context) -> Result<Repository> {
     let dir = context.repo_dir()?;
     let dir = fs::canonicalize(&dir).unwrap_or(dir);
-    Ok(Repository::open(&dir, me_for_good(context)?)?)
+    Ok(Repository::open(&dir, me_for_good(context)?)?.with_linked(opener(context.cache()?)))
 }
 
 /// Opens a repository of the site file.
 pub fn open_named(context: &Context, name: &str) -> Result<Repository> {
     let dir = dir_of(context, name)?;
-    Ok(Repository::open(&dir, me(context)?)?)
+    Ok(Repository::open(&dir, me(context)?)?.with_linked(opener(context.cache()?)))
 }
 
 /// As [`open_named`], to change it.
 pub fn open_named_to_change(context: &Context, name: &str) -> Result<Repository> {
     let dir = dir_of(context, name)?;
-    Ok(Repository::open(&dir, me_for_good(context)?)?)
+    Ok(Repository::open(&dir, me_for_good(context)?)?.with_linked(opener(context.cache()?)))
 }
 
 fn dir_of(context: &Context, name: &str) -> Result<PathBuf> {

@@ -15,6 +15,7 @@
 
 pub(crate) mod connect;
 pub(crate) mod files;
+pub(crate) mod linked;
 mod repository;
 mod select;
 pub(crate) mod store;
@@ -25,6 +26,7 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 
 pub(crate) use connect::layer as layer_of_nbd;
+pub(crate) use linked::spec_of;
 pub use repository::SelectedPoint;
 pub use select::{KeyOptions, SelectedDisk, Selection, SourceOptions, select};
 

@@ -12,9 +12,12 @@
 //!
 //! Not here: writing, retries, how layers were found, threads.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering::Relaxed},
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
 };
 
 use aquifer_formats::{BlockRef, CHAIN_LAYERS_MAX, Content, Error as FormatError, Layer, aql, pbs::PbsLayer};
@@ -61,6 +64,8 @@ pub struct Chain {
     cache: Arc<BlockCache>,
     size: u64,
     fetched: AtomicU64,
+    /// The files it is read from, where its layers cannot tell.
+    files: Option<Vec<PathBuf>>,
 }
 
 impl Chain {
@@ -77,20 +82,35 @@ impl Chain {
             }
         };
         let map = Some(WindowMap::new(&layers));
-        Ok(Self { layers, map, point: None, snapshot: None, cache, size, fetched: AtomicU64::new(0) })
+        Ok(Self { layers, map, point: None, snapshot: None, cache, size, fetched: AtomicU64::new(0), files: None })
     }
 
-    /// A native point: one layer, whose own map takes two hops whatever it draws from.
+    /// A native point: one layer, whose own map takes two hops whatever it draws from. What it has left in a disk of
+    /// another product is below it, and merged as in any other chain.
     pub fn of_point(point: Arc<aql::Reader>, cache: Arc<BlockCache>) -> Self {
         let size = point.size();
         let fetched = AtomicU64::new(0);
-        Self { layers: vec![point.clone()], map: None, point: Some(point), snapshot: None, cache, size, fetched }
+        let mut layers: Vec<Arc<dyn Layer>> = vec![point.clone()];
+        layers.extend(point.below().into_iter().flat_map(|below| below.layers().iter().cloned()));
+        let map = (layers.len() > 1).then(|| WindowMap::new(&layers));
+        Self { layers, map, point: Some(point), snapshot: None, cache, size, fetched, files: None }
+    }
+
+    /// The same, read from these files.
+    pub(crate) fn of_files(self, files: Vec<PathBuf>) -> Self {
+        Self { files: Some(files), ..self }
+    }
+
+    /// The files it is read from, where they are known besides its layers.
+    pub fn files(&self) -> Option<&[PathBuf]> {
+        self.files.as_deref()
     }
 
     /// A disk of a snapshot whose index says at once where each part is.
     pub fn of_snapshot(snapshot: Arc<PbsLayer>, cache: Arc<BlockCache>) -> Self {
         let (size, fetched) = (snapshot.size(), AtomicU64::new(0));
-        Self { layers: vec![snapshot.clone()], map: None, point: None, snapshot: Some(snapshot), cache, size, fetched }
+        let layers: Vec<Arc<dyn Layer>> = vec![snapshot.clone()];
+        Self { layers, map: None, point: None, snapshot: Some(snapshot), cache, size, fetched, files: None }
     }
 
     /// The snapshot this chain is, if it is one.

@@ -33,10 +33,11 @@ use aquifer_formats::{
     virtnbd::VirtnbdLayer,
     vma::Vma,
     vmdk::Vmdk,
+    xva::Xva,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{BlockCache, Chain, Result};
+use crate::{BlockCache, Chain, Result, open_below};
 
 /// What a chain is opened from. Kept in a session's record, so that a restart opens the same.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,6 +76,13 @@ pub enum ChainSpec {
         /// The point's own file.
         path: PathBuf,
     },
+    /// A native layer file that stands on a disk of another product.
+    Mixed {
+        /// The point's own file.
+        path: PathBuf,
+        /// That disk. A repository's record names it; the layer only proves that it is the right one.
+        below: Box<ChainSpec>,
+    },
     /// An export of an NBD server.
     Nbd {
         /// Its URI.
@@ -106,6 +114,13 @@ pub fn open_chain(spec: &ChainSpec, cache: Arc<BlockCache>, connect: Connect<'_>
             let first = Gate::default().enter(path)?;
             Ok(point(&first, cache)?)
         }
+        ChainSpec::Mixed { path, below } => {
+            let first = Gate::default().enter(path)?;
+            let reader = aql::Reader::open_path(first.path())?;
+            reader.check_layers()?;
+            let reader = reader.over(open_below(below, cache.clone())?)?;
+            Ok(Chain::of_point(Arc::new(reader), cache))
+        }
         ChainSpec::Snapshot { path, key } => {
             let file = Gate::default().enter(path)?;
             let key = key.as_ref().map(key_of).transpose()?.map(Arc::new);
@@ -118,6 +133,7 @@ pub fn open_chain(spec: &ChainSpec, cache: Arc<BlockCache>, connect: Connect<'_>
                 Format::Vbk => return veeam::chain(&gate, &file, member, cache),
                 Format::Ova => Arc::new(Ova::open(file.storage())?.disk(member)?),
                 Format::Vma => Arc::new(Vma::open(file.storage())?.disk(member)?),
+                Format::Xva => Arc::new(Xva::open(file.storage())?.disk(member)?),
                 other => return Err(unread(&file, &format!("members of {other}")).into()),
             };
             Chain::new(vec![layer], cache)
@@ -150,6 +166,7 @@ pub fn members(path: &Path) -> Result<Vec<String>> {
     Ok(match probe(&*file.storage())? {
         Some(Format::Ova) => Ova::open(file.storage())?.disks()?.into_iter().map(str::to_owned).collect(),
         Some(Format::Vma) => Vma::open(file.storage())?.disks().into_iter().map(str::to_owned).collect(),
+        Some(Format::Xva) => Xva::open(file.storage())?.disks().into_iter().map(str::to_owned).collect(),
         Some(Format::Vbk) => veeam::names(&Vbk::open(file.storage())?)?,
         _ => Vec::new(),
     })
@@ -238,7 +255,7 @@ fn image_layers(
                 (at, format) = below;
             }
             (other, Some(name)) => return Err(unread(&at, &format!("an internal snapshot {name:?} of {other}")).into()),
-            (Format::Ova | Format::Vma | Format::Vbk, None) => {
+            (Format::Ova | Format::Vma | Format::Vbk | Format::Xva, None) => {
                 return Err(unread_as(&at, "an archive as one disk; its disks have names".into()).into());
             }
             (other, None) => return Err(unread(&at, other.name()).into()),

@@ -22,7 +22,7 @@ use super::{
     dedupe::{DedupeTable, Known},
     entry::{Entry, Place, Stored},
     frame::{FrameInfo, FrameKind},
-    key::{ContentId, ZERO_ID},
+    key::{ContentId, LOST_ID, ZERO_ID},
     layout::{
         FRAME_HEADER_BYTES, LEAF_ENTRIES, PAGE_BYTES, PAGE_LEN, WAYMARK_LEAVES_MAX, WAYMARK_MAGIC, WaymarkHeader,
         WaymarkLeaf,
@@ -118,13 +118,15 @@ pub(crate) enum Item {
     Zero(Range<u64>),
     /// A run of blocks that are as in the parent.
     Keep(Range<u64>),
+    /// A run of blocks that lie in the disk of another product.
+    Linked(Range<u64>),
 }
 
 impl Item {
     fn blocks(&self) -> Range<u64> {
         match self {
             Self::Blocks { first, outcomes, .. } => *first..*first + outcomes.len() as u64,
-            Self::Zero(range) | Self::Keep(range) => range.clone(),
+            Self::Zero(range) | Self::Keep(range) | Self::Linked(range) => range.clone(),
         }
     }
 }
@@ -223,6 +225,11 @@ impl Appender {
                 }
                 Vec::new()
             }
+            Item::Linked(range) => {
+                self.stats.blocks_given += range.end - range.start;
+                self.link(range)?;
+                Vec::new()
+            }
             Item::Keep(range) => {
                 self.stats.blocks_given += range.end - range.start;
                 self.stats.blocks_unchanged += range.end - range.start;
@@ -234,6 +241,18 @@ impl Appender {
         }
         self.settle()?;
         Ok(recycled)
+    }
+
+    fn link(&mut self, range: Range<u64>) -> Result<()> {
+        let lost = || Error::corrupt("map", range.start, "this layer stands on no disk of another product");
+        let slot = self.map.linked_slot().ok_or_else(lost)?;
+        for block in range {
+            self.map.put(block, Entry::Foreign { slot }, LOST_ID, Some(&self.tail))?;
+            if block % LEAF_ENTRIES as u64 == 0 {
+                self.settle()?;
+            }
+        }
+        Ok(())
     }
 
     fn apply_blocks(

@@ -158,12 +158,25 @@ fn compare(a: &Reader, b: &Reader, pairs: &[Pair]) -> Result<Vec<Range<u64>>> {
         let after = new.ids(pair.leaf, pair.new, ahead.iter().map(|next| next.new))?;
         let first = pair.leaf * LEAF_ENTRIES as u64;
         for (block, (was, is)) in (first..b.blocks()).zip(before.iter().zip(after)) {
-            if was != is || *was == LOST_ID {
+            if (was != is || *was == LOST_ID) && !same_linked(a, b, block, was, is)? {
                 append(&mut ranges, block_range(b, block));
             }
         }
     }
     Ok(ranges)
+}
+
+/// Whether a block that nobody has read in one of the two lies in the same place of the same linked disk in both.
+fn same_linked(a: &Reader, b: &Reader, block: u64, was: &ContentId, is: &ContentId) -> Result<bool> {
+    if (*was != LOST_ID && *is != LOST_ID) || block >= a.blocks() {
+        return Ok(false);
+    }
+    let (Some(old), Some(new)) = (a.linked(), b.linked()) else { return Ok(false) };
+    // Where one disk ends inside the block, the rest of it reads otherwise.
+    let grain = a.grain();
+    let cut = a.size() != b.size() && (block + 1) * grain > a.size().min(b.size());
+    let foreign = |disk: &Reader| disk.entry(block).map(|entry| matches!(entry, Entry::Foreign { .. }));
+    Ok(old.identity == new.identity && !cut && foreign(a)? && foreign(b)?)
 }
 
 fn block_range(disk: &Reader, block: u64) -> Range<u64> {

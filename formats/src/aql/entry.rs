@@ -3,7 +3,8 @@
 //! Invariants
 //! - Decoding is strict: state 0, unknown states, codecs and flags, and stray bits in fields a state does
 //!   not use are damage.
-//! - A `Zero` entry has an all-zero content id; `Bad` and `Foreign` ones have the id that equals nothing.
+//! - A `Zero` entry has an all-zero content id; `Bad` ones have the id that equals nothing, and so
+//!   have `Foreign` ones that nobody has read yet.
 
 use zerocopy::{
     FromBytes, IntoBytes,

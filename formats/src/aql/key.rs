@@ -15,7 +15,7 @@ pub(crate) type ContentId = [u8; 16];
 
 /// Id of a block of zeros, which is never hashed.
 pub(crate) const ZERO_ID: ContentId = [0; 16];
-/// Id of a block that is known to be lost, or lies in a foreign file: equal to nothing, not even itself.
+/// Id of a block that is known to be lost, or lies in a foreign file and was never read: equal to nothing, not even itself.
 pub(crate) const LOST_ID: ContentId = [0xFF; 16];
 
 /// A repository's secret for content ids.

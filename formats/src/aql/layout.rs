@@ -73,7 +73,7 @@ pub const INCOMPAT_FOREIGN: u64 = 1 << 0;
 /// Incompatible feature: blocks and leaves are encrypted.
 pub const INCOMPAT_ENCRYPTED: u64 = 1 << 1;
 /// Incompatible features this build reads.
-pub const INCOMPAT_KNOWN: u64 = 0;
+pub const INCOMPAT_KNOWN: u64 = INCOMPAT_FOREIGN;
 
 /// One field of a struct on disk, for the generated tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -275,7 +275,7 @@ on_disk! {
         slot: U16,
         /// 0 native, 1 foreign
         kind: u8,
-        /// format of a foreign file: 1 qcow2, 2 raw, 3 vmdk, 4 vhdx, 5 vhd, 6 vbk, 7 pbs
+        /// format of a foreign file: 1 qcow2, 2 raw, 3 vmdk, 4 vhdx, 5 vhd, 6 vbk, 7 pbs, 8 vdi, 9 ova, 10 vma, 11 virtnbdbackup, 12 xva, 255 any other
         foreign: u8,
         /// bytes of the hint: a relative path to look at first
         hint_bytes: U16,

@@ -40,6 +40,8 @@ pub(crate) struct LeafMap {
     dirty: BTreeMap<u64, Leaf>,
     changed: BTreeSet<u64>,
     live: BTreeMap<u16, Live>,
+    /// The disk of another product that this very layer stands on, and its slot.
+    linked: Option<(u16, LayerRecord)>,
 }
 
 impl LeafMap {
@@ -54,9 +56,20 @@ impl LeafMap {
             live.insert(parent.identity().slot, root.own);
             live.extend(root.layers.iter().map(|(slot, record)| (*slot, record.live)));
         }
-        let mut map = Self { identity, parent, refs, dirty: BTreeMap::new(), changed: BTreeSet::new(), live };
+        let mut map =
+            Self { identity, parent, refs, dirty: BTreeMap::new(), changed: BTreeSet::new(), live, linked: None };
         map.give_up_beyond_end()?;
         Ok(map)
+    }
+
+    /// Has the layer stand on a disk of another product.
+    pub(crate) fn link(&mut self, slot: u16, record: LayerRecord) {
+        self.linked = Some((slot, record));
+    }
+
+    /// The slot of that disk.
+    pub(crate) fn linked_slot(&self) -> Option<u16> {
+        self.linked.as_ref().map(|(slot, _)| *slot)
     }
 
     /// Takes what a shrunk disk no longer reaches out of the counts and out of the boundary leaf.
@@ -109,18 +122,25 @@ impl LeafMap {
     }
 
     fn release(&mut self, entry: Entry) {
-        if let Entry::Data(at) = entry {
-            let live = self.live.entry(at.place.slot).or_default();
-            live.blocks = live.blocks.saturating_sub(1);
-            live.bytes = live.bytes.saturating_sub(u64::from(at.stored_bytes) + FRAME_HEADER_BYTES as u64);
-        }
+        let Some((slot, bytes)) = self.drawn(entry) else { return };
+        let live = self.live.entry(slot).or_default();
+        live.blocks = live.blocks.saturating_sub(1);
+        live.bytes = live.bytes.saturating_sub(bytes);
     }
 
     fn take(&mut self, entry: Entry) {
-        if let Entry::Data(at) = entry {
-            let live = self.live.entry(at.place.slot).or_default();
-            live.blocks += 1;
-            live.bytes += u64::from(at.stored_bytes) + FRAME_HEADER_BYTES as u64;
+        let Some((slot, bytes)) = self.drawn(entry) else { return };
+        let live = self.live.entry(slot).or_default();
+        live.blocks += 1;
+        live.bytes += bytes;
+    }
+
+    /// The file that an entry draws from, and how many stored bytes: of another product's, a whole block.
+    fn drawn(&self, entry: Entry) -> Option<(u16, u64)> {
+        match entry {
+            Entry::Data(at) => Some((at.place.slot, u64::from(at.stored_bytes) + FRAME_HEADER_BYTES as u64)),
+            Entry::Foreign { slot } => Some((slot, self.identity.block_bytes().into())),
+            Entry::Zero | Entry::Bad => None,
         }
     }
 
@@ -368,6 +388,10 @@ impl LeafMap {
                 }
             }
         }
+        if let Some((slot, record)) = &self.linked {
+            let live = self.live.get(slot).copied().unwrap_or_default();
+            layers.insert(*slot, LayerRecord { live, ..record.clone() });
+        }
         Root { refs: self.refs.clone(), own, layers }
     }
 
@@ -386,6 +410,9 @@ impl LeafMap {
             });
         }
         let record = parent.root().layers.get(&slot)?;
+        if record.foreign.is_some() {
+            return Some(record.clone());
+        }
         Some(LayerRecord { hint: super::resolve::chain_hint(parent_hint, &record.hint), ..record.clone() })
     }
 

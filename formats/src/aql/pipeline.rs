@@ -5,7 +5,14 @@
 //! - Results are applied in the order of their numbers, by whichever thread completes the next one.
 //! - The first error ends the work: later items are dropped, and the error is given to the next caller.
 
-use std::{collections::BTreeMap, sync::Arc, thread::JoinHandle};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    thread::JoinHandle,
+};
 
 use parking_lot::{Condvar, Mutex, RwLock};
 
@@ -13,8 +20,8 @@ use super::{
     append::{Appender, Encoded, Item, Outcome},
     block::{Compression, Encoder},
     dedupe::DedupeTable,
-    entry::IdPage,
-    key::{ContentId, ContentKey},
+    entry::{Entry, IdPage},
+    key::{ContentId, ContentKey, LOST_ID},
     layout::FRAME_HEADER_BYTES,
     reader::{Reader, split},
 };
@@ -58,6 +65,8 @@ struct Shared {
     how: Compression,
     block_bytes: usize,
     in_flight_max: u64,
+    /// Blocks of another product's disk are stored, not left where they are.
+    take_over: AtomicBool,
 }
 
 /// The running pipeline.
@@ -72,11 +81,35 @@ struct Bench {
     encoder: Encoder,
     /// The parent's ids of the leaf last asked for.
     ids: Option<(u64, Arc<IdPage>)>,
+    /// A block of the disk that the parent stands on.
+    bytes: Vec<u8>,
 }
 
 impl Bench {
     fn new(how: Compression) -> Self {
-        Self { encoder: Encoder::new(how), ids: None }
+        Self { encoder: Encoder::new(how), ids: None, bytes: Vec::new() }
+    }
+
+    /// Whether the parent has this content there. What lies in the disk of another product and was never read is read
+    /// now; with `take_over` it does not count.
+    fn is_as_before(
+        &mut self,
+        parent: &Reader,
+        block: u64,
+        id: ContentId,
+        raw: &[u8],
+        take_over: bool,
+    ) -> Result<bool> {
+        let before = self.parent_id(parent, block)?;
+        if before != id && before != LOST_ID {
+            return Ok(false);
+        }
+        let linked = parent.linked().is_some() && matches!(parent.entry(block)?, Entry::Foreign { .. });
+        if !linked || take_over || before == id {
+            return Ok(before == id && !(linked && take_over));
+        }
+        parent.read_linked(block, &mut self.bytes)?;
+        Ok(self.bytes == raw)
     }
 
     fn parent_id(&mut self, parent: &Reader, block: u64) -> Result<ContentId> {
@@ -118,6 +151,7 @@ impl Pipeline {
             how: setup.how,
             block_bytes,
             in_flight_max: (setup.threads as u64 * 4).max(1),
+            take_over: AtomicBool::new(false),
         });
         let threads = (0..setup.threads)
             .filter_map(|_| {
@@ -171,6 +205,11 @@ impl Pipeline {
                 shared.queue.lock().report()
             }
         }
+    }
+
+    /// From now on blocks of another product's disk are stored, not left where they are.
+    pub(crate) fn take_over(&self) {
+        self.shared.take_over.store(true, Relaxed);
     }
 
     /// Waits until everything given has been applied.
@@ -261,7 +300,7 @@ impl Shared {
         }
         let id = self.key.id(raw);
         if let Some(parent) = self.parent.as_ref().filter(|parent| block < parent.blocks())
-            && bench.parent_id(parent, block)? == id
+            && bench.is_as_before(parent, block, id, raw, self.take_over.load(Relaxed))?
         {
             return Ok(Outcome::AsParent(id));
         }

@@ -1,8 +1,8 @@
 //! A sealed layer as a disk: two hops at any depth.
 //!
 //! Invariants
-//! - One file is one whole disk: whatever older points it draws from is behind [`Layer::lookup`], and it
-//!   never answers `Absent`.
+//! - One file is one whole disk: whatever older points it draws from is behind [`Layer::lookup`]. It answers
+//!   `Absent` only for what lies in the disk of another product, and only where that disk was put below it.
 //! - An older file is opened when first needed, checked against the layer id and seal hash that the layer
 //!   table holds, and kept open: it may be unlinked under a reader and changes nothing.
 //! - Every page and every block is checked against its pointer on every read from storage.
@@ -19,10 +19,11 @@ use parking_lot::{Mutex, RwLock};
 use uuid::Uuid;
 
 use super::{
+    below::{Below, LinkedDisk},
     block::decode_meta,
     entry::{Entry, IdPage, LeafRef, MapPage, Place, Stored},
     frame::{self, Expected, FrameKind},
-    key::ContentId,
+    key::{ContentId, LOST_ID},
     layout::{LEAF_BYTES, LEAF_ENTRIES},
     resolve::{LayerName, Resolver},
     root::{LayerRecord, Live, Root},
@@ -76,6 +77,7 @@ pub struct Reader {
     leaves: Vec<KeptLeaf>,
     own_id: u64,
     salvaged: Option<Overrides>,
+    below: Option<Below>,
 }
 
 /// What salvage knows beyond the pages in the file.
@@ -149,7 +151,7 @@ impl Reader {
         let kept = seal.identity.leaves().min(LEAVES_KEPT);
         let own_id = id_of(&seal.hash);
         let leaves = (0..kept).map(|_| RwLock::new(None)).collect();
-        Self { label: own.label().to_owned(), own, seal, root, older, resolver, leaves, own_id, salvaged }
+        Self { label: own.label().to_owned(), own, seal, root, older, resolver, leaves, own_id, salvaged, below: None }
     }
 
     /// The layer's id.
@@ -206,7 +208,7 @@ impl Reader {
             live_blocks: record.live.blocks,
             live_bytes: record.live.bytes,
         };
-        self.root.layers.values().map(needed).collect()
+        self.root.layers.values().filter(|record| record.foreign.is_none()).map(needed).collect()
     }
 
     /// Opens and identifies every older file now, so that a missing one is known before anything is served.
@@ -214,7 +216,8 @@ impl Reader {
     /// # Errors
     /// [`Error::ChainBroken`] names the first that is missing or is not the expected one.
     pub fn check_layers(&self) -> Result<()> {
-        self.older.keys().try_for_each(|slot| self.storage(*slot).map(|_| ()))
+        let native = self.older.iter().filter(|(_, older)| older.record.foreign.is_none());
+        native.map(|(slot, _)| self.storage(*slot)).try_for_each(|opened| opened.map(|_| ()))
     }
 
     /// Which key made the content ids; ids of different domains must not be compared.
@@ -222,7 +225,8 @@ impl Reader {
         self.seal.identity.id_domain
     }
 
-    /// Content id of a block: `None` for zeros, and for a block known to be lost.
+    /// Content id of a block: `None` for zeros, for a block known to be lost, and for one in the disk of another
+    /// product that nobody has read yet.
     ///
     /// # Errors
     /// The map or the id page is damaged or cannot be read.
@@ -230,8 +234,64 @@ impl Reader {
         let (leaf, index) = split(block);
         match self.entry(block)? {
             Entry::Data(_) => Ok(Some(self.ids(leaf)?.get(index))),
-            Entry::Zero | Entry::Bad | Entry::Foreign { .. } => Ok(None),
+            Entry::Foreign { .. } => Ok(Some(self.ids(leaf)?.get(index)).filter(|id| *id != LOST_ID)),
+            Entry::Zero | Entry::Bad => Ok(None),
         }
+    }
+
+    /// The disk of another product that this one stands on, if it does.
+    pub fn linked(&self) -> Option<LinkedDisk> {
+        self.root.layers.values().find_map(|record| {
+            let (format, identity) = record.foreign.as_ref()?;
+            let identity = <[u8; 32]>::try_from(identity.as_slice()).ok()?;
+            Some(LinkedDisk { format: *format, identity, size: record.virtual_size, live_blocks: record.live.blocks })
+        })
+    }
+
+    /// The same layer with that disk at hand.
+    ///
+    /// # Errors
+    /// [`Error::ChainBroken`] where it is not the one this layer was made on, or has changed since.
+    pub fn over(self, below: Below) -> Result<Self> {
+        let broken = |what: &str| Error::ChainBroken { path: self.label.clone(), what: what.into() };
+        let linked = self.linked().ok_or_else(|| broken("it stands on no disk of another product"))?;
+        if linked.identity != below.identity() {
+            let at = below.layers().first().map_or("nothing", |top| top.label());
+            return Err(broken(&format!(
+                "it stands on {at} as it was when the first point was linked to it, and that has changed since: what \
+                 is stored here cannot be read over it"
+            )));
+        }
+        Ok(Self { below: Some(below), ..self })
+    }
+
+    /// That disk, where it is at hand.
+    pub fn below(&self) -> Option<&Below> {
+        self.below.as_ref()
+    }
+
+    /// A whole block that lies in that disk, into `out` (cleared first); zeros past the end of either disk.
+    pub(crate) fn read_linked(&self, block: u64, out: &mut Vec<u8>) -> Result<()> {
+        let below = self.below.as_ref().ok_or_else(|| self.not_at_hand(block))?;
+        let grain = self.grain();
+        let offset = block.saturating_mul(grain);
+        out.clear();
+        out.resize(usize::try_from(grain).unwrap_or_default(), 0);
+        let inside = usize::try_from(self.size().saturating_sub(offset).min(grain)).unwrap_or_default();
+        below.read(offset, out.get_mut(..inside).unwrap_or_default())
+    }
+
+    fn not_at_hand(&self, block: u64) -> Error {
+        let what = format!(
+            "block {block} lies in files of another product, which this file does not name: read the point through its \
+             repository"
+        );
+        Error::ChainBroken { path: self.label.clone(), what }
+    }
+
+    /// Blocks from `block` on, at most until `end`, that lie in that disk.
+    fn linked_run(&self, block: u64, end: u64) -> u64 {
+        (block..end).take_while(|at| matches!(self.entry(*at), Ok(Entry::Foreign { .. }))).count() as u64
     }
 
     pub(crate) fn identity(&self) -> &Identity {
@@ -285,6 +345,9 @@ impl Reader {
     }
 
     fn open_older(&self, record: &LayerRecord) -> Result<Arc<dyn Storage>> {
+        if record.foreign.is_some() {
+            return Err(self.odd(format!("layer {} is no file of this format", record.layer)));
+        }
         let name = LayerName { hint: &record.hint, layer: record.layer, seal: record.seal };
         let storage = self.resolver.open(&name)?;
         let broken = |what: String| Error::ChainBroken { path: storage.label().into(), what };
@@ -576,8 +639,15 @@ impl Layer for Reader {
                 Ok((Content::Zero, len_max.min(run * grain - skip)))
             }
             Entry::Bad => lost("this disk block is marked as lost, offset is on the disk"),
-            Entry::Foreign { .. } => {
-                Err(Error::unsupported(&self.label, format!("block {block} lies in a foreign file")))
+            Entry::Foreign { slot } => {
+                if self.below.is_none() {
+                    return Err(self.not_at_hand(block));
+                }
+                if self.root.layers.get(&slot).is_none_or(|record| record.foreign.is_none()) {
+                    return Err(self.odd(format!("block {block} lies in slot {slot}, which is no foreign disk")));
+                }
+                let run = 1 + self.linked_run(block + 1, (offset + len_max).div_ceil(grain));
+                Ok((Content::Absent, len_max.min(run * grain - skip)))
             }
         }
     }

@@ -126,6 +126,9 @@ impl Root {
             }
             rest = tail;
         }
+        if layers.values().filter(|record: &&LayerRecord| record.foreign.is_some()).count() > 1 {
+            return Err("more than one disk of another product".into());
+        }
         if !rest.is_empty() {
             return Err(format!("{} stray bytes after the root", rest.len()));
         }
@@ -138,7 +141,9 @@ impl Root {
 
     fn check_slots(&self, own: u16) -> Result<(), String> {
         let mut known = vec![false; usize::from(SLOTS_MAX)];
-        for slot in self.layers.keys().chain([&own]) {
+        // Pages are only in files of this format.
+        let native = self.layers.iter().filter(|(_, record)| record.foreign.is_none()).map(|(slot, _)| slot);
+        for slot in native.chain([&own]) {
             if let Some(known) = known.get_mut(usize::from(*slot)) {
                 *known = true;
             }

@@ -72,6 +72,8 @@ pub(crate) struct Identity {
     pub(crate) sector_log2: u8,
     pub(crate) codec: Codec,
     pub(crate) id_domain: [u8; 16],
+    /// Blocks may lie in files of another product.
+    pub(crate) linked: bool,
 }
 
 impl Identity {
@@ -94,7 +96,7 @@ impl Identity {
             major: U16::new(VERSION_MAJOR),
             minor: U16::new(VERSION_MINOR),
             head_bytes: U32::new(HEAD_BYTES),
-            incompat: U64::ZERO,
+            incompat: U64::new(if self.linked { INCOMPAT_FOREIGN } else { 0 }),
             ro_compat: U64::ZERO,
             compat: U64::ZERO,
             layer: self.layer.into_bytes(),
@@ -143,6 +145,7 @@ impl Identity {
             sector_log2: head.sector_log2,
             codec,
             id_domain: head.id_domain,
+            linked: head.incompat.get() & INCOMPAT_FOREIGN != 0,
         };
         identity.check(path)?;
         Ok(identity)
@@ -169,12 +172,10 @@ impl Identity {
 
 fn refuse_features(path: &str, unknown: u64) -> Result<()> {
     let mut names = Vec::new();
-    for (bit, name) in [(INCOMPAT_FOREIGN, "blocks in foreign files"), (INCOMPAT_ENCRYPTED, "encryption")] {
-        if unknown & bit != 0 {
-            names.push(name.to_owned());
-        }
+    if unknown & INCOMPAT_ENCRYPTED != 0 {
+        names.push("encryption".to_owned());
     }
-    let rest = unknown & !(INCOMPAT_FOREIGN | INCOMPAT_ENCRYPTED);
+    let rest = unknown & !INCOMPAT_ENCRYPTED;
     if rest != 0 {
         names.push(format!("features {rest:#x}"));
     }
@@ -346,6 +347,18 @@ pub(crate) fn read_seal_copy(storage: &dyn Storage, copy: u32) -> Result<SealInf
     let mut page = [0; PAGE_LEN];
     storage.read_at(at, &mut page).map_err(|e| Error::io(path, "read", at, e))?;
     SealInfo::parse(path, at, len, copy, page)
+}
+
+/// Whether a file, finished or not, was begun by [`super::Writer::link`].
+///
+/// # Errors
+/// I/O.
+pub fn is_link(storage: &dyn Storage) -> Result<bool> {
+    match read_superblock(storage) {
+        Ok(identity) => Ok(identity.linked && identity.parent.is_none()),
+        Err(error @ Error::Io { .. }) => Err(error),
+        Err(_) => Ok(false),
+    }
 }
 
 /// Whether a file ends in a valid seal. Anything else that can be read is "no".

@@ -8,6 +8,7 @@ use crate::{Content, Layer, Storage, storage::MemoryStorage};
 
 mod damage;
 mod document;
+mod linking;
 mod oracle;
 mod support;
 mod torn;

@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use super::{
-    entry::{IdPage, LeafRef, MapPage},
+    entry::{Entry, IdPage, LeafRef, MapPage},
     frame::FrameKind,
     key::ContentKey,
     layout::LEAF_ENTRIES,
@@ -102,8 +102,10 @@ impl Verify<'_> {
                 note(read_root_copy(storage, reader.seal_info(), copy.into()).map(|_| ()), &none);
             }
         }
-        for slot in reader.root().layers.keys() {
-            note(reader.storage(*slot).map(|_| ()), &all);
+        for (slot, record) in &reader.root().layers {
+            if record.foreign.is_none() {
+                note(reader.storage(*slot).map(|_| ()), &all);
+            }
         }
         Finding { disk: 0..0, blocks_read: 0, damage }
     }
@@ -151,11 +153,36 @@ impl Verify<'_> {
     /// `true` if the block was read.
     fn block(&self, block: u64, disk: &Range<u64>) -> Result<bool> {
         let reader = self.reader;
+        if let Entry::Foreign { .. } = reader.entry(block)? {
+            return self.linked(block);
+        }
         let (content, _) = reader.lookup(disk.start, disk.end - disk.start)?;
         let (Depth::Deep(key), Content::Packed { block: stored, .. }) = (&self.depth, content) else {
             return Ok(false);
         };
         self.deep(block, &stored, key.as_ref()).map(|()| true)
+    }
+
+    /// A block in the disk of another product: read where that is at hand, and compared with the id it had when
+    /// somebody read it first.
+    fn linked(&self, block: u64) -> Result<bool> {
+        let Depth::Deep(key) = &self.depth else { return Ok(false) };
+        let mut bytes = Vec::new();
+        self.reader.read_linked(block, &mut bytes)?;
+        let (known, computed) = (self.reader.content_id(block)?, key.as_ref().map(|key| key.id(&bytes)));
+        match (known, computed) {
+            (Some(known), Some(computed)) if known != computed => Err(Error::BadBlock {
+                path: self.reader.label().into(),
+                offset: block * self.reader.grain(),
+                len: self.reader.grain(),
+                what: format!(
+                    "content id of this part of the disk it stands on: map {}, bytes {}; that disk was changed",
+                    hex(&known),
+                    hex(&computed)
+                ),
+            }),
+            _ => Ok(true),
+        }
     }
 
     fn deep(&self, block: u64, stored: &BlockRef, key: Option<&ContentKey>) -> Result<()> {

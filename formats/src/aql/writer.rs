@@ -14,6 +14,7 @@ use uuid::Uuid;
 
 use super::{
     append::{Appender, Item, Tail},
+    below::LinkedDisk,
     block::Compression,
     dedupe::{DedupeTable, Known},
     entry::Entry,
@@ -22,7 +23,7 @@ use super::{
     leafmap::LeafMap,
     pipeline::{Chunk, Pipeline, PipelineSetup},
     reader::Reader,
-    root::free_slot,
+    root::{LayerRecord, Live, free_slot},
     salvage,
     seal::{Identity, Sealed, Stats, read_seal, read_superblock, superblock},
 };
@@ -131,6 +132,39 @@ impl Writer {
         Self::start(appender, dedupe, parent, new.key, options)
     }
 
+    /// Begins a layer that stands on a disk of another product: its blocks are told by [`Writer::linked`], and nothing
+    /// is copied. An interrupted one is begun anew.
+    ///
+    /// # Errors
+    /// As [`Writer::create`]; [`Error::Refused`] where `new` has a parent.
+    pub fn link(storage: Arc<dyn Storage>, new: NewLayer, on: LinkedDisk, options: WriterOptions) -> Result<Self> {
+        let label = storage.label().to_owned();
+        if new.parent.is_some() {
+            return Err(Error::Refused {
+                path: label,
+                what: "only a layer without a parent stands on a linked disk".into(),
+            });
+        }
+        let identity = Identity { linked: true, ..new.identity(&label, options)? };
+        storage.write_at(0, &superblock(&identity)).map_err(|e| Error::io(&label, "write", 0, e))?;
+        let record = LayerRecord {
+            layer: identity.layer,
+            seal: on.identity,
+            tag: 0,
+            data_end: 0,
+            virtual_size: on.size,
+            live: Live::default(),
+            hint: String::new(),
+            foreign: Some((on.format, on.identity.to_vec())),
+        };
+        let mut map = LeafMap::new(identity.clone(), None)?;
+        map.link(identity.slot + 1, record);
+        let tail = Tail::new(storage, FRAMES_START, 0);
+        let appender = Appender::new(identity, tail, map, options.waymark_bytes, String::new());
+        let dedupe = new_table(&appender, None, options)?;
+        Self::start(appender, dedupe, None, new.key, options)
+    }
+
     /// Begins a layer in a new file.
     ///
     /// # Errors
@@ -163,6 +197,9 @@ impl Writer {
         }
         if identity.id_domain != key.domain() {
             return Err(refused("the interrupted layer was begun with another content key"));
+        }
+        if identity.linked && parent.is_none() {
+            return Err(refused("a layer that links to another disk is begun anew"));
         }
         let found = salvage::scan(storage.as_ref(), &identity)?;
         storage.set_len(found.end).map_err(|e| Error::io(&label, "truncate", found.end, e))?;
@@ -218,9 +255,12 @@ impl Writer {
             return Ok(());
         }
         let mut bytes = Vec::new();
-        match parent.lookup(self.virtual_size - part, part)? {
-            (crate::Content::Packed { block, .. }, _) => parent.unpack(&block, self.block_bytes, &mut bytes)?,
-            _ => return Ok(()),
+        match parent.entry(block)? {
+            Entry::Foreign { .. } => parent.read_linked(block, &mut bytes)?,
+            _ => self.whole_block(parent, part, &mut bytes)?,
+        }
+        if bytes.is_empty() {
+            return Ok(());
         }
         bytes.truncate(usize::try_from(part).unwrap_or_default());
         self.put(block, &bytes)?;
@@ -230,6 +270,14 @@ impl Writer {
         let given = self.resume_from;
         self.pipeline.with_appender(|appender| appender.cursor = given);
         Ok(())
+    }
+
+    /// The parent's block that the disk now ends in; empty where it is zeros.
+    fn whole_block(&self, parent: &Reader, part: u64, bytes: &mut Vec<u8>) -> Result<()> {
+        match parent.lookup(self.virtual_size - part, part)? {
+            (crate::Content::Packed { block, .. }, _) => parent.unpack(&block, self.block_bytes, bytes),
+            _ => Ok(()),
+        }
     }
 
     /// Block size in bytes.
@@ -299,6 +347,14 @@ impl Writer {
         self.pass(blocks, Item::Zero)
     }
 
+    /// Says that a run of blocks lies in the disk that [`Writer::link`] named.
+    ///
+    /// # Errors
+    /// As [`Writer::put`].
+    pub fn linked(&mut self, blocks: Range<u64>) -> Result<()> {
+        self.pass(blocks, Item::Linked)
+    }
+
     /// Says that a run of blocks is as in the parent. Needed only so that [`Writer::resume_from`] moves on.
     ///
     /// # Errors
@@ -350,7 +406,8 @@ impl Writer {
     pub fn absorb_layers(&mut self, layers: &BTreeSet<Uuid>) -> Result<()> {
         let Some(parent) = self.parent.clone() else { return Ok(()) };
         let among = parent.root().layers.iter().filter(|(_, record)| layers.contains(&record.layer));
-        let slots: BTreeSet<u16> = among.map(|(slot, _)| *slot).collect();
+        let slots: BTreeSet<u16> =
+            among.filter(|(_, record)| record.foreign.is_none()).map(|(slot, _)| *slot).collect();
         if slots.is_empty() {
             return Ok(());
         }
@@ -361,8 +418,8 @@ impl Writer {
 
     fn absorb_excess(&mut self, files: usize) -> Result<()> {
         let Some(parent) = self.parent.clone() else { return Ok(()) };
-        let mut older: Vec<(u64, u16)> =
-            parent.root().layers.iter().map(|(slot, record)| (record.live.bytes, *slot)).collect();
+        let files_below = parent.root().layers.iter().filter(|(_, record)| record.foreign.is_none());
+        let mut older: Vec<(u64, u16)> = files_below.map(|(slot, record)| (record.live.bytes, *slot)).collect();
         // The parent's own file is one of them, and the newest: it stays.
         let excess = (older.len() + 1).saturating_sub(files.max(1));
         if excess == 0 {
@@ -373,6 +430,30 @@ impl Writer {
         self.send_pending()?;
         self.pipeline.drain()?;
         self.pipeline.with_appender(|appender| appender.absorb(&parent, &slots)).unwrap_or(Ok(()))
+    }
+
+    /// Stores what the disk still has in the disk of another product, so that the new layer does not need that.
+    ///
+    /// # Errors
+    /// I/O; that disk cannot be read.
+    pub fn take_over_linked(&mut self) -> Result<()> {
+        let Some(parent) = self.parent.clone().filter(|parent| parent.linked().is_some()) else { return Ok(()) };
+        self.send_pending()?;
+        self.pipeline.drain()?;
+        self.pipeline.take_over();
+        for block in 0..self.blocks.min(parent.blocks()) {
+            if !matches!(parent.entry(block)?, Entry::Foreign { .. }) {
+                continue;
+            }
+            let now = self.pipeline.with_appender(|appender| appender.map.get(block, &appender.tail)).transpose()?;
+            if matches!(now, Some((Entry::Foreign { .. }, _))) {
+                let mut bytes = Vec::new();
+                parent.read_linked(block, &mut bytes)?;
+                self.put(block, &bytes)?;
+            }
+        }
+        self.send_pending()?;
+        self.pipeline.drain()
     }
 
     /// Completes, syncs and seals the file.
@@ -435,6 +516,7 @@ impl NewLayer {
             sector_log2: u8::try_from(self.sector_bytes.checked_ilog2().unwrap_or(0)).unwrap_or_default(),
             codec: options.compression.codec(),
             id_domain: self.key.domain(),
+            linked: false,
         };
         if let Some((parent, _)) = &self.parent {
             let before = parent.identity();
@@ -449,6 +531,7 @@ impl NewLayer {
             identity.parent = Some((before.layer, parent.seal_hash()));
             identity.slot = slot;
             identity.block_log2 = before.block_log2;
+            identity.linked = parent.linked().is_some();
         }
         if u64::from(self.sector_bytes) != 1 << identity.sector_log2 {
             return Err(Error::unsupported(label, format!("sectors of {} bytes", self.sector_bytes)));

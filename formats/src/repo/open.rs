@@ -5,7 +5,11 @@
 //! - Before the first change of a process the store has proved that its creates are exclusive, and at
 //!   every change the owner is looked up again.
 
-use std::{path::Path, sync::OnceLock};
+use std::{
+    fmt,
+    path::Path,
+    sync::{Arc, OnceLock},
+};
 
 use jiff::Timestamp;
 use uuid::Uuid;
@@ -13,9 +17,9 @@ use uuid::Uuid;
 use super::{
     Error, Result, Store, keeper, manifest,
     name::{self, MACHINES, REPOSITORY},
-    record::{Defaults, MachineRecord, Owner, OwnerRecord, RepositoryRecord, decode, encode, need, read},
+    record::{Defaults, LinkedSource, MachineRecord, Owner, OwnerRecord, RepositoryRecord, decode, encode, need, read},
 };
-use crate::aql::{Compression, ContentKey, WriterOptions};
+use crate::aql::{Below, Compression, ContentKey, WriterOptions};
 
 /// What this process may do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +41,19 @@ pub struct Repository {
     key: ContentKey,
     me: Owner,
     proved: OnceLock<()>,
+    open_linked: Option<OpenLinked>,
+}
+
+/// Opens the disk of another product that points were linked to, and proves that it is still the one they mean.
+pub type LinkedOpener = dyn Fn(&LinkedSource) -> crate::Result<Below> + Send + Sync;
+
+#[derive(Clone)]
+struct OpenLinked(Arc<LinkedOpener>);
+
+impl fmt::Debug for OpenLinked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("OpenLinked")
+    }
 }
 
 /// A machine of a repository.
@@ -72,7 +89,7 @@ impl Repository {
         keeper::self_test(&store)?;
         store.create(REPOSITORY, &encode(&record)?)?;
         let me = record.owner.clone();
-        Ok(Self { store, record, key, me, proved: OnceLock::from(()) })
+        Ok(Self { store, record, key, me, proved: OnceLock::from(()), open_linked: None })
     }
 
     /// Opens the repository in `path` as `me`. Changes nothing.
@@ -99,7 +116,16 @@ impl Repository {
         let record: RepositoryRecord = decode(&shown, &bytes)?;
         let key = ContentKey::from_hex(&shown, &record.content_key)?;
         writer_options(&shown, record.defaults)?;
-        Ok(Self { store, record, key, me, proved: OnceLock::new() })
+        Ok(Self { store, record, key, me, proved: OnceLock::new(), open_linked: None })
+    }
+
+    /// The same, reading points that stand on disks of other products: `open` opens those.
+    pub fn with_linked(self, open: Arc<LinkedOpener>) -> Self {
+        Self { open_linked: Some(OpenLinked(open)), ..self }
+    }
+
+    pub(super) fn open_linked(&self) -> Option<&LinkedOpener> {
+        self.open_linked.as_ref().map(|open| &*open.0)
     }
 
     /// The folder, for messages.

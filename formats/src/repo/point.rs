@@ -172,7 +172,7 @@ impl Repository {
                 Some(_) => {}
             }
         }
-        None
+        linked_state(disk)
     }
 
     /// Opens one disk of a complete point. Every older file it needs is opened and identified now.
@@ -201,7 +201,15 @@ impl Repository {
             return Err(crate::Error::ChainBroken { path: reader.label().into(), what }.into());
         }
         reader.check_layers()?;
-        Ok(Arc::new(reader))
+        Ok(Arc::new(self.over(reader, found)?))
+    }
+
+    /// Puts the disk of another product below a layer that stands on one, where this repository was told how.
+    fn over(&self, reader: Reader, disk: &PointDisk) -> Result<Reader> {
+        match (&disk.linked, self.open_linked(), reader.linked()) {
+            (Some(linked), Some(open), Some(_)) => Ok(reader.over(open(linked)?)?),
+            _ => Ok(reader),
+        }
     }
 
     /// Opens a sealed layer file, whatever lists it.
@@ -249,4 +257,14 @@ impl Repository {
         }
         Ok(needs)
     }
+}
+
+/// What is wrong with the files of another product that a disk stands on.
+fn linked_state(disk: &PointDisk) -> Option<PointState> {
+    let linked = disk.linked.as_ref()?;
+    linked.files.iter().find_map(|file| {
+        let why = file.changed()?;
+        let gone = !std::path::Path::new(&file.path).exists();
+        Some(if gone { PointState::Missing { path: file.path.clone() } } else { PointState::Corrupted { why } })
+    })
 }

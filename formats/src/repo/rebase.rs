@@ -51,10 +51,23 @@ pub fn burdens(repo: &Repository, machine: &Machine) -> Result<Vec<Burden>> {
     for point in listed.iter().filter(|point| point.state == PointState::Complete) {
         for disk in point.record.iter().flat_map(|record| &record.disks) {
             let foreign: Vec<_> = disk.needs.iter().filter(|needed| !kept.contains(&needed.point)).collect();
-            if foreign.is_empty() {
+            let linked = disk.linked.as_ref().filter(|linked| !kept.contains(&linked.point));
+            if foreign.is_empty() && linked.is_none() {
                 continue;
             }
-            let layers = repo.open_disk(point, &disk.name)?.needed_layers();
+            let reader = repo.open_disk(point, &disk.name)?;
+            let layers = reader.needed_layers();
+            if let (Some(linked), Some(on)) = (linked, reader.linked()) {
+                // Nothing of ours is set free by copying what lies in files of another product.
+                let burden = found.entry((linked.point, disk.name.clone())).or_insert_with(|| Burden {
+                    point: linked.point,
+                    disk: disk.name.clone(),
+                    file_bytes: 0,
+                    drawn: BTreeMap::new(),
+                });
+                let drawn = on.live_blocks.saturating_mul(reader.block_bytes().into());
+                *burden.drawn.entry(point.id).or_default() += drawn;
+            }
             for needed in foreign {
                 let drawn = layers.iter().find(|layer| layer.layer == needed.layer).map_or(0, |layer| layer.live_bytes);
                 let key = (needed.point, needed.disk.clone());
@@ -64,6 +77,7 @@ pub fn burdens(repo: &Repository, machine: &Machine) -> Result<Vec<Burden>> {
                     file_bytes: needed.file_bytes,
                     drawn: BTreeMap::new(),
                 });
+                burden.file_bytes = needed.file_bytes;
                 *burden.drawn.entry(point.id).or_default() += drawn;
             }
         }
@@ -100,6 +114,9 @@ pub fn rebase(
         let layers: BTreeSet<Uuid> =
             disk.needs.iter().filter(|needed| without.contains(&needed.point)).map(|needed| needed.layer).collect();
         writer.absorb_layers(&layers)?;
+        if disk.linked.as_ref().is_some_and(|linked| without.contains(&linked.point)) {
+            writer.take_over_linked()?;
+        }
         writer.finish()?;
         transaction.sealed(&disk.name, disk.found.clone(), &disk.source_format)?;
         if let Some(mark) = &disk.mark {

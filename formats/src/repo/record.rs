@@ -5,7 +5,7 @@
 //! - Times are UTC and for people; bytes are integers; ids are UUIDs; hashes are hexadecimal.
 //! - Plain types only: nothing read here chooses a type, a path or a command.
 
-use std::fmt;
+use std::{fmt, os::unix::fs::MetadataExt as _, path::Path};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -286,6 +286,8 @@ pub enum Found {
     Everything,
     /// Everything was read; what differed from the parent was stored.
     Comparison,
+    /// Nothing was read: it stays in files of another product.
+    Linked,
     /// A dirty bitmap of the source.
     Bitmap {
         /// Its name.
@@ -340,6 +342,62 @@ pub struct PointDisk {
     /// Bitmap of the source that counts what has changed since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mark: Option<String>,
+    /// The disk of another product that holds what is in none of our files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub linked: Option<LinkedSource>,
+}
+
+/// A disk in files of another product, which a point refers to instead of having copied it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkedSource {
+    /// The point that was linked to it first.
+    pub point: Uuid,
+    /// Its format, as a person names it.
+    pub format: String,
+    /// What opens it, in the words of whoever does.
+    pub locator: String,
+    /// Digest over what identifies its files; the layers hold it, too.
+    pub identity: Hash,
+    /// The files as they were then.
+    pub files: Vec<LinkedFile>,
+}
+
+/// A file of another product.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkedFile {
+    /// Where it lies.
+    pub path: String,
+    /// Its length.
+    pub bytes: u64,
+    /// When it was changed last: nanoseconds since 1970, by its file system.
+    pub modified: i64,
+}
+
+impl LinkedFile {
+    /// The file as it is now.
+    ///
+    /// # Errors
+    /// It is gone, is no regular file, or cannot be looked at.
+    pub fn of(path: &Path) -> std::io::Result<Self> {
+        let meta = std::fs::metadata(path)?;
+        if !meta.is_file() {
+            return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file"));
+        }
+        let modified = meta.mtime().saturating_mul(1_000_000_000).saturating_add(meta.mtime_nsec());
+        Ok(Self { path: path.display().to_string(), bytes: meta.len(), modified })
+    }
+
+    /// What is different now, if anything is.
+    pub fn changed(&self) -> Option<String> {
+        match Self::of(Path::new(&self.path)) {
+            Ok(now) if now == *self => None,
+            Ok(now) if now.bytes != self.bytes => {
+                Some(format!("{}: {} bytes, and {} when a point was linked to it", self.path, now.bytes, self.bytes))
+            }
+            Ok(_) => Some(format!("{}: written to since a point was linked to it", self.path)),
+            Err(error) => Some(format!("{}: {error}", self.path)),
+        }
+    }
 }
 
 /// The point whose content a point has: it was copied, or written anew.

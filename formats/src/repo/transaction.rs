@@ -17,13 +17,13 @@ use uuid::Uuid;
 use super::{
     DiskName, Error, Lease, Machine, Point, PointState, Repository, Result, manifest, name,
     record::{
-        BeginRecord, Consistency, Found, Hash, Holder, MachineDescription, ManifestPoint, Origin, PointDisk, PointKind,
-        PointRecord, encode, read,
+        BeginRecord, Consistency, Found, Hash, Holder, LinkedSource, MachineDescription, ManifestPoint, Origin,
+        PointDisk, PointKind, PointRecord, encode, read,
     },
 };
 use crate::{
     Error as FormatError, Layer, Storage,
-    aql::{NewLayer, Reader, Writer, WriterOptions},
+    aql::{LinkedDisk, NewLayer, Reader, Writer, WriterOptions},
 };
 
 /// Files a disk of a point draws from before the least used are taken over into the new one. Each costs an
@@ -81,6 +81,8 @@ pub struct Transaction<'a> {
     parent: Option<Point>,
     lease: Lease,
     disks: Vec<PointDisk>,
+    /// Disks of this point that are linked, not stored.
+    links: Vec<(DiskName, LinkedSource)>,
 }
 
 impl Repository {
@@ -94,7 +96,15 @@ impl Repository {
         let begin = BeginRecord { id: Uuid::now_v7(), begun: Timestamp::now(), parent: parent.map(|p| p.id), holder };
         self.store().create(&name::begin(machine.id, begin.id), &encode(&begin)?)?;
         let parent = parent.cloned();
-        Ok(Transaction { repo: self, machine: machine.clone(), begin, parent, lease, disks: Vec::new() })
+        Ok(Transaction {
+            repo: self,
+            machine: machine.clone(),
+            begin,
+            parent,
+            lease,
+            disks: Vec::new(),
+            links: Vec::new(),
+        })
     }
 
     /// Backups of `machine` that were begun and never committed, oldest first. One of them may be running.
@@ -146,7 +156,15 @@ impl Repository {
                 Some(self.point_state(machine, listed.iter().find(|p| p.id == id).ok_or_else(gone)?)?)
             }
         };
-        Ok(Transaction { repo: self, machine: machine.clone(), begin, parent, lease, disks: Vec::new() })
+        Ok(Transaction {
+            repo: self,
+            machine: machine.clone(),
+            begin,
+            parent,
+            lease,
+            disks: Vec::new(),
+            links: Vec::new(),
+        })
     }
 }
 
@@ -201,6 +219,11 @@ impl Transaction<'_> {
             return self.write(storage, parent, plan).map(DiskWork::Write);
         }
         let storage = self.repo.store().reopen_layer(&file)?;
+        if crate::aql::is_link(storage.as_ref())? {
+            // What was begun was to refer to another product's files. Nothing in it is content.
+            storage.set_len(0).map_err(|e| FormatError::io(storage.label(), "truncate", 0, e))?;
+            return self.write(storage, parent, plan).map(DiskWork::Write);
+        }
         if crate::aql::is_sealed(storage.as_ref())? {
             // Its writer may have died before it knew that the seal is durable.
             if crate::aql::confirm_sealed(storage.as_ref())? {
@@ -219,21 +242,49 @@ impl Transaction<'_> {
         Ok(DiskWork::Write(Box::new(writer)))
     }
 
-    fn write(
-        &self,
-        storage: Arc<dyn Storage>,
-        parent: Option<(Arc<Reader>, String)>,
-        plan: DiskPlan,
-    ) -> Result<Box<Writer>> {
-        let new = NewLayer {
+    /// Begins the layer of a disk that stays in files of another product.
+    ///
+    /// # Errors
+    /// [`Error::Exists`] if this transaction has it already; what [`Writer::link`] reports.
+    pub fn link(&mut self, disk: &DiskName, plan: DiskPlan, to: LinkedSource, on: LinkedDisk) -> Result<Writer> {
+        let file = name::layer(self.machine.id, self.begin.id, disk);
+        let storage = self.repo.store().create_layer(&file)?;
+        let writer = Writer::link(storage, self.new_layer(None, plan), on, plan.options)?;
+        self.links.push((disk.clone(), LinkedSource { point: self.begin.id, ..to }));
+        Ok(writer)
+    }
+
+    fn new_layer(&self, parent: Option<(Arc<Reader>, String)>, plan: DiskPlan) -> NewLayer {
+        NewLayer {
             virtual_size: plan.size,
             parent,
             key: self.repo.content_key().clone(),
             layer: Uuid::now_v7(),
             created: u64::try_from(Timestamp::now().as_nanosecond()).unwrap_or(0),
             sector_bytes: plan.sector_bytes,
-        };
-        let mut writer = Writer::create(storage, new, plan.options)?;
+        }
+    }
+
+    /// The other product's disk that a finished layer of this point stands on.
+    fn linked(&self, disk: &DiskName, reader: &Reader) -> Result<Option<LinkedSource>> {
+        if reader.linked().is_none() {
+            return Ok(None);
+        }
+        let here = self.links.iter().find(|(name, _)| name == disk).map(|(_, to)| to);
+        let before = self.parent.iter().filter_map(|parent| parent.record.as_ref()).flat_map(|record| &record.disks);
+        let before = before.filter(|known| known.name == *disk).find_map(|known| known.linked.as_ref());
+        let what = "it stands on a disk of another product of which nothing is known";
+        let unknown = || FormatError::ChainBroken { path: reader.label().into(), what: what.into() };
+        Ok(Some(here.or(before).cloned().ok_or_else(unknown)?))
+    }
+
+    fn write(
+        &self,
+        storage: Arc<dyn Storage>,
+        parent: Option<(Arc<Reader>, String)>,
+        plan: DiskPlan,
+    ) -> Result<Box<Writer>> {
+        let mut writer = Writer::create(storage, self.new_layer(parent, plan), plan.options)?;
         writer.absorb(FILES_PER_DISK)?;
         Ok(Box::new(writer))
     }
@@ -260,6 +311,7 @@ impl Transaction<'_> {
             source_format: source_format.to_owned(),
             needs: self.repo.needs_of(self.machine.id, &reader)?,
             mark: None,
+            linked: self.linked(disk, &reader)?,
         });
         self.disks.last().ok_or_else(|| Error::not_found(self.repo.label(), "disk"))
     }
@@ -283,7 +335,7 @@ impl Transaction<'_> {
         let record = PointRecord {
             id: self.begin.id,
             receipt: old.receipt,
-            kind: if self.disks.iter().any(|d| !d.needs.is_empty()) { PointKind::Increment } else { PointKind::Full },
+            kind: if self.draws_from_older() { PointKind::Increment } else { PointKind::Full },
             disks: self.disks.clone(),
             origin: Some(old.identity(self.repo)),
             ..before.clone()
@@ -330,7 +382,7 @@ impl Transaction<'_> {
         };
         held()?;
         self.repo.still_interrupted(&self.machine, self.begin.id)?;
-        let draws_from_older = self.disks.iter().any(|d| !d.needs.is_empty());
+        let draws_from_older = self.draws_from_older();
         let kind = if draws_from_older { PointKind::Increment } else { PointKind::Full };
         let mut record = PointRecord {
             id: self.begin.id,
@@ -392,7 +444,18 @@ impl Transaction<'_> {
         Ok(())
     }
 
+    /// Whether it stands on something that an older point brought in: that one's files, or the disk it was linked to.
+    fn draws_from_older(&self) -> bool {
+        let linked = |disk: &PointDisk| disk.linked.as_ref().is_some_and(|linked| linked.point != self.begin.id);
+        self.disks.iter().any(|disk| !disk.needs.is_empty() || linked(disk))
+    }
+
     fn check_files(&self, record: &PointRecord) -> Result<()> {
+        for file in record.disks.iter().filter_map(|d| d.linked.as_ref()).flat_map(|linked| &linked.files) {
+            if let Some(what) = file.changed() {
+                return Err(FormatError::ChainBroken { path: file.path.clone(), what }.into());
+            }
+        }
         for needed in record.disks.iter().flat_map(|d| &d.needs) {
             let file = name::layer(self.machine.id, needed.point, &needed.disk);
             if self.repo.store().len(&file)? != Some(needed.file_bytes) {

@@ -60,7 +60,9 @@ fn hostile_streams_are_refused() {
     }
     for compressed in ["true", "4"] {
         let meta = META.replace("\"compressed\":false", &format!("\"compressed\":{compressed}"));
-        assert!(is_unsupported(open(stream(&meta, &[end]))));
+        assert!(is_corrupt(open(stream(&meta, &[end]))), "no list of stored lengths");
+        let other = meta.replace('}', ",\"compressionMethod\":\"zstd\"}");
+        assert!(is_unsupported(open(stream(&other, &[end]))));
     }
     let mut long = stream(META, &[end]);
     long[22..38].copy_from_slice(b"00000000ffffffff");
@@ -69,4 +71,85 @@ fn hostile_streams_are_refused() {
     for len in 0..good.len() {
         assert!(open(good[..len].to_vec()).is_err(), "cut at {len}");
     }
+}
+
+/// A frame of LZ4 with all checksums: blocks of `block` bytes, each packed where that is shorter.
+fn frame(bytes: &[u8], block: usize) -> Vec<u8> {
+    let mut head = vec![0x40 | 0x20 | 0x10 | 8 | 4, 0x70];
+    head.extend((bytes.len() as u64).to_le_bytes());
+    let sum = lz4_frame::xxh32(&head).to_le_bytes()[1];
+    let mut out = [&0x184D_2204u32.to_le_bytes()[..], &head, &[sum]].concat();
+    for part in bytes.chunks(block) {
+        let packed = lz4_flex::block::compress(part);
+        let (size, body) = match u32::try_from(packed.len()).expect("small") {
+            n if packed.len() < part.len() => (n, packed.as_slice()),
+            _ => (u32::try_from(part.len()).expect("small") | 1 << 31, part),
+        };
+        out.extend(size.to_le_bytes());
+        out.extend(body);
+        out.extend(lz4_frame::xxh32(body).to_le_bytes());
+    }
+    out.extend([0; 4]);
+    out.extend(lz4_frame::xxh32(bytes).to_le_bytes());
+    out
+}
+
+fn packed(list: &str, frames: &[&[u8]], len: u64) -> Vec<u8> {
+    let meta = META.replace("\"compressed\":false", "\"compressed\":true");
+    let mut out = stream(&meta, &[]);
+    out.extend(head("data", 4096, len).bytes());
+    out.extend(frames.concat());
+    out.extend(b"\r\n");
+    out.extend(head("stop", 0, 0).bytes());
+    out.extend(list.bytes());
+    out.extend(b"\r\n");
+    out.extend(head("comp", 0, list.len() as u64).bytes());
+    out
+}
+
+#[test]
+fn xxh32_gives_its_published_values() {
+    assert_eq!(lz4_frame::xxh32(b""), 0x02CC_5D05);
+    assert_eq!(lz4_frame::xxh32(b"a"), 0x550D_7456);
+    assert_eq!(lz4_frame::xxh32(b"abc"), 0x32D1_53FF);
+    assert_eq!(lz4_frame::xxh32(b"Nobody inspects the spammish repetition"), 0xE229_3B2F);
+}
+
+#[test]
+fn compressed_pieces_are_decoded_and_checked() {
+    let bytes: Vec<u8> = (0..30_000u32).map(|i| (i * i / 700).to_le_bytes()[0]).collect();
+    let (one, two) = (frame(&bytes[..20_000], 7000), frame(&bytes[20_000..], 100));
+    let whole = frame(&bytes, 4096);
+    let several = format!("[{{\"30000\": [{}, {}]}}]", one.len(), two.len());
+    let single = format!("[{}]", whole.len());
+    for file in [packed(&several, &[&one, &two], 30_000), packed(&single, &[&whole], 30_000)] {
+        let layer = open(file.clone()).expect("opens");
+        let (mut out, mut at) = (Vec::new(), 4096);
+        let mut found: Vec<u8> = Vec::new();
+        while at < 34_096 {
+            let (Content::Packed { block, skip: 0 }, len) = layer.lookup(at, 1 << 20).expect("lookup") else {
+                panic!()
+            };
+            layer.unpack(&block, 1, &mut out).expect("decodes");
+            found.extend(&out);
+            at += len;
+        }
+        assert!(found == bytes);
+        assert_eq!(layer.lookup(at, 1 << 20).expect("lookup").0, Content::Zero);
+        // Any flipped byte of a frame is noticed.
+        let start = file.windows(4).position(|four| four == 0x184D_2204u32.to_le_bytes()).expect("a frame");
+        for flip in (start..start + one.len()).step_by(97) {
+            let mut torn = file.clone();
+            torn[flip] ^= 0x10;
+            let Ok(layer) = open(torn) else { continue };
+            let Ok((Content::Packed { block, .. }, _)) = layer.lookup(4096, 1 << 20) else { continue };
+            assert!(layer.unpack(&block, 1, &mut out).is_err(), "{flip}");
+        }
+    }
+    for list in ["[]", "[1]", "[{\"1\": []}]", "[99999999]", "{", "[\"x\"]"] {
+        assert!(open(packed(list, &[&whole], 30_000)).is_err(), "{list}");
+    }
+    assert!(
+        open(packed(&single, &[&whole], 30_001)).expect("its length is the stream's word").piece(4096, 9000).is_ok()
+    );
 }

@@ -9,7 +9,7 @@
 use std::io::{self, Read, Write};
 
 use super::{DEVICES_AT, FIXED_BYTES, HEADER_BYTES_MAX, MAGIC, u32_at, u64_at};
-use crate::{Error, Result};
+use crate::{Error, Result, lzop::Lzop};
 
 /// Largest window of zstd that is allocated, as a power of two (128 MiB): what the tool itself allows.
 const WINDOW_LOG_MAX: u32 = 27;
@@ -23,6 +23,8 @@ pub enum Wrapping {
     Zstd,
     /// `.vma.gz`.
     Gzip,
+    /// `.vma.lzo`.
+    Lzop,
 }
 
 impl Wrapping {
@@ -31,6 +33,7 @@ impl Wrapping {
         match program {
             "zstd" => Some(Self::Zstd),
             "gzip" => Some(Self::Gzip),
+            "lzop" => Some(Self::Lzop),
             _ => None,
         }
     }
@@ -49,6 +52,13 @@ impl Wrapping {
         mut each: impl FnMut(u64) -> Result<(), E>,
     ) -> Result<u64, E> {
         let unreadable = |e| Error::io(label, "read", 0, e);
+        let damaged = |at: u64, e: io::Error| {
+            Error::corrupt(
+                label,
+                at,
+                format!("the compressed stream is damaged or ends early, there in what comes out: {e}"),
+            )
+        };
         let mut stream: Box<dyn Read> = match self {
             Self::Zstd => {
                 let mut decoder = zstd::stream::read::Decoder::new(from).map_err(unreadable)?;
@@ -56,13 +66,7 @@ impl Wrapping {
                 Box::new(decoder)
             }
             Self::Gzip => Box::new(flate2::read::MultiGzDecoder::new(from)),
-        };
-        let damaged = |at: u64, e: io::Error| {
-            Error::corrupt(
-                label,
-                at,
-                format!("the compressed stream is damaged or ends early, there in what comes out: {e}"),
-            )
+            Self::Lzop => Box::new(Lzop::new(from).map_err(|e| damaged(0, e))?),
         };
         let mut head = vec![0; usize::try_from(FIXED_BYTES).unwrap_or_default()];
         let first = stream.read_exact(&mut head);

@@ -169,11 +169,15 @@ pub(super) fn source_folders(chain: &ChainSpec) -> Vec<PathBuf> {
         ChainSpec::Native { path } | ChainSpec::Member { path, .. } | ChainSpec::Snapshot { path, .. } => {
             (path, &[][..])
         }
+        ChainSpec::Mixed { path, .. } => (path, &[][..]),
         ChainSpec::Nbd { .. } => return Vec::new(),
     };
     let mut out: Vec<PathBuf> = more.to_vec();
     if let ChainSpec::Snapshot { key: Some(key), .. } = chain {
         out.extend(std::iter::once(&key.file).chain(&key.passphrase).cloned());
+    }
+    if let ChainSpec::Mixed { below, .. } = chain {
+        out.extend(source_folders(below));
     }
     let real = fs::canonicalize(path).unwrap_or_else(|_| path.clone());
     for file in [path, &real] {

@@ -16,7 +16,7 @@ use aquifer_formats::{
     qcow2::{BitmapTrust, Qcow2},
     repo::record::Found,
 };
-use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Delta, Disk};
+use aquifer_vdisk::{Chain, ChainSpec, Delta, Disk};
 
 use super::{Hint, Order, Wanted};
 use crate::{
@@ -39,7 +39,7 @@ pub(crate) struct Look {
 }
 
 /// Decides what to read of `wanted`, which stands on `parent`.
-pub(super) fn look(order: &Order<'_>, wanted: &Wanted, parent: Option<&Reader>) -> Result<Look> {
+pub(super) fn look(order: &Order<'_>, wanted: &Wanted, parent: Option<&Arc<Reader>>) -> Result<Look> {
     let context = order.context;
     let Some(parent) = parent else {
         return Ok(Look { found: Found::Everything, ranges: None });
@@ -70,7 +70,7 @@ pub(super) fn look(order: &Order<'_>, wanted: &Wanted, parent: Option<&Reader>) 
 }
 
 /// What a bitmap says, or why it is not believed.
-fn changed_by(context: &Context, wanted: &Wanted, name: &str, parent: &Reader) -> Result<Result<Look, String>> {
+fn changed_by(context: &Context, wanted: &Wanted, name: &str, parent: &Arc<Reader>) -> Result<Result<Look, String>> {
     let (found, dirty) = match &wanted.selected.spec {
         ChainSpec::Image { path, .. } if wanted.format == "qcow2" => {
             let image = Qcow2::open(Gate::default().enter(path)?.storage())?;
@@ -121,7 +121,7 @@ fn qcow2_bitmap(image: &Qcow2, name: &str) -> Result<Result<Delta, String>> {
 }
 
 /// A place outside `ranges` that differs from the parent, where sampling finds one.
-fn contradiction(context: &Context, wanted: &Wanted, parent: &Reader, ranges: &Delta) -> Result<Option<u64>> {
+fn contradiction(context: &Context, wanted: &Wanted, parent: &Arc<Reader>, ranges: &Delta) -> Result<Option<u64>> {
     let block = u64::from(parent.block_bytes());
     let both = parent.size().min(wanted.disk.size());
     let outside = Delta::full(both).subtract(ranges);
@@ -154,11 +154,7 @@ fn contradiction(context: &Context, wanted: &Wanted, parent: &Reader, ranges: &D
 }
 
 /// The parent's disk, by its own map.
-pub(crate) fn old_disk(context: &Context, parent: &Reader) -> Result<Disk> {
-    let path = std::path::PathBuf::from(parent.label());
-    let cache: Arc<BlockCache> = context.cache()?;
-    let spec = ChainSpec::Native { path };
-    let refuse = |uri: &str| connect::layer(uri);
-    let chain: Chain = aquifer_vdisk::open_chain(&spec, cache, &refuse).map_err(Fail::from)?;
+pub(crate) fn old_disk(context: &Context, parent: &Arc<Reader>) -> Result<Disk> {
+    let chain = Chain::of_point(parent.clone(), context.cache()?);
     Ok(Disk::read_only("parent", Arc::new(chain)))
 }

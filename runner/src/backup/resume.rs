@@ -60,20 +60,7 @@ pub(super) fn begin<'r>(
     wanted: &[Wanted],
 ) -> Result<Begun<'r>> {
     let context = order.context;
-    // Whoever was killed while appending still holds its lease.
-    let tell = repository::tell(context)?;
-    // Whoever had this very work before has lost it, also where it only stands still and may wake up.
-    let superseded = |holder: &Holder| order.hand.is_some_and(|hand| hand.supersedes(holder));
-    let judge = |holder: &Holder| if superseded(holder) { Liveness::Dead } else { tell(holder) };
-    let gone = repository::observing(context, |observer| {
-        Ok(keeper::reclaim(repo, machine, observer, &judge, LEASE_TTL + LEASE_TTL / 4)?)
-    })?;
-    let may_wake = gone.iter().any(|lease| superseded(&lease.holder) && tell(&lease.holder) != Liveness::Dead);
-    for lease in gone {
-        let since = lease.since.strftime("%Y-%m-%dT%H:%M:%SZ");
-        let what = format!("{} held {} since {since} and is gone; its lease was set aside", lease.holder, machine.name);
-        context.out.warn(Code::WarnLease, what, None);
-    }
+    let may_wake = reclaim(order, repo, machine)?;
     let now = sources_of(wanted);
     if may_wake {
         // Its files are open in its hands: they are left to it, and to whoever clears up later.
@@ -101,6 +88,26 @@ pub(super) fn begin<'r>(
         forget(context, what.record.id);
     }
     afresh(order, repo, machine, parent, now)
+}
+
+/// Sets aside the leases of appenders that are gone. Answers whether one of them may yet wake up.
+pub(super) fn reclaim(order: &Order<'_>, repo: &Repository, machine: &Machine) -> Result<bool> {
+    let context = order.context;
+    // Whoever was killed while appending still holds its lease.
+    let tell = repository::tell(context)?;
+    // Whoever had this very work before has lost it, also where it only stands still and may wake up.
+    let superseded = |holder: &Holder| order.hand.is_some_and(|hand| hand.supersedes(holder));
+    let judge = |holder: &Holder| if superseded(holder) { Liveness::Dead } else { tell(holder) };
+    let gone = repository::observing(context, |observer| {
+        Ok(keeper::reclaim(repo, machine, observer, &judge, LEASE_TTL + LEASE_TTL / 4)?)
+    })?;
+    let may_wake = gone.iter().any(|lease| superseded(&lease.holder) && tell(&lease.holder) != Liveness::Dead);
+    for lease in gone {
+        let since = lease.since.strftime("%Y-%m-%dT%H:%M:%SZ");
+        let what = format!("{} held {} since {since} and is gone; its lease was set aside", lease.holder, machine.name);
+        context.out.warn(Code::WarnLease, what, None);
+    }
+    Ok(may_wake)
 }
 
 /// Gives up what an interrupted run has stored, and begins a new point.

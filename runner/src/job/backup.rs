@@ -32,7 +32,7 @@ use crate::{
     fail::{Code, Fail, Result},
     repository,
     site::{self, BackupJob, Freeze, MachineSource},
-    source::SelectedDisk,
+    source::{SelectedDisk, SourceOptions},
 };
 
 /// Points whose bitmaps are looked for, newest first.
@@ -220,7 +220,7 @@ fn images(run: &Run<'_>, entry: &site::Machine, points: &[Point]) -> Result<Vec<
     let mut wanted = Vec::new();
     for (name, word) in disks.iter().filter(|(name, _)| !entry.exclude_disks.contains(name)) {
         let name = DiskName::new(name.as_str())?;
-        let mut disk = backup::open_source(run.context, &name, word, &[], Hint::None)?;
+        let mut disk = backup::open_source(run.context, &name, word, &SourceOptions::default(), Hint::None)?;
         disk.hint = hint_of_file(&disk, &marks(points, &name))?;
         wanted.push(disk);
     }
@@ -233,7 +233,8 @@ fn files(run: &Run<'_>, entry: &site::Machine, place: &Place, points: &[Point]) 
     for (name, path) in included(entry, place) {
         let raw = path.extension().is_none_or(|end| end != "qcow2");
         let word = if raw { format!("raw:{}", path.display()) } else { path.display().to_string() };
-        let mut disk = backup::open_source(run.context, &name, &word, std::slice::from_ref(&place.folder), Hint::None)?;
+        let options = SourceOptions { allow_backing: vec![place.folder.clone()], ..SourceOptions::default() };
+        let mut disk = backup::open_source(run.context, &name, &word, &options, Hint::None)?;
         disk.hint = hint_of_file(&disk, &marks(points, &name))?;
         wanted.push(disk);
     }

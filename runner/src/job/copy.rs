@@ -8,16 +8,13 @@
 //!
 //! Not here: storing (`backup`), which copies stay (`retain`).
 
-use std::{collections::BTreeSet, path::PathBuf};
+use std::collections::BTreeSet;
 
-use aquifer_formats::{
-    Layer as _,
-    repo::{
-        Machine, Point, PointState, Repository,
-        record::{Origin, PointDisk, PointRecord},
-    },
+use aquifer_formats::repo::{
+    Machine, Point, PointState, Repository,
+    record::{Origin, PointDisk, PointRecord},
 };
-use aquifer_vdisk::{ChainSpec, Delta};
+use aquifer_vdisk::Delta;
 
 use super::stored::{Report, Run};
 use crate::{
@@ -25,7 +22,7 @@ use crate::{
     fail::{Code, Fail, Result},
     repository::{self, Hold},
     site::{CopyJob, CopyMode, OnImpossible},
-    source::SelectedDisk,
+    source::{SelectedDisk, spec_of},
 };
 
 /// A point that is to be copied.
@@ -142,7 +139,7 @@ fn copy_point(
             Some(below) if has(below, disk) => changed(from.repo, below, &reader, disk)?,
             _ => Hint::None,
         };
-        let spec = ChainSpec::Native { path: PathBuf::from(reader.label()) };
+        let spec = spec_of(&reader, disk)?;
         let selected = SelectedDisk { name: disk.name.as_str().to_owned(), spec };
         wanted.push(backup::open_selected(run.context, &disk.name, selected, hint)?);
     }

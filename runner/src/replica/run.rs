@@ -474,6 +474,7 @@ impl Opened {
             }
             RunSource::Backup { repository, point: wanted } => {
                 let repo = Repository::open(repository, desk.me.clone())?;
+                let repo = repo.with_linked(crate::source::linked::opener(desk.cache.clone()));
                 let machine = repo.machines()?.into_iter().find(|machine| machine.id == wanted.machine);
                 let gone = || Fail::new(Code::NotFound, format!("the point {} is gone", wanted.point)).at(repo.label());
                 let machine = machine.filter(|_| repo.id() == wanted.repository).ok_or_else(gone)?;

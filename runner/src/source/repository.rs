@@ -2,13 +2,9 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use aquifer_formats::{
-    Layer,
-    repo::{Machine, Point, record::PointRecord},
-};
-use aquifer_vdisk::ChainSpec;
+use aquifer_formats::repo::{Machine, Point, record::PointRecord};
 
-use super::{PointRef, select::SelectedDisk};
+use super::{PointRef, select::SelectedDisk, spec_of};
 use crate::{
     context::Context,
     fail::{Code, Fail, Result},
@@ -59,8 +55,7 @@ pub(super) fn disks(
     for stored in record.disks.iter().filter(|stored| disk.is_none_or(|name| stored.name.as_str() == name)) {
         // Opened once here, so that a missing file is known before anything is served.
         let reader = repo.open_disk(&point, &stored.name)?;
-        let path = PathBuf::from(reader.label());
-        disks.push(SelectedDisk { name: stored.name.as_str().to_owned(), spec: ChainSpec::Native { path } });
+        disks.push(SelectedDisk { name: stored.name.as_str().to_owned(), spec: spec_of(&reader, stored)? });
     }
     if disks.is_empty() {
         let names: Vec<&str> = record.disks.iter().map(|stored| stored.name.as_str()).collect();

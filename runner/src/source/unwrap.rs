@@ -5,20 +5,23 @@
 //!                KEY.part     being written, under a lock; what a crash left is written anew
 //! ```
 //!
+//! What no command has used for a week goes when the next archive is unwrapped.
+//!
 //! Invariants
 //! - The archive itself is only read.
 //! - A file under its final name is complete and synced. A source that has changed has another key.
-//!
-//! Not here: deleting what nobody needs any more: it may go whenever no machine runs from it.
+//! - What a recovery session names stays, however old it is: its door may open it again.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
     io::BufReader,
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
+    time::{Duration, SystemTime},
 };
 
 use aquifer_formats::{probe, storage::FileStorage, vma::Wrapping};
+use aquifer_mount::session::Registry;
 
 use crate::{
     context::Context,
@@ -37,8 +40,10 @@ pub(super) fn plain(context: &Context, path: &Path) -> Result<PathBuf> {
     let key = key_of(path, &source)?;
     let (done, part) = (folder.join(format!("{key}.vma")), folder.join(format!("{key}.part")));
     if done.is_file() {
+        used(&done);
         return Ok(done);
     }
+    clear(context, &folder);
     let mut options = OpenOptions::new();
     let mut to = options.create(true).write(true).truncate(false).mode(0o600).open(&part).map_err(failed("unwrap"))?;
     to.lock().map_err(failed("unwrap"))?;
@@ -54,6 +59,37 @@ pub(super) fn plain(context: &Context, path: &Path) -> Result<PathBuf> {
     fs::rename(&part, &done).map_err(failed("unwrap"))?;
     File::open(&folder).and_then(|folder| folder.sync_all()).map_err(failed("unwrap"))?;
     Ok(done)
+}
+
+/// How long an unwrapped archive stays after it was used last.
+const UNUSED: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// Notes that a file is used now. Where that fails it may be unwrapped once more, later.
+fn used(file: &Path) {
+    let _ = OpenOptions::new().append(true).open(file).and_then(|file| file.set_modified(SystemTime::now()));
+}
+
+/// Deletes what has not been used for long, and what a crash left. Whatever cannot be looked at stays.
+fn clear(context: &Context, folder: &Path) {
+    let Ok(home) = context.home() else { return };
+    let Ok(sessions) = Registry::new(&home).list() else { return };
+    let records = sessions.iter().map(|session| fs::read(session.dir.join("session.json")));
+    let Ok(records) = records.collect::<std::io::Result<Vec<Vec<u8>>>>() else { return };
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let age = entry.metadata().and_then(|meta| meta.modified()).ok().and_then(|then| then.elapsed().ok());
+        let name = entry.file_name();
+        let name = name.as_encoded_bytes();
+        let is_named = records.iter().any(|record| record.windows(name.len()).any(|part| part == name));
+        if age.is_none_or(|age| age < UNUSED) || is_named {
+            continue;
+        }
+        // Somebody may be unwrapping into it.
+        let Ok(file) = File::open(&path) else { continue };
+        if file.try_lock().is_ok() && fs::remove_file(&path).is_ok() {
+            context.out.say(format!("{}: not used for a week, deleted", path.display()));
+        }
+    }
 }
 
 fn folder_label(path: &Path) -> String {

@@ -14,6 +14,7 @@ use crate::{
     fail::{Code, Fail, Result},
     repository,
     site::OnImpossible,
+    source::{KeyOptions, SourceOptions},
 };
 
 /// Options of `backup`.
@@ -34,12 +35,19 @@ pub struct Args {
     /// Store everything, standing on no earlier point
     #[arg(long)]
     pub full: bool,
+    /// Copy nothing: the point stands on the source's own files, which have to stay as they are; later points store only
+    /// what differs from them
+    #[arg(long, conflicts_with_all = ["full", "bitmap"])]
+    pub link: bool,
     /// Read only what this bitmap of the source says has changed since the last point
     #[arg(long, value_name = "NAME", conflicts_with = "full")]
     pub bitmap: Option<String>,
     /// Also follow backing files that lie in this folder; may be given several times
     #[arg(long, value_name = "DIR")]
     pub allow_backing: Vec<PathBuf>,
+    /// What opens encrypted snapshots.
+    #[command(flatten)]
+    pub key: KeyOptions,
     /// Whether only to look.
     #[command(flatten)]
     pub dry: DryRun,
@@ -61,7 +69,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         Err(error) => return Err(error.into()),
     };
     let parent = match &known {
-        Some(machine) if !args.full => backup::newest(&repo, machine)?,
+        Some(machine) if !args.full && !args.link => backup::newest(&repo, machine)?,
         _ => None,
     };
     let order = Order {
@@ -80,17 +88,29 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         stages: None,
         notes: None,
     };
+    if args.dry.dry_run && args.link {
+        return order.plan_link(&wanted);
+    }
     if args.dry.dry_run {
         return order.plan(&repo, &wanted, parent.as_ref()).map(drop);
+    }
+    if args.link {
+        // Before the machine is made known.
+        order.check_link(&wanted)?;
     }
     let machine = match known {
         Some(machine) => machine,
         None => repo.machine_or_new(&args.machine)?,
     };
+    if args.link {
+        return order.link(&repo, &machine, &wanted, description).map(drop);
+    }
     order.store(&repo, &machine, parent.as_ref(), &wanted, description).map(drop)
 }
 
 fn open_sources(context: &Context, args: &Args) -> Result<Vec<Wanted>> {
+    let options =
+        SourceOptions { allow_backing: args.allow_backing.clone(), key: args.key.clone(), ..SourceOptions::default() };
     let mut wanted: Vec<Wanted> = Vec::new();
     for named in &args.disk {
         let name =
@@ -99,7 +119,7 @@ fn open_sources(context: &Context, args: &Args) -> Result<Vec<Wanted>> {
             return Err(Fail::new(Code::Usage, format!("the disk {name} is named twice")));
         }
         let hint = args.bitmap.clone().map_or(Hint::None, Hint::Bitmap);
-        wanted.push(backup::open_source(context, &name, &named.source, &args.allow_backing, hint)?);
+        wanted.push(backup::open_source(context, &name, &named.source, &options, hint)?);
     }
     Ok(wanted)
 }

@@ -88,7 +88,7 @@ pub(crate) fn kind_of(selected: &SelectedDisk) -> Result<String> {
             found.map_or_else(|| "unknown".to_owned(), |format| format.to_string())
         }
         ChainSpec::Snapshot { .. } => "fidx".into(),
-        ChainSpec::Native { .. } => "aql".into(),
+        ChainSpec::Native { .. } | ChainSpec::Mixed { .. } => "aql".into(),
         ChainSpec::Nbd { .. } => "nbd".into(),
     })
 }

@@ -237,6 +237,11 @@ fn details(context: &Context, point: &Point) {
             units::count(disk.needs.len(), "older file")
         ));
     }
+    for (disk, linked) in disks(point).iter().filter_map(|disk| Some((disk, disk.linked.as_ref()?))) {
+        let top = linked.files.first().map_or("", |file| file.path.as_str());
+        let files = units::count(linked.files.len(), "file");
+        context.out.line(format_args!("    disk {} stands on {files} of {}: {top}", disk.name, linked.format));
+    }
     if let Some(why) = why(&point.state) {
         context.out.line(format_args!("    {why}"));
     }

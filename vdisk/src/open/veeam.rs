@@ -9,8 +9,10 @@
 //! - Every file passes the gate, as in any other chain.
 
 use std::{
+    cell::RefCell,
     collections::HashMap,
     ffi::{OsStr, OsString},
+    path::PathBuf,
     sync::Arc,
 };
 
@@ -53,11 +55,12 @@ pub(super) fn chain(gate: &Gate, file: &Passage, member: &str, cache: Arc<BlockC
     let found = disks(&backups).into_iter().find(|(name, _, _)| name == member);
     let missing = || FormatError::ChainBroken { path: label(file), what: format!("has no disk {member:?}") };
     let (_, backup, disk) = found.ok_or_else(missing)?;
-    let point = Point { gate, file, vbk: &vbk, backup, cache };
-    match point.image(disk)? {
+    let point = Point { gate, file, vbk: &vbk, backup, cache, seen: RefCell::default() };
+    let chain = match point.image(disk)? {
         Some(image) => point.images(image),
         None => point.files(disk),
-    }
+    }?;
+    Ok(chain.of_files(point.seen.into_inner()))
 }
 
 /// One machine at one point in time.
@@ -67,6 +70,8 @@ struct Point<'a> {
     vbk: &'a Vbk,
     backup: &'a Backup,
     cache: Arc<BlockCache>,
+    /// The files that were needed.
+    seen: RefCell<Vec<PathBuf>>,
 }
 
 impl Point<'_> {
@@ -75,6 +80,7 @@ impl Point<'_> {
         let mut layers: Vec<Arc<dyn Layer>> = vec![Arc::new(self.vbk.disk(self.backup, name)?)];
         let mut folder = None;
         let (mut at, mut backup) = (self.file.clone(), self.backup.clone());
+        self.note(&at);
         while backup.disks.iter().any(|disk| disk.name == name && disk.is_increment) {
             let broken = |what: String| FormatError::ChainBroken { path: label(&at), what };
             let wanted = backup.below().ok_or_else(|| {
@@ -95,8 +101,16 @@ impl Point<'_> {
             let below = below.ok_or_else(gone)?;
             layers.push(Arc::new(vbk.disk(&below, name)?));
             (at, backup) = (next, below);
+            self.note(&at);
         }
         Chain::new(layers, self.cache.clone())
+    }
+
+    fn note(&self, file: &Passage) {
+        let mut seen = self.seen.borrow_mut();
+        if !seen.iter().any(|known| known == file.path()) {
+            seen.push(file.path().to_path_buf());
+        }
     }
 
     /// The image that the file `name` is, if its name says that it is one.

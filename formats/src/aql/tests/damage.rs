@@ -287,8 +287,7 @@ fn features_of_later_versions_are_refused_by_name() {
     let world = world();
     let len = world.len(0);
     for (offset, byte, text) in [
-        (16u64, layout::INCOMPAT_FOREIGN.to_le_bytes()[0], "foreign"),
-        (16, layout::INCOMPAT_ENCRYPTED.to_le_bytes()[0], "encryption"),
+        (16u64, layout::INCOMPAT_ENCRYPTED.to_le_bytes()[0], "encryption"),
         (23, 0x40, "features 0x4000000000000000"),
         (8, 2, "version 2.0"),
     ] {

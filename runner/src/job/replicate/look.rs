@@ -28,7 +28,7 @@ use crate::{
         run::{RunSource, SourceDoor},
     },
     site::{Freeze, Machine, MachineSource, Site},
-    source::SelectedDisk,
+    source::{SelectedDisk, SourceOptions},
 };
 
 /// Production, held still as far as it runs, until this is dropped.
@@ -78,10 +78,11 @@ impl Watched {
         if words.iter().all(|(_, word)| is_served(word)) && !words.is_empty() {
             return Ok(None);
         }
-        let folder: Vec<_> = place.iter().map(|place| place.folder.clone()).collect();
+        let allow_backing = place.iter().map(|place| place.folder.clone()).collect();
+        let options = SourceOptions { allow_backing, ..SourceOptions::default() };
         let (mut wanted, mut disks) = (Vec::new(), Vec::new());
         for (name, word) in words.iter().filter(|(name, _)| !is_out(entry, name)) {
-            let disk = backup::open_source(context, name, word, &folder, Hint::None)?;
+            let disk = backup::open_source(context, name, word, &options, Hint::None)?;
             disks.push(home_disk(&disk)?);
             wanted.push(disk);
         }
@@ -161,7 +162,7 @@ fn served(context: &Context, entry: &Machine, machine: &str, disks: &BTreeMap<St
         if is_out(entry, &name) {
             continue;
         }
-        let disk = backup::open_source(context, &name, word, &[], Hint::None)?;
+        let disk = backup::open_source(context, &name, word, &SourceOptions::default(), Hint::None)?;
         let ChainSpec::Nbd { uri } = &disk.selected.spec else {
             return Err(Fail::new(Code::Unsupported, format!("the disks of {machine} are served in part only")));
         };
