@@ -51,6 +51,7 @@ proofs: setup    ## count what the tests prove, into docs/proofs.md
 	scripts/proofs.py $(LEDGER) $(LONG_LEDGER) > target/proofs.md && mv target/proofs.md docs/proofs.md
 
 bench: build     ## figures against the peers, in one run
+	$(CARGO) build --release --locked -p aquifer-tests --bin foreign-bench
 	scripts/bench/main.py $(GROUPS)
 
 lint:            ## format and clippy, as the gate runs them

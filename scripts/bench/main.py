@@ -2,7 +2,7 @@
 """Measures every row of the budget against its peer on this machine and writes docs/benchmarks.md with its charts.
 
 Usage: main.py [--docs DIR] [GROUP ...]
-Groups: depth cold hot sequential fuse write hydration latency aggressor trace backup wide memory doors replica; all of them if none is named.
+Groups: depth cold hot sequential fuse write hydration latency aggressor trace backup wide memory doors replica foreign; all of them if none is named.
 
 Named groups replace their own rows of an earlier run and leave the others. AQUIFER_BENCH_DIR holds the disks that are
 read (made once, 9 GB), AQUIFER_BENCH_SCRATCH what is written, AQUIFER_BENCH_ROUNDS how often each side runs (3),

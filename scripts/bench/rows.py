@@ -9,6 +9,7 @@ import time
 
 import aggressors
 import corpus
+import foreign
 import in_guest
 import replicas
 import second_boot
@@ -322,4 +323,4 @@ def doors(work):
 
 GROUPS = {"depth": depth, "cold": cold, "hot": hot, "sequential": sequential, "fuse": fuse, "write": write, "hydration": hydration,
           "latency": latency, "aggressor": aggressor, "trace": trace, "backup": backup, "wide": wide, "memory": memory,
-          "doors": doors, "replica": replicas.replica}
+          "doors": doors, "replica": replicas.replica, "foreign": foreign.foreign}

@@ -1,6 +1,7 @@
 //! Disks of other products: writers for what no tool here makes, and a comparison with an oracle that
 //! does not take a disk's whole size in memory.
 
+pub mod deep;
 pub mod hyperv;
 pub mod pbs;
 pub mod pypi;
@@ -8,6 +9,7 @@ pub mod vbk;
 pub mod virtnbd;
 pub mod vma;
 pub mod vmdk;
+pub mod xva;
 
 use std::{path::Path, sync::Arc};
 
@@ -89,6 +91,25 @@ fn check_scan(layer: &dyn Layer, rng: &mut Rng) {
         at += len;
     }
     assert_eq!(told, looked, "{} from {from}", layer.label());
+}
+
+/// Reads every page of a chain: its layers, how often they were asked by the first read, and by all others.
+///
+/// # Panics
+/// The chain cannot be read.
+pub fn asked(chain: &Chain) -> (u64, u64, u64) {
+    let asked = Arc::new(std::sync::atomic::AtomicU64::new(0));
+    let counted =
+        chain.layers().iter().map(|layer| -> Arc<dyn Layer> { Arc::new(Counted::new(layer.clone(), asked.clone())) });
+    let chain = Chain::new(counted.collect(), Arc::new(aquifer_vdisk::BlockCache::new(1 << 20))).expect("a chain");
+    let mut page = vec![0; 4096];
+    chain.read(0, &mut page).expect("a good chain");
+    let first = asked.swap(0, std::sync::atomic::Ordering::Relaxed);
+    for at in (0..chain.size()).step_by(4096) {
+        let len = page.len().min((chain.size() - at) as usize);
+        chain.read(at, &mut page[..len]).expect("a good chain");
+    }
+    (chain.layers().len() as u64, first, asked.load(std::sync::atomic::Ordering::Relaxed))
 }
 
 /// A layer that counts what it is asked.

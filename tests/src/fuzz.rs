@@ -25,6 +25,7 @@ use aquifer_formats::{
     virtnbd::VirtnbdLayer,
     vma::Vma,
     vmdk::Vmdk,
+    xva::Xva,
 };
 
 pub use self::{
@@ -172,7 +173,7 @@ fn tables(file: Vec<u8>) {
     }
 }
 
-/// Any bytes as an archive of disks: a machine's export, or Proxmox VE's; and as a stream of virtnbdbackup.
+/// Any bytes as an archive of disks: a machine's export of either kind, or Proxmox VE's; and as a stream of virtnbdbackup.
 pub fn archive(data: &[u8]) {
     let storage = || -> Arc<dyn aquifer_formats::Storage> { Arc::new(MemoryStorage::new("fuzz", data.to_vec())) };
     if let Ok(archive) = Ova::open(storage()) {
@@ -185,6 +186,13 @@ pub fn archive(data: &[u8]) {
     if let Ok(layer) = VirtnbdLayer::open(storage()) {
         let _ = layer.below();
         walk_layer(&layer, 16);
+    }
+    if let Ok(archive) = Xva::open(storage()) {
+        for name in archive.disks().iter().take(4) {
+            if let Ok(layer) = archive.disk(name) {
+                walk_layer(&layer, 16);
+            }
+        }
     }
     if let Ok(archive) = Vma::open(storage()) {
         for name in archive.disks().iter().take(4) {

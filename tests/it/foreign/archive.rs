@@ -5,7 +5,7 @@ use std::{fs, path::Path, process::Command};
 use aquifer_formats::Error as FormatError;
 use aquifer_tests::{
     chains::open,
-    foreign::{assert_same, check_reads, pbs, vma},
+    foreign::{assert_same, check_reads, pbs, vma, xva},
     qemu,
     rng::Rng,
 };
@@ -13,7 +13,7 @@ use aquifer_vdisk::{ChainSpec, Delta, Error, KeyPlace, delta_between, members};
 
 use super::{Lab, MIB, Sample};
 
-pub(super) const SAMPLES: [Sample; 5] = [
+pub(super) const SAMPLES: [Sample; 6] = [
     Sample {
         format: "ova",
         what: "two streamOptimized disks, packed by `tar`",
@@ -31,6 +31,12 @@ pub(super) const SAMPLES: [Sample; 5] = [
         what: "a disk that ends within a cluster, own writer",
         oracle: "the source",
         compare: vma_odd,
+    },
+    Sample {
+        format: "xva",
+        what: "two disks with checksums, one ends within a block, packed by `tar`",
+        oracle: "the source",
+        compare: xva_export,
     },
     Sample {
         format: "pbs",
@@ -67,6 +73,16 @@ pub(super) fn content(lab: &Lab, size: usize, seed: u64) -> Vec<u8> {
         bytes[at..at + len].copy_from_slice(&pattern[..len]);
     }
     bytes
+}
+
+fn xva_export(lab: &Lab) -> u32 {
+    let disks = [content(lab, 9 * MIB as usize, 21), content(lab, 3 * MIB as usize + 512 * 5, 22)];
+    let path = lab.path("m.xva");
+    xva::export(&lab.path("members"), &path, &[("xvda", &disks[0]), ("xvdb", &disks[1])]);
+    assert_eq!(members(&path).expect("an archive"), ["xvda", "xvdb"]);
+    compare(lab, &path, "xvda", &disks[0]);
+    compare(lab, &path, "xvdb", &disks[1]);
+    1
 }
 
 fn ova(lab: &Lab) -> u32 {

@@ -15,7 +15,7 @@ use aquifer_formats::{
 use aquifer_tests::{
     chains::open,
     foreign::{
-        assert_same,
+        asked, assert_same, deep,
         hyperv::{Sectors, VhdChild, VhdxChild, vhd_id, vhdx_content_id},
     },
     oracle::cases,
@@ -26,7 +26,7 @@ use aquifer_vdisk::{ChainSpec, Error};
 
 use super::{Lab, MIB, Sample};
 
-pub(super) const SAMPLES: [Sample; 8] = [
+pub(super) const SAMPLES: [Sample; 9] = [
     Sample {
         format: "vhdx",
         what: "dynamic, blocks of 1 to 256 MiB, random writes",
@@ -45,6 +45,12 @@ pub(super) const SAMPLES: [Sample; 8] = [
         what: "chain of differencing disks with blocks in part, own writer",
         oracle: "the source",
         compare: vhdx_chain,
+    },
+    Sample {
+        format: "vhdx",
+        what: "100 differencing disks on each other, own writer",
+        oracle: "the source",
+        compare: hundred,
     },
     Sample {
         format: "vhd",
@@ -172,6 +178,24 @@ fn vhdx_chain(lab: &Lab) -> u32 {
         parent = id;
     }
     6
+}
+
+fn hundred(lab: &Lab) -> u32 {
+    let (path, truth) = deep::vhdx(lab.dir.path(), 100, 8 * MIB);
+    let raw = lab.write("truth.raw", truth);
+    lab.compare_with(&path, &raw, "100 layers");
+    1
+}
+
+/// Depth must not multiply the work of a read, though blocks are there in part.
+#[test]
+fn a_hundred_checkpoints_cost_a_read_no_more_than_one() {
+    let lab = Lab::new();
+    let (tip, _) = deep::vhdx(lab.dir.path(), 100, 8 * MIB);
+    let (depth, _, later) = asked(&lab.open(&tip).expect("a good chain"));
+    assert_eq!((depth, later), (100, 0), "once a window is known nobody is asked");
+    let (depth, _, later) = asked(&lab.open(&lab.path("d0.vhdx")).expect("a good disk"));
+    assert_eq!((depth, later), (1, 0));
 }
 
 fn vhd_dynamic(lab: &Lab) -> u32 {

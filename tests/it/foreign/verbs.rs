@@ -8,17 +8,17 @@ use aquifer_tests::{
     foreign::{
         pbs,
         vbk::{Body, Encoding, File, Machine, changes},
-        vma,
+        vma, xva,
     },
     qemu,
     rng::Rng,
     site::{Guest, Site, eventually},
 };
 
-const MIB: usize = 1 << 20;
+pub(super) const MIB: usize = 1 << 20;
 
 /// A disk that boots, and what it is one point later.
-fn states() -> [Vec<u8>; 2] {
+pub(super) fn states() -> [Vec<u8>; 2] {
     let first = boot_sector::disk(24, 12);
     let mut second = first.clone();
     second[9 * MIB..9 * MIB + 300_000].fill(0x5a);
@@ -27,7 +27,7 @@ fn states() -> [Vec<u8>; 2] {
 }
 
 /// Runs every verb on `source`, whose bytes are `expected`.
-fn every_verb(site: &Site, source: &[&str], format: &str, expected: &[u8]) {
+pub(super) fn every_verb(site: &Site, source: &[&str], format: &str, expected: &[u8]) {
     let with = |verb: &[&str], more: &[&str]| site.json(&[verb, source, more].concat());
     let disk = with(&["info"], &[]).record("disk");
     assert_eq!((disk["kind"].as_str(), disk["size"].as_u64()), (Some(format), Some(expected.len() as u64)), "{disk}");
@@ -86,6 +86,13 @@ fn a_vma_boots_and_becomes_local() {
     every_verb(&site, &[&site.word("m.vma")], "vma", &second);
 }
 
+#[test]
+fn an_export_of_xenserver_boots_and_becomes_local() {
+    let (site, [_, second]) = (Site::new(), states());
+    xva::export(&site.path("members"), &site.path("m.xva"), &[("xvda", &second)]);
+    every_verb(&site, &[&site.word("m.xva")], "xva", &second);
+}
+
 /// As `vzdump` leaves them. The first command takes the compression off, the others find that done.
 #[test]
 fn compressed_vmas_go_through_every_verb() {
@@ -103,6 +110,17 @@ fn compressed_vmas_go_through_every_verb() {
         fs::remove_file(copy).expect("remove");
     }
     every_verb(&site, &[&site.word("m.vma.zst")], "vma", &first);
+    // What nobody has used for a week goes with the next archive, what was used stays.
+    let unwrapped = || fs::read_dir(site.path("home/unwrapped")).expect("a folder").map(|e| e.expect("a file").path());
+    assert_eq!(unwrapped().count(), 2);
+    for file in unwrapped() {
+        let file = fs::OpenOptions::new().append(true).open(file).expect("open");
+        file.set_modified(std::time::SystemTime::now() - std::time::Duration::from_secs(8 * 24 * 3600)).expect("aged");
+    }
+    site.json(&["info", &site.word("m.vma.zst")]);
+    fs::copy(site.path("m.vma.zst"), site.path("n.vma.zst")).expect("copy");
+    site.json(&["info", &site.word("n.vma.zst")]);
+    assert_eq!(unwrapped().count(), 2, "the one of the archive that nobody looked at is gone");
     let cut = fs::read(site.path("m.vma.zst")).expect("read");
     fs::write(site.path("cut.vma.zst"), &cut[..cut.len() / 2]).expect("write");
     let torn = site.run(&["info", &site.word("cut.vma.zst")]);

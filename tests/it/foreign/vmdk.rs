@@ -1,26 +1,18 @@
 //! VMware's disks, made by `qemu-img` and by our own writers, read by QEMU and by us.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use std::{collections::BTreeMap, fs, path::Path};
 
-use aquifer_formats::{Error as FormatError, Layer};
+use aquifer_formats::Error as FormatError;
 use aquifer_tests::{
     foreign::{
-        Counted,
+        asked, deep,
         vmdk::{Extent, Grain, descriptor},
     },
     oracle::cases,
     qemu,
     rng::Rng,
 };
-use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Error};
+use aquifer_vdisk::{ChainSpec, Error};
 
 use super::{Lab, MIB, Sample, packed};
 
@@ -68,7 +60,7 @@ pub(super) const SAMPLES: [Sample; 10] = [
         format: "vmdk",
         what: "100 sparse disks on each other, own writer",
         oracle: "qemu-img and the source",
-        compare: deep,
+        compare: hundred,
     },
 ];
 
@@ -267,51 +259,18 @@ fn sesparse(lab: &Lab) -> u32 {
 }
 
 /// One table's worth of disk in 100 layers; what each says is known, so the newest is what QEMU reads.
-fn deep(lab: &Lab) -> u32 {
-    let path = deep_chain(lab, 100);
+fn hundred(lab: &Lab) -> u32 {
+    let path = deep::vmdk(lab.dir.path(), 100, 8 * MIB);
     lab.compare(&path, "vmdk", "100 layers");
     1
-}
-
-fn deep_chain(lab: &Lab, depth: u32) -> std::path::PathBuf {
-    let sectors = 8 * MIB / 512;
-    let mut rng = Rng::new(10);
-    for number in 0..depth {
-        let count = if number == 0 { 128 } else { 4 };
-        let grains: BTreeMap<u64, Grain> = (0..count)
-            .map(|_| (rng.below(sectors / 128), Grain::Data(vec![1 + (number % 250) as u8; 65536])))
-            .collect();
-        let extent = Extent { capacity: sectors, grain: 128, grains };
-        let below = format!("{}.vmdk", number.wrapping_sub(1));
-        let parent = (number > 0).then(|| (number - 1, below.as_str()));
-        let line = format!("RW {sectors} SPARSE \"{number}.vmdk\"");
-        let text = descriptor("monolithicSparse", number, parent, &[line]);
-        lab.write(&format!("{number}.vmdk"), extent.hosted(&text));
-    }
-    lab.path(&format!("{}.vmdk", depth - 1))
 }
 
 /// Depth must not multiply the work of a read: once a window is known, no layer is asked any more.
 #[test]
 fn a_hundred_layers_cost_a_read_no_more_than_one() {
     let lab = Lab::new();
-    let tip = deep_chain(&lab, 100);
-    let asked_by = |path: &Path| {
-        let chain = lab.open(path).expect("a good chain");
-        let asked = Arc::new(AtomicU64::new(0));
-        let counted = chain
-            .layers()
-            .iter()
-            .map(|layer| -> Arc<dyn Layer> { Arc::new(Counted::new(layer.clone(), asked.clone())) });
-        let chain = Chain::new(counted.collect(), Arc::new(BlockCache::new(MIB))).expect("a chain");
-        let mut page = vec![0; 4096];
-        chain.read(0, &mut page).expect("a good chain");
-        let first = asked.swap(0, Ordering::Relaxed);
-        for at in (0..chain.size()).step_by(4096) {
-            chain.read(at, &mut page).expect("a good chain");
-        }
-        (chain.layers().len() as u64, first, asked.load(Ordering::Relaxed))
-    };
+    let tip = deep::vmdk(lab.dir.path(), 100, 8 * MIB);
+    let asked_by = |path: &Path| asked(&lab.open(path).expect("a good chain"));
     let (depth, first, later) = asked_by(&tip);
     assert_eq!(depth, 100);
     assert!(first <= depth, "the first touch asks each layer at most once, not {first} times");

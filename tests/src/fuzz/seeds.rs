@@ -471,7 +471,7 @@ network = "default"
     }
 }
 
-/// A machine's export and an archive of Proxmox VE, each with two disks; streams of virtnbdbackup.
+/// Machines' exports and an archive of Proxmox VE; streams of virtnbdbackup, plain and compressed.
 pub(super) fn archive(folder: &Path) {
     let disk: Vec<u8> = (0..200_000u32).map(|i| if i % 50_000 < 9000 { (i / 512) as u8 } else { 0 }).collect();
     let archive = crate::foreign::vma::archive(&[("a", &disk[..199_680]), ("b", &disk[..4096])], &mut Rng::new(1));
@@ -479,7 +479,10 @@ pub(super) fn archive(folder: &Path) {
     for (name, below) in [("full", None), ("inc", Some(("c0", &[0; 199_680][..])))] {
         let point = crate::foreign::virtnbd::Point { disk: "sda", checkpoint: "c1", below, bytes: &disk[..199_680] };
         fs::write(folder.join(name), point.file()).expect("write");
+        fs::write(folder.join(format!("{name}-lz4")), point.compressed()).expect("write");
     }
+    let members = tempfile::tempdir().expect("a folder");
+    crate::foreign::xva::export(members.path(), &folder.join("xva"), &[("xvda", &disk[..40_960])]);
     vmdk(folder);
     for (name, seed) in [("a.vmdk", "0"), ("b.vmdk", "1")] {
         fs::rename(folder.join(seed), folder.join(name)).expect("rename");
