@@ -94,7 +94,7 @@ fn whole_life(source: &[&str], full: &[u8], site: &Site, own_files: &[&Path]) {
     assert!(burdens.iter().any(|burden| burden.point == points[0].id && burden.cost() > 0), "{burdens:?}");
     let without = BTreeSet::from([points[0].id]);
     for point in &points[1..] {
-        let holder = Holder { name: "test".into(), host: "here".into(), process: 1, session: None };
+        let holder = Holder { name: "test".into(), host: "here".into(), process: 1, session: None, work: None };
         let merged = rebase::rebase(&repo, &machine, point, &without, repo.writer_options(), holder).expect("merged");
         assert!(merged.disks.iter().all(|disk| disk.linked.is_none()), "{merged:?}");
     }
