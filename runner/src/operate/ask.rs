@@ -212,5 +212,6 @@ fn outcome(session: SessionId, work: &Work) -> Came {
     }
     let code = text("code").as_deref().and_then(Code::find).unwrap_or(Code::Failed);
     let what = text("why").unwrap_or_else(|| format!("the operation is {}", work.state));
-    Err(Fail::new(code, what).at(&work.object).help(format!("aquifer events --session {session}")))
+    let help = text("do").unwrap_or_else(|| format!("aquifer events {session}"));
+    Err(Fail::new(code, what).at(&work.object).help(help))
 }

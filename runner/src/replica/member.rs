@@ -185,10 +185,18 @@ pub fn settle(desk: &Desk<'_>, site: &Site, name: &str) -> Result<()> {
         return Ok(());
     }
     let Some(cluster) = site.cluster_of(&row.record.host) else { return Ok(()) };
-    for (member, host) in site.members(cluster) {
-        if desk.running(&host.images.join(name)).is_some() {
-            let what = format!("the machine of {name} still runs on {member}: it is not started anywhere else");
-            return Err(Fail::new(Code::State, what).at(object(name)));
+    // Under its recorded folder first: the folder of a host that is lost cannot be followed to where it led.
+    let recorded = (row.record.host.as_str(), row.record.folder.clone());
+    let others = site.members(cluster).into_iter().map(|(member, host)| (member, host.images.join(name)));
+    for (member, folder) in std::iter::once(recorded).chain(others) {
+        if let Some(running) = desk.running(&folder) {
+            let pid = running.process.pid;
+            let what = format!(
+                "the machine of {name} still runs on {member}, as process {pid}: it is not started anywhere else"
+            );
+            let help =
+                format!("mount {} again, or end process {pid}, which loses what it has not flushed", folder.display());
+            return Err(Fail::new(Code::State, what).at(object(name)).help(help));
         }
     }
     let (member, host) = first(usable(site, cluster)?, cluster)?;

@@ -95,9 +95,11 @@ pub fn rooms(context: &Context) -> Result<Rooms> {
     let site = context.site()?;
     let of_host = |(name, host): (&String, &crate::site::Host)| {
         let own = host.runtime.clone().unwrap_or_else(|| runtime.join("hosts").join(name));
-        (host.images.clone(), own)
+        // By both names: replicas are recorded under the one that a path of links leads to.
+        let real = std::fs::canonicalize(&host.images).unwrap_or_else(|_| host.images.clone());
+        [(host.images.clone(), own.clone()), (real, own)]
     };
-    Ok(Rooms { hosts: site.hosts.iter().map(of_host).collect(), others: runtime.join("machines") })
+    Ok(Rooms { hosts: site.hosts.iter().flat_map(of_host).collect(), others: runtime.join("machines") })
 }
 
 /// What a job says of the replica of `machine`.

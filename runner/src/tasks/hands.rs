@@ -7,19 +7,22 @@ use std::{collections::BTreeMap, sync::Arc};
 use parking_lot::Mutex;
 
 use super::task::Counts;
-use crate::catalogue::WorkId;
+use crate::catalogue::{SessionId, WorkId};
 
-/// The counts of all work that a worker has had.
+/// The counts of all work that a worker has had of the session it is there for.
 #[derive(Debug, Default)]
 pub struct Hands {
     counts: Mutex<BTreeMap<WorkId, Arc<Counts>>>,
 }
 
 impl Hands {
-    /// Counts for a piece of work that begins; an earlier attempt's are forgotten.
-    pub(super) fn take(&self, work: WorkId) -> Arc<Counts> {
+    /// Counts for a piece of work that begins; an earlier attempt's are forgotten. Those of a worker that serves any
+    /// session are not kept: there is no end to them, and nobody sums them.
+    pub(super) fn take(&self, work: WorkId, session: Option<SessionId>) -> Arc<Counts> {
         let counts = Arc::<Counts>::default();
-        self.counts.lock().insert(work, Arc::clone(&counts));
+        if session.is_some() {
+            self.counts.lock().insert(work, Arc::clone(&counts));
+        }
         counts
     }
 

@@ -170,7 +170,7 @@ impl Shared<'_> {
     fn do_it(&self, work: &Work, fence: &Fence) {
         let halt = halt_of_this_thread();
         halt.clear();
-        let counts = self.worker.hands.take(work.id);
+        let counts = self.worker.hands.take(work.id, self.worker.only);
         let task = Task {
             context: self.worker.context,
             catalogue: self.worker.catalogue,

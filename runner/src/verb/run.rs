@@ -16,7 +16,11 @@ use crate::{
     job,
     site::{Job, Site},
     stop::Stop,
-    tasks::{Hands, Worker, expand, follow::Follow, is_gone, owner},
+    tasks::{
+        Hands, Worker, expand,
+        follow::{self, Follow},
+        is_gone, owner,
+    },
     units,
 };
 
@@ -106,6 +110,11 @@ fn begin(context: &Context, catalogue: &Catalogue, site: &Site, args: &Args, job
             }
             let what = format!("an earlier run was interrupted; session {open} goes on");
             context.out.warn(Code::WarnInterrupted, what, None);
+            let ready = catalogue.work_of(open)?.into_iter().filter(|work| work.state == WorkState::Ready);
+            if let Some(at) = ready.map(|work| work.run_at).min().filter(|at| *at > jiff::Timestamp::now()) {
+                let anew = context.out.ready(&format!("aquifer sessions {open} --cancel"));
+                context.out.say(format_args!("it failed and is tried again at {}; {anew} ends it", follow::at(at)));
+            }
             Ok(open)
         }
         begun => Ok(begun?),

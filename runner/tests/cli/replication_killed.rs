@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, time::Duration};
 use serde_json::Value;
 
 use crate::{
-    carrier::{Carrier, newest_run},
+    carrier::{Carrier, goes_on, newest_run},
     ledger::Ledger,
     replication::{Disks, Site},
     storm::{Dice, moment, rounds},
@@ -40,8 +40,8 @@ fn kills(proof: &'static str, seed: u64, source: &str, by_backup: bool) {
     let ledger = Ledger::begin(proof);
     let mut site = Site::with(source, &format!("restore_points_to_keep = {KEPT}"));
     let (mut dice, mut known, mut counts) = (Dice(seed), Known::default(), BTreeMap::<&'static str, u64>::new());
-    let (mut takes, rounds) = (Duration::from_millis(600), rounds(4));
-    for round in 0..rounds {
+    let (mut takes, mut round, mut killed) = (Duration::from_millis(600), 0, 0);
+    while goes_on(round, rounds(4), killed) {
         site.change(3);
         if by_backup {
             let repo = ["r1", "r1", "r2"][dice.below(3)];
@@ -59,7 +59,9 @@ fn kills(proof: &'static str, seed: u64, source: &str, by_backup: bool) {
                 Carrier::Worker => "workers killed",
                 Carrier::Serve => "services killed",
             };
-            *counts.entry(who).or_default() += u64::from(carrier.is_killed(&site.room, "dr", moment));
+            let hit = u64::from(carrier.is_killed(&site.room, "dr", moment));
+            *counts.entry(who).or_default() += hit;
+            killed += hit;
             if site.json(&["replicas"]).kind("replica").pop().is_some() {
                 let points = site.points();
                 known.check(&site, &points);
@@ -77,8 +79,10 @@ fn kills(proof: &'static str, seed: u64, source: &str, by_backup: bool) {
         assert_eq!(states.last(), Some(&(known.0.len() - 1)), "round {round}: {states:?}");
         assert!(states.is_sorted() && points.len() <= KEPT, "round {round}: {states:?}");
         assert!(points.len() == KEPT.min(known.0.len()) || !by_backup, "round {round}: {states:?}");
+        round += 1;
     }
-    let mut told = vec![("rounds", u64::from(rounds))];
+    assert!(killed >= u64::from(round) / 3 && killed > 0, "{counts:?}: too few in time");
+    let mut told = vec![("rounds", u64::from(round))];
     told.extend(counts);
     ledger.tell(&seed.to_string(), &told);
 }
