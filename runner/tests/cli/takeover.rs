@@ -194,9 +194,12 @@ impl Site {
     pub(crate) fn write(&self, side: &str, pattern: u8, at: &str, len: &str) {
         let running = self.running(side).expect("it runs");
         let mut qmp = Qmp::connect(&running.orders, WAIT).expect("monitor");
-        let line = format!("qemu-io -d /machine/peripheral/dev0/virtio-backend \"write -P {pattern} {at} {len}\"");
-        let said = qmp.execute("human-monitor-command", json!({ "command-line": line }), WAIT).expect("write");
-        assert!(said.as_str().unwrap_or_default().trim().is_empty(), "{said}");
+        // Flushed, so that whoever looks at the file sees it.
+        for order in [format!("write -P {pattern} {at} {len}"), "flush".to_owned()] {
+            let line = format!("qemu-io -d /machine/peripheral/dev0/virtio-backend \"{order}\"");
+            let said = qmp.execute("human-monitor-command", json!({ "command-line": line }), WAIT).expect("write");
+            assert!(said.as_str().unwrap_or_default().trim().is_empty(), "{said}");
+        }
     }
 
     /// What the replica serves from, or served from last, against production, by QEMU's own tool.
