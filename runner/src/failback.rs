@@ -128,9 +128,7 @@ impl BackWork {
             self.layered = self.layered.max(index + 1);
         }
         // Nobody writes to them any more.
-        for sent in &self.sent {
-            trust::enter(&record, &sent.file, &record.folder.join(&sent.file), Holds::Frozen)?;
-        }
+        self.sent.iter().try_for_each(|sent| trust::freeze(&record, &sent.file))?;
         describe(&record, &self.description, &self.tops)
     }
 
@@ -477,16 +475,18 @@ impl Work for SwitchWork {
                 },
             )
             .final_step("write_home", |work: &mut Self| write_home(desk, &work.home, &work.tops, 2))
+            .final_step("configure", |work: &mut Self| drift::put(&work.home, |configured| &configured.after))
+            // The point is published behind all that may fail: where the sides do not change, the machine goes on in
+            // its layers.
             .final_step("stamp", |work: &mut Self| {
                 let record = desk.load(&work.name)?.record;
                 let holds = Holds::Point(work.protective.id);
                 for top in &work.protective.disks {
                     trust::enter(&record, &top.file, &record.folder.join(&top.file), holds)?;
                 }
-                desk.put_point(&work.name, &work.protective)?;
-                desk.stamp(&record.folder, record.lineage, work.epoch + 1)
+                desk.stamp(&record.folder, record.lineage, work.epoch + 1)?;
+                desk.put_point(&work.name, &work.protective)
             })
-            .final_step("configure", |work: &mut Self| drift::put(&work.home, |configured| &configured.after))
             .final_step("home_on", |work: &mut Self| {
                 if work.power_on {
                     match start(desk, &work.home.folder, &work.home.machine) {

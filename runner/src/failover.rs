@@ -282,8 +282,11 @@ pub(crate) fn put_layers(desk: &Desk<'_>, record: &ReplicaRecord, below: &[Top],
         if trust::is_live(record, &top.file)? {
             return Ok(());
         }
-        trust::set_aside(desk, record, &top.file)?;
         let on = record.folder.join(&below.file);
+        if trust::take_as_live(record, &top.file, &on)? {
+            return Ok(());
+        }
+        trust::set_aside(desk, record, &top.file)?;
         layers::make_empty(&record.folder.join(&top.file), (&on, Format::Qcow2), top.size, |part| {
             trust::enter(record, &top.file, part, Holds::Writes)
         })

@@ -256,6 +256,14 @@ impl Desk<'_> {
         };
         match stamp {
             None if record.state == State::Absent || matches!(open, Some(Op::Remove | Op::Permanent)) => Ok(()),
+            None if !has_entries(&record.folder) => {
+                let what = format!("the folder of the replica {} is not there, or is empty", record.name);
+                let help = format!(
+                    "mount what holds it; if it is lost for good: aquifer replicas {} --remove --force",
+                    record.name
+                );
+                Err(Fail::new(Code::RepoOffline, what).at(record.folder.display()).help(help))
+            }
             None if trust::recall(&record.folder)?.is_some_and(|copy| copy.record.is_same_chain(record)) => {
                 let what = format!("the stamp of {} was gone; the ledger of its layers proves it ours", record.name);
                 (self.warn)(Code::WarnHost, what);
@@ -418,4 +426,9 @@ pub fn point_id(number: u64) -> String {
 /// A file of a replica.
 pub fn in_folder(folder: &Path, file: &str) -> PathBuf {
     folder.join(file)
+}
+
+/// Whether anything lies in a folder: an empty one is what is left where nothing is mounted.
+fn has_entries(folder: &Path) -> bool {
+    std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some())
 }

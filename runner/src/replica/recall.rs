@@ -8,11 +8,16 @@
 //!
 //! Not here: giving up a replica that is ours ([`super::remove`]).
 
-use std::{fs, io};
+use std::{
+    fs, io,
+    path::{Component, Path},
+};
+
+use aquifer_formats::repo::DiskName;
 
 use super::{
     desk::{Desk, Stamp, object},
-    model::ReplicaRecord,
+    model::{ReplicaRecord, Top},
     run::{ReplicaSpec, store_fresh},
     state::State,
     trust,
@@ -41,6 +46,13 @@ pub fn take_back(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<()> {
     let nothing = || Fail::new(Code::NotFound, format!("{} says nothing of a replica", folder.display()));
     let copy = trust::recall(&folder)?.ok_or_else(|| at(nothing()))?;
     let mut record = copy.record.check()?;
+    // Whoever can write to that folder does not say where else we write.
+    record.metadata = spec.metadata.clone();
+    let served = record.failover.iter().flat_map(|failover| &failover.tops);
+    if let Some(top) = served.chain(copy.points.iter().flat_map(|point| &point.disks)).find(|top| !is_inside(top)) {
+        let what = format!("{} is no layer of a disk {}", top.file, top.disk);
+        return Err(at(Fail::new(Code::Corrupt, what)));
+    }
     if (&record.name, &record.machine) != (name, &spec.machine) {
         let what = format!("{} holds {}, the replica of {}", folder.display(), record.name, record.machine);
         return Err(at(Fail::new(Code::Exists, what)));
@@ -72,6 +84,14 @@ pub fn take_back(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<()> {
     tell(desk, name, State::Absent, row.record.state, "take_back")
 }
 
+/// Whether a layer's name is one that is given to layers: a disk's folder, and a file in it.
+fn is_inside(top: &Top) -> bool {
+    let mut parts = Path::new(&top.file).components();
+    let disk = DiskName::new(&top.disk).is_ok();
+    let folder = matches!(parts.next(), Some(Component::Normal(part)) if part == top.disk.as_str());
+    disk && folder && matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None))
+}
+
 /// Drops a replica that is somebody else's by now: its folder is left alone.
 ///
 /// # Errors
@@ -81,6 +101,11 @@ pub fn drop_foreign(desk: &Desk<'_>, name: &str) -> Result<()> {
     let before = row.record.state;
     if before == State::Removed {
         return Ok(());
+    }
+    if let Some(running) = desk.running(&row.record.folder) {
+        let pid = running.process.pid;
+        let what = format!("the machine of {name} runs, as process {pid}: it is not dropped");
+        return Err(Fail::new(Code::State, what).help(format!("aquifer undo {name}")));
     }
     let open = desk.catalogue.open_operations()?.into_iter().find(|operation| operation.object == object(name));
     if desk.check_stamp(&row.record).is_ok() {

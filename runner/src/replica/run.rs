@@ -213,7 +213,19 @@ pub fn replicate_as(desk: &Desk<'_>, spec: &ReplicaSpec, origin: Origin) -> Resu
             break;
         }
     }
-    Ok(if made.is_empty() { Ran::NoNewPoint } else { Ran::Made(made) })
+    if !made.is_empty() {
+        return Ok(Ran::Made(made));
+    }
+    // What is said to be up to date has to be there.
+    let record = desk.load(&spec.name)?.record;
+    if let Some(newest) = desk.points(&spec.name)?.last() {
+        desk.check_stamp(&record)?;
+        if let Some(layer) = trust::look(&record, newest)?.first() {
+            let what = format!("the layer {} of {} was changed from outside", layer.file, spec.name);
+            (desk.warn)(Code::WarnResync, what);
+        }
+    }
+    Ok(Ran::NoNewPoint)
 }
 
 /// Points of a run whose worker died, which was brought to its end by looking at the replica: they are this run's.

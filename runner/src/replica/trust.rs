@@ -10,7 +10,8 @@
 //! - A settled layer that looks otherwise than it was settled (length, time of the last write, inode) is proven by digests
 //!   before anything is built on it, or not built on.
 //! - Once seen, a change stays known for every restore point that was there before it, until a digest clears the point.
-//! - A ledger that is lost costs reading the replica's own layers, never a wrong decision.
+//! - A ledger that is lost costs reading the replica's own layers, never a wrong decision: a layer that the catalogue names
+//!   as one a machine writes to is entered again, not set aside.
 //!
 //! Not here: what an operation does about a change; the stamp ([`super::desk`]).
 
@@ -168,6 +169,48 @@ pub(super) fn enter_as(
     change(record, |ledger| {
         ledger.layers.insert(file.to_owned(), Entry { seal, holds, doubtful_before });
     })
+}
+
+/// Enters a layer that nobody writes to from now on. One that was settled for a restore point stays it: where it looks
+/// otherwise by now, everything that was there before is doubtful.
+///
+/// # Errors
+/// As [`enter`].
+pub fn freeze(record: &ReplicaRecord, file: &str) -> Result<()> {
+    let path = record.folder.join(file);
+    let gone = || Fail::new(Code::NotFound, "a layer is gone").at(path.display());
+    let seal = Seal::of(&path)?.ok_or_else(gone)?;
+    change(record, |ledger| {
+        let entry = match ledger.layers.get(file) {
+            Some(entry @ Entry { holds: Holds::Point(_), .. }) if entry.seal == seal => *entry,
+            Some(entry @ Entry { holds: Holds::Point(_), .. }) => {
+                let doubtful_before = entry.doubtful_before.max(record.next_layer);
+                Entry { seal, holds: Holds::Frozen, doubtful_before }
+            }
+            Some(entry) => Entry { seal, holds: Holds::Frozen, ..*entry },
+            None => Entry { seal, holds: Holds::Frozen, doubtful_before: 0 },
+        };
+        ledger.layers.insert(file.to_owned(), entry);
+    })
+}
+
+/// Enters a layer again of which the ledger has lost all knowledge, where the catalogue says that a machine of ours writes
+/// to it and it stands on `below`. Answers whether that is so.
+///
+/// # Errors
+/// A file that is no layer; I/O.
+pub fn take_as_live(record: &ReplicaRecord, file: &str, below: &Path) -> Result<bool> {
+    let path = record.folder.join(file);
+    let named = record.failover.as_ref().is_some_and(|failover| failover.tops.iter().any(|top| top.file == file));
+    let known = Ledger::read(&record.folder, record.lineage)?.layers.contains_key(file);
+    if known || !named || Seal::of(&path)?.is_none() {
+        return Ok(false);
+    }
+    if layers::files(&path)?.get(1).map(PathBuf::as_path) != Some(below) {
+        return Ok(false);
+    }
+    enter(record, file, &path, Holds::Writes)?;
+    Ok(true)
 }
 
 /// Whether the file under a layer's name is the one that was settled for a restore point.
