@@ -257,6 +257,8 @@ pub(super) fn prepare(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<Row> {
     super::recover::recover(desk, &spec.name)?;
     let mut row = desk.load(&spec.name)?;
     if matches!(row.record.state, State::Absent | State::Ready) && desk.running(&row.record.folder).is_some() {
+        // Somebody else's takeover is not a machine that was started by hand.
+        desk.check_stamp(&row.record)?;
         // What it wrote is in no record: the next run that finds it off compares with the disks themselves.
         row.record.needs_resync = true;
         desk.store(row)?;

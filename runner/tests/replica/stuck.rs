@@ -126,6 +126,85 @@ fn a_change_of_sides_that_got_stuck_is_taken_back_and_made_again() {
     assert!(!variables.exists(), "the next takeover begins with its point's");
 }
 
+#[test]
+fn a_stamp_that_cannot_be_put_publishes_no_point() {
+    let stage = Stage::new();
+    let mut dice = Dice::new(57);
+    let mut serving = replica(&stage, &mut dice);
+    let home = home_of(&stage, vec![1; 2 * MIB]);
+    stage.at(|desk| failover(desk, REPLICA, &LATEST, None, true)).expect("failover");
+    let folder = record(&stage).folder;
+    goes_home(&stage, &home).expect("pass 1");
+    stage.guest_writes(&folder, &mut serving, 3, &mut dice);
+    // A folder in its place: nothing can be renamed over it.
+    let (stamp, kept) = (folder.join("replica.json"), folder.join("kept.json"));
+    let turns = |moved: Moved| {
+        if matches!(moved, Moved::Read(_)) && !kept.exists() {
+            fs::rename(&stamp, &kept).expect("rename");
+            fs::create_dir(&stamp).expect("folder");
+            fs::write(stamp.join("full"), "").expect("write");
+        }
+        Ok(())
+    };
+    let switch = |desk: &Desk<'_>| switchover(&Desk { pace: &turns, ..*desk }, REPLICA, true, Duration::ZERO);
+    stage.at(switch).expect_err("no stamp can be put");
+    assert!(stage.points().iter().all(|point| point.number == 1), "a point of a machine that may go on");
+    fs::remove_dir_all(&stamp).expect("remove");
+    fs::rename(&kept, &stamp).expect("rename");
+    // What was cut short behind the point of no return is brought to its end.
+    let refused = stage.at(|desk| start_again(desk, REPLICA)).expect_err("its sides have changed");
+    assert_eq!((refused.code, record(&stage).state), (Code::State, State::Failback));
+    stage.assert_home(&home, &serving, "home");
+    let protective = stage.points().pop().expect("a point");
+    assert!(protective.number > 1);
+    stage.assert_point(&protective, &serving);
+}
+
+#[test]
+fn a_replica_that_is_not_there_is_not_up_to_date() {
+    let stage = Stage::new();
+    let mut dice = Dice::new(58);
+    replica(&stage, &mut dice);
+    let folder = record(&stage).folder;
+    let away = folder.with_extension("away");
+    let again = || stage.at(|desk| replicate(desk, &stage.spec())).map(drop).map_err(|fail| fail.code);
+    assert_eq!(again(), Ok(()));
+    fs::rename(&folder, &away).expect("rename");
+    assert_eq!(again(), Err(Code::RepoOffline));
+    fs::create_dir(&folder).expect("what is left of a mount");
+    assert_eq!(again(), Err(Code::RepoOffline));
+    fs::remove_dir(&folder).expect("remove");
+    fs::rename(&away, &folder).expect("rename");
+    let layer = folder.join(ReplicaRecord::layer_name("vda", 1));
+    fs::rename(&layer, away.with_extension("layer")).expect("rename");
+    again().expect_err("a layer is gone");
+    fs::rename(away.with_extension("layer"), &layer).expect("rename");
+    assert_eq!(again(), Ok(()));
+}
+
+#[test]
+fn a_takeover_repeated_without_its_ledger_keeps_what_the_machine_wrote() {
+    let stage = Stage::new();
+    let mut dice = Dice::new(59);
+    let mut serving = replica(&stage, &mut dice);
+    stage.at(|desk| failover(desk, REPLICA, &LATEST, None, true)).expect("failover");
+    let folder = record(&stage).folder;
+    stage.guest_writes(&folder, &mut serving, 3, &mut dice);
+    stage
+        .at(|desk| {
+            let mut row = desk.load(REPLICA)?;
+            row.record.state = State::FailedFailover;
+            desk.store(row).map(drop)
+        })
+        .expect("as if its host had failed");
+    fs::remove_file(folder.join("layers.json")).expect("remove");
+    stage.at(|desk| failover(desk, REPLICA, &LATEST, None, true)).expect("failover again");
+    let home = home_of(&stage, vec![1; 2 * MIB]);
+    goes_home(&stage, &home).expect("pass 1");
+    stage.at(|desk| switchover(desk, REPLICA, true, Duration::ZERO)).expect("pass 2");
+    stage.assert_home(&home, &serving, "home");
+}
+
 /// What the only backup holds.
 fn replica_of(stage: &Stage) -> Disks {
     let repo = stage.repository("r1");

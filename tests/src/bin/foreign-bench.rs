@@ -105,7 +105,7 @@ fn chunks(folder: &Path, index: &Path) -> Disk {
     let place: PathBuf = folder.join("store/.chunks");
     let mut kept: (usize, Vec<u8>) = (usize::MAX, Vec::new());
     let read = move |at: u64, buf: &mut [u8]| {
-        let (mut at, mut done) = (at as usize, 0);
+        let (mut at, mut done) = (usize::try_from(at).expect("small"), 0);
         while done < buf.len() {
             let number = at / CHUNK;
             if kept.0 != number {
@@ -146,7 +146,7 @@ fn through(disk: &mut Disk) -> f64 {
     let mut part = vec![0; MIB];
     let start = Instant::now();
     for at in (0..disk.size).step_by(MIB) {
-        let len = MIB.min((disk.size - at) as usize);
+        let len = MIB.min(usize::try_from(disk.size - at).expect("small"));
         (disk.read)(at, &mut part[..len]);
     }
     disk.size as f64 / 1e6 / start.elapsed().as_secs_f64()
