@@ -180,6 +180,16 @@ impl FailoverWork {
     fn prove(&mut self, desk: &Desk<'_>, record: &ReplicaRecord) -> Result<()> {
         let points = desk.points(&self.name)?;
         let Some(point) = points.iter().find(|point| point.id == self.point) else { return Ok(()) };
+        if self.force {
+            // Whoever takes it as it is does not wait until it is read.
+            let touched = trust::look(record, point)?;
+            if let Some(layer) = touched.first() {
+                self.touched = true;
+                let what = format!("{} of {} was changed from outside; it is taken as it is", layer.file, self.name);
+                (desk.warn)(Code::WarnResync, what);
+            }
+            return Ok(());
+        }
         let what = match trust::prove(desk, record, point)? {
             Proof::Untouched => return Ok(()),
             Proof::Same => format!("layers of {} were touched from outside, and hold what they held", self.name),
@@ -191,11 +201,8 @@ impl FailoverWork {
             Proof::Differs(disk) => {
                 self.touched = true;
                 let what = format!("{disk} of the point {} was changed from outside since it was made", point.id);
-                if !self.force {
-                    let fail = Fail::new(Code::BlockCorrupt, what).at(record.folder.display());
-                    return Err(fail.help(format!("aquifer failover {} --to latest~1    # or --force", self.name)));
-                }
-                what
+                let fail = Fail::new(Code::BlockCorrupt, what).at(record.folder.display());
+                return Err(fail.help(format!("aquifer failover {} --to latest~1    # or --force", self.name)));
             }
         };
         (desk.warn)(Code::WarnResync, what);

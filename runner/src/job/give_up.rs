@@ -112,7 +112,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
         Act::Delete => remove::remove(desk, &spec.replica, Files::Go),
         Act::Readmit => remove::readmit(desk, &spec.replica),
         Act::Drop => recall::drop_foreign(desk, &spec.replica),
-        Act::TakeBack => recall::take_back(desk, &wanted(task, &spec.replica)?),
+        Act::TakeBack => recall::take_back(desk, &there(task, &spec.replica)?),
     });
     done?;
     let report = json!({ "replica": spec.replica, "act": spec.act });
@@ -142,6 +142,20 @@ fn wanted(task: &Task<'_>, replica: &str) -> Result<ReplicaSpec> {
         Some(JobKind::Replication(job)) => seat::spec(task.context, &name, job, &machine),
         _ => Err(Fail::new(Code::Bug, "a job that was found is gone")),
     }
+}
+
+/// The same on the member of a cluster through which its folder can be seen.
+fn there(task: &Task<'_>, replica: &str) -> Result<ReplicaSpec> {
+    let site = task.context.site()?;
+    let mut spec = wanted(task, replica)?;
+    if !spec.folder.exists() {
+        let members = site.cluster_of(&spec.host).map(|cluster| site.members(cluster)).unwrap_or_default();
+        let folders = members.into_iter().map(|(member, host)| (member, host.images.join(replica)));
+        if let Some((member, folder)) = folders.into_iter().find(|(_, folder)| folder.exists()) {
+            (spec.host, spec.folder) = (member.to_owned(), folder);
+        }
+    }
+    Ok(spec)
 }
 
 fn is_gone(desk: &crate::replica::desk::Desk<'_>, name: &str) -> Result<bool> {
