@@ -57,6 +57,17 @@ fn home_of(stage: &Stage, disk: Vec<u8>) -> Home {
     home
 }
 
+/// A machine that serves from a replica, after its first pass home: what it holds, where it goes, where it serves.
+fn halfway_home(stage: &Stage, dice: &mut Dice) -> (Disks, Home, PathBuf) {
+    let mut serving = replica(stage, dice);
+    let home = home_of(stage, vec![1; 2 * MIB]);
+    stage.at(|desk| failover(desk, REPLICA, &LATEST, None, true)).expect("failover");
+    let folder = record(stage).folder;
+    goes_home(stage, &home).expect("pass 1");
+    stage.guest_writes(&folder, &mut serving, 3, dice);
+    (serving, home, folder)
+}
+
 fn goes_home(stage: &Stage, home: &Home) -> Result<(), Code> {
     let back = |desk: &Desk<'_>| failback(desk, REPLICA, home.clone(), Switch::Manual, Changed::default());
     stage.at(back).map(drop).map_err(|fail| fail.code)
@@ -89,12 +100,7 @@ impl Drop for Held {
 fn a_change_of_sides_that_got_stuck_is_taken_back_and_made_again() {
     let stage = Stage::new();
     let mut dice = Dice::new(50);
-    let mut serving = replica(&stage, &mut dice);
-    let home = home_of(&stage, vec![1; 2 * MIB]);
-    stage.at(|desk| failover(desk, REPLICA, &LATEST, None, true)).expect("failover");
-    let folder = record(&stage).folder;
-    goes_home(&stage, &home).expect("pass 1");
-    stage.guest_writes(&folder, &mut serving, 3, &mut dice);
+    let (mut serving, home, folder) = halfway_home(&stage, &mut dice);
     // Somebody opens production's image after it was looked at, and before it is written to.
     let held: parking_lot::Mutex<Option<Held>> = parking_lot::Mutex::default();
     let opens = |moved: Moved| {
@@ -130,12 +136,7 @@ fn a_change_of_sides_that_got_stuck_is_taken_back_and_made_again() {
 fn a_stamp_that_cannot_be_put_publishes_no_point() {
     let stage = Stage::new();
     let mut dice = Dice::new(57);
-    let mut serving = replica(&stage, &mut dice);
-    let home = home_of(&stage, vec![1; 2 * MIB]);
-    stage.at(|desk| failover(desk, REPLICA, &LATEST, None, true)).expect("failover");
-    let folder = record(&stage).folder;
-    goes_home(&stage, &home).expect("pass 1");
-    stage.guest_writes(&folder, &mut serving, 3, &mut dice);
+    let (serving, home, folder) = halfway_home(&stage, &mut dice);
     // A folder in its place: nothing can be renamed over it.
     let (stamp, kept) = (folder.join("replica.json"), folder.join("kept.json"));
     let turns = |moved: Moved| {
