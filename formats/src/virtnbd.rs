@@ -335,11 +335,9 @@ impl Layer for VirtnbdLayer {
         out.clear();
         let bytes = self.file.read(block.offset, block.stored_len.into(), "a compressed piece")?;
         let len = usize::try_from(block.raw_len).unwrap_or(usize::MAX);
-        lz4_frame::decode(&bytes, len, out).map_err(|what| Error::BadBlock {
-            path: self.label().into(),
-            offset: block.offset,
-            len: block.stored_len.into(),
-            what,
+        lz4_frame::decode(&bytes, len, out).map_err(|what| {
+            out.clear();
+            Error::BadBlock { path: self.label().into(), offset: block.offset, len: block.stored_len.into(), what }
         })
     }
 }

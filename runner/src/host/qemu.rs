@@ -315,6 +315,7 @@ fn check_limits(shape: &Shape) -> Result<()> {
 struct Attempt {
     child: Option<Child>,
     running: Running,
+    places: Places,
     log_start: u64,
 }
 
@@ -329,11 +330,14 @@ impl Attempt {
         command::leave_terminal(&mut program);
         let mut child = program.spawn().map_err(|e| Error::io(Path::new(PROGRAM), "start", e))?;
         let Some(process) = Process::of(child.id()) else {
+            // It ended before it could be looked at.
             let status = child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
+            command::forget_sockets(command.places());
             return Err(Error::Start { program: PROGRAM.into(), status, said: said(&log, log_start) });
         };
         let running = command.running(process, log);
-        Ok(Self { child: Some(child), running, log_start })
+        let places = command.places().clone();
+        Ok(Self { child: Some(child), running, places, log_start })
     }
 
     /// Waits for the monitor, or for the process to end.
@@ -372,9 +376,7 @@ impl Drop for Attempt {
         let Some(mut child) = self.child.take() else { return };
         let _ = child.kill();
         let _ = child.wait();
-        for socket in command::sockets(&self.running) {
-            let _ = fs::remove_file(socket);
-        }
+        command::forget_sockets(&self.places);
     }
 }
 

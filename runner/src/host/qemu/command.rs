@@ -243,10 +243,11 @@ pub(super) fn running(process: Process, places: &Places, accel: Accel, log: Path
     }
 }
 
-/// The sockets a machine makes.
-pub(super) fn sockets(running: &Running) -> impl Iterator<Item = PathBuf> {
-    let named = [&running.orders, &running.events, &running.console].map(PathBuf::clone);
-    named.into_iter().chain([running.orders.with_file_name("agent.sock")]).chain(running.screen.clone())
+/// Removes the sockets that a machine made and has left.
+pub(super) fn forget_sockets(places: &Places) {
+    for name in ["qmp.sock", "events.sock", "console.sock", "agent.sock", "vnc.sock"] {
+        let _ = std::fs::remove_file(socket(places, name));
+    }
 }
 
 fn old_board(shape: &Shape) -> bool {

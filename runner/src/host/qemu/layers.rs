@@ -128,7 +128,7 @@ pub(super) fn merge(orders: &mut Qmp, index: usize, base: &Path, size: u64) -> R
 
 /// Cuts off what an image has behind the end of its disk: the length of a layer that was larger.
 fn cut(orders: &mut Qmp, image: &Stand, size: u64) -> Result<()> {
-    let size = size.next_multiple_of(SECTOR_BYTES);
+    let size = size.checked_next_multiple_of(SECTOR_BYTES).unwrap_or(u64::MAX);
     if image.size > size {
         orders.execute("block_resize", json!({ "node-name": image.node, "size": size }), LAST_TIMEOUT)?;
     }
