@@ -138,7 +138,6 @@ fn open_for_change(file: &Path) -> bool {
 }
 
 #[test]
-#[ignore = "about one round in forty QEMU never answers blockdev-reopen, nor anything after it; not understood yet"]
 fn keep_survives_the_death_of_everybody() {
     let ledger = Ledger::begin("kills while a recovery is kept");
     let site = Site::new();

@@ -10,6 +10,7 @@
 //! - It ends when the door ends in order, when the session is no longer to be served, or when the door
 //!   dies faster than [`Policy`] allows; then the session is `Interrupted` or `Failed`, and says why.
 //! - The supervisor's own death does not touch the door. The next one takes over by waiting for it.
+//! - Of two supervisors the one without the door has no queue: a caller in it would never be answered.
 //!
 //! Not here: what the door's process does (`serve`), which command starts it.
 
@@ -20,7 +21,7 @@ use std::{
     os::{
         fd::OwnedFd,
         unix::{
-            fs::{OpenOptionsExt, PermissionsExt},
+            fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
             net::UnixListener,
             process::ExitStatusExt,
         },
@@ -80,14 +81,17 @@ pub fn supervise(
     let mut deaths: VecDeque<Instant> = VecDeque::new();
     let mut queue: Option<Queue> = None;
     loop {
-        // A door that outlived its supervisor.
+        // A door that outlived its supervisor, or that of another one which was started while ours was dead.
         while folder.owner()?.is_some() && !stop() {
+            // Whoever waits in our queue would wait for ever: that door answers on another.
+            queue = None;
             std::thread::sleep(LOOK_EVERY);
         }
         if stop() || !folder.load()?.state.serves() {
             return Ok(());
         }
-        if queue.is_none() {
+        if !queue.as_ref().is_some_and(Queue::is_there) {
+            drop(queue.take());
             queue = Some(Queue::bind(&folder.load()?)?);
         }
         let input = queue.as_ref().map_or_else(|| Ok(Stdio::null()), Queue::input)?;
@@ -115,6 +119,8 @@ pub fn supervise(
 struct Queue {
     listener: UnixListener,
     path: PathBuf,
+    /// Of the name: another supervisor may have put its own socket there.
+    inode: u64,
 }
 
 impl Queue {
@@ -129,7 +135,13 @@ impl Queue {
         let failed = |e| Error::io(&path, "listen", e);
         let listener = UnixListener::bind(&path).map_err(failed)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
-        Ok(Self { listener, path })
+        let inode = fs::symlink_metadata(&path).map_err(failed)?.ino();
+        Ok(Self { listener, path, inode })
+    }
+
+    /// Whether callers of the name still come to this socket.
+    fn is_there(&self) -> bool {
+        fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode)
     }
 
     fn input(&self) -> Result<Stdio> {
@@ -140,7 +152,9 @@ impl Queue {
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
+        if self.is_there() {
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 

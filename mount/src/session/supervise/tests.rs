@@ -110,3 +110,44 @@ fn a_long_log_is_set_aside() {
     assert_eq!(fs::read_to_string(&log).expect("log"), "out\nerr\n");
     assert!(tmp.path().join("door.log.1").exists());
 }
+
+#[test]
+fn nobody_waits_in_the_queue_of_a_supervisor_whose_place_was_taken() {
+    use std::{io::Read, os::unix::net::UnixStream};
+
+    let tmp = tempfile::tempdir().expect("tempdir");
+    let dir: PathBuf = fs::canonicalize(tmp.path()).expect("path").join("s");
+    let chain = ChainSpec::Nbd { uri: "nbd://backup/vda".into() };
+    let disk = DiskSpec { name: "vda".into(), chain, size: 4096, fingerprint: "ab".repeat(32) };
+    let spec = Spec::new("db", &dir, &tmp.path().join("r"), vec![disk], Options::default(), Timestamp::now());
+    let spec = spec.expect("spec");
+    let folder = Folder::create(&spec).expect("create");
+    for state in MOUNTED {
+        folder.transition(*state, "test", None).expect("legal");
+    }
+    let (caller, place) = (Cell::new(None), Cell::new(None));
+    let mut start = |_: Stdio| {
+        // A machine that reconnects; its door dies, and another one takes the place before the next is started.
+        let stream = UnixStream::connect(spec.nbd_socket()).expect("connect");
+        caller.set(Some(stream));
+        place.set(Some(folder.own().expect("own")));
+        fs::remove_file(spec.nbd_socket()).expect("the other one's");
+        fs::write(spec.nbd_socket(), "").expect("the other one's");
+        sh("kill -9 $$")
+    };
+    // Looked at while it waits: once it has ended, its queue is gone anyhow.
+    let (looks, released) = (Cell::new(0), Cell::new(false));
+    let stop = || {
+        looks.set(looks.get() + 1);
+        if let Some(mut stream) = caller.take() {
+            stream.set_nonblocking(true).expect("a socket");
+            released
+                .set(stream.read(&mut [0; 8]).map_or_else(|e| e.kind() == io::ErrorKind::ConnectionReset, |n| n == 0));
+            caller.set(Some(stream));
+        }
+        released.get() || looks.get() > 100
+    };
+    supervise(&folder, QUICK, &mut start, &stop).expect("it was told to stop");
+    assert!(released.get(), "the caller still waits");
+    assert!(spec.nbd_socket().exists(), "the other one's socket stays");
+}
