@@ -112,10 +112,15 @@ mod tests {
             door.args(mode).args(["-t", "-f", "qcow2", "-k"]).arg(&socket).arg(&image);
             let mut door = door.spawn().expect("qemu-nbd");
             let pid = door.id();
-            while !socket.exists() {
+            // It listens before it has the image open.
+            let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+            let holders = loop {
+                if let Some(holders) = by(&image, Against::Anybody).expect("look") {
+                    break holders;
+                }
+                assert!(std::time::Instant::now() < until, "it is not open");
                 std::thread::sleep(std::time::Duration::from_millis(5));
-            }
-            let holders = by(&image, Against::Anybody).expect("look").expect("it is open");
+            };
             assert!(holders.iter().any(|holder| holder.contains(&pid.to_string())), "{holders:?}");
             assert_eq!(by(&image, Against::Writers).expect("look").is_some(), writes, "{mode:?}");
             door.kill().expect("kill");

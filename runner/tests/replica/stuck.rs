@@ -81,7 +81,9 @@ impl Held {
         let socket = image.with_extension("held");
         let door = Command::new("qemu-nbd").args(["-t", "-f", "qcow2", "-k"]).arg(&socket).arg(image).spawn();
         let held = Self(door.expect("qemu-nbd"));
-        while !socket.exists() {
+        // It listens before it has the image open: until others are refused the image.
+        let free = || Command::new("qemu-img").arg("info").arg(image).output().expect("qemu-img").status.success();
+        while !socket.exists() || free() {
             std::thread::sleep(Duration::from_millis(5));
         }
         fs::remove_file(socket).expect("remove");
