@@ -319,6 +319,8 @@ fn production_that_another_program_has_open_is_neither_read_nor_written() {
         while !socket.exists() {
             std::thread::sleep(Duration::from_millis(10));
         }
+        // It listens a moment before it has the image open.
+        std::thread::sleep(Duration::from_millis(500));
         door
     };
     let writer = hold(&[]);
