@@ -15,6 +15,15 @@ use crate::harness::{Outcome, Room};
 /// Longest wait for anything.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// Waits until it is so.
+pub(crate) fn wait(what: &str, is_so: impl Fn() -> bool) {
+    let until = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < until, "{what}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// A process that carries work out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Carrier {

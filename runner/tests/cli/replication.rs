@@ -4,14 +4,17 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
 
 use serde_json::Value;
 
-use crate::harness::{Outcome, Room};
+use crate::{
+    carrier::{Process, wait},
+    harness::{Outcome, Room},
+};
 
 const MIB: usize = 1 << 20;
 const CLUSTER: usize = 64 << 10;
@@ -145,9 +148,20 @@ impl Site {
     }
 
     /// Begins a run that somebody will kill.
-    pub(crate) fn begin(&self) -> Child {
-        let mut command = self.room.command(["-c", "site.toml", "run", "dr", "--json"]);
-        command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("a run")
+    pub(crate) fn begin(&self) -> Process {
+        Process::start(self.room.command(["-c", "site.toml", "run", "dr", "--json"]))
+    }
+
+    /// Fills the disks with one byte; the first one with so much of it that a slow run marks where it is several times.
+    pub(crate) fn fill_long(&mut self, byte: u8) {
+        self.disks[0].1.resize(16 * MIB, byte);
+        self.disks.iter_mut().for_each(|disk| disk.1.fill(byte));
+        self.put_production();
+    }
+
+    /// Waits until a run has marked how far it has come in the first disk of its first point.
+    pub(crate) fn wait_for_mark(&self) {
+        wait("no mark is put", || self.room.path("dr/db01_replica/vda/1.qcow2.mark").exists());
     }
 
     /// Changes a line of the site file.
@@ -466,7 +480,7 @@ fn a_killed_run_goes_on_in_the_same_point() {
     site.put_production();
     site.back_up("r1", false);
     let total: u64 = 24 * MIB as u64;
-    let mut run = site.begin();
+    let run = site.begin();
     let mark = site.room.path("dr/db01_replica/vda/1.qcow2.mark");
     let until = Instant::now() + Duration::from_secs(60);
     let done =
@@ -478,8 +492,7 @@ fn a_killed_run_goes_on_in_the_same_point() {
             _ => thread::sleep(Duration::from_millis(20)),
         }
     };
-    run.kill().expect("a kill");
-    run.wait().expect("it ends");
+    assert!(run.kill(), "it was killed on its way");
     assert_eq!(site.json(&["replicas"]).one("replica")["points"], 0, "half a point is no point");
     site.rewrite("limits = { read = \"4MiB/s\" }", "");
     let ran = site.json(&["run", "dr"]);
@@ -495,14 +508,7 @@ fn a_killed_run_goes_on_in_the_same_point() {
 #[test]
 fn a_new_point_begins_a_run() {
     let mut site = Site::new("schedule = { on_new_point = true }");
-    let mut serve = Killed(
-        site.room
-            .command(["-c", "site.toml", "serve"])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("serve"),
-    );
+    let serve = Process::start(site.room.command(["-c", "site.toml", "serve"]));
     for count in 1..=2 {
         site.change(1);
         site.back_up("r1", false);
@@ -517,7 +523,7 @@ fn a_new_point_begins_a_run() {
         }
         site.assert_point(site.points().last().expect("a point"), &site.disks);
     }
-    serve.0.kill().expect("a kill");
+    serve.kill();
 }
 
 #[test]
@@ -601,13 +607,4 @@ fn a_full_target_costs_the_run_and_nothing_else() {
     assert!(grown.expect("mount").success());
     site.replicate();
     site.assert_point(&site.points()[1], &site.disks);
-}
-
-struct Killed(Child);
-
-impl Drop for Killed {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }

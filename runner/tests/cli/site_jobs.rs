@@ -4,13 +4,16 @@
 use std::{
     fs,
     io::{BufRead, BufReader},
-    process::{Child, Stdio},
+    process::Stdio,
     time::{Duration, Instant},
 };
 
 use serde_json::Value;
 
-use crate::harness::{Outcome, Room};
+use crate::{
+    carrier::Process,
+    harness::{Outcome, Room},
+};
 
 /// A room with a repository, an image of a machine and a site file with jobs.
 fn site(schedule: &str, more: &str) -> Room {
@@ -112,21 +115,11 @@ fn a_catalogue_that_cannot_be_used_is_one_error() {
     assert_eq!((outcome.code, outcome.one("error")["code"].as_str()), (13, Some("E_NET")), "{}", outcome.stdout);
 }
 
-/// `serve`, killed when the test ends early.
-struct Serve(Child);
-
-impl Drop for Serve {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[test]
 fn serve_begins_runs_and_stops_in_order() {
     let room = site("schedule = { continuous = true }", "");
     let mut command = room.command(with(&["serve", "--json"]));
-    let mut serve = Serve(command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("serve"));
+    let mut serve = Process(command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("serve"));
     let mut lines = BufReader::new(serve.0.stdout.take().expect("stdout")).lines();
     let until = Instant::now() + Duration::from_secs(60);
     let mut seen = Vec::new();
