@@ -417,6 +417,39 @@ fn a_replica_of_a_running_machine_is_its_disks_of_one_moment() {
     assert_eq!(out.one("replicated")["bytes_written"], 128 << 10);
 }
 
+/// Who is killed, and who carries the run out: the carrier alone, the machine, or the command together with the guard that
+/// clears up after it.
+const VICTIMS: [(&str, Carrier); 5] = [
+    ("commands killed", Carrier::Command),
+    ("machines killed", Carrier::Command),
+    ("workers killed", Carrier::Worker),
+    ("services killed", Carrier::Serve),
+    ("commands and guards killed", Carrier::Command),
+];
+
+/// Begins a run and kills QEMU after that time; whether the run was still at it. A run whose machine has ended ends.
+fn kill_the_machine(machine: &mut Machine, after: Duration) -> bool {
+    let mut process = Carrier::Command.begins(&machine.room, "b");
+    std::thread::sleep(after);
+    let runs = process.runs();
+    let mut qemu = machine.child.take().expect("running");
+    qemu.kill().expect("kill");
+    qemu.wait().expect("gone");
+    process.ends();
+    runs
+}
+
+/// Compares a point with the disk as it was in the round whose number is in its first byte; that number.
+fn compared_by_mark(machine: &Machine, id: &str, kept: &BTreeMap<u8, PathBuf>) -> u8 {
+    let out = machine.room.text("vda.raw");
+    let _ = fs::remove_file(&out);
+    machine.room.ok(["export", &format!("db01@{id}:vda"), &out]);
+    let mark = fs::read(&out).expect("read")[0];
+    let oracle = kept.get(&mark).unwrap_or_else(|| panic!("{id} holds {mark}")).display().to_string();
+    tool("qemu-img", &["compare", "-q", "-f", "raw", "-F", "raw", &out, &oracle]);
+    mark
+}
+
 #[test]
 fn points_of_a_running_machine_survive_kills_of_the_run_and_of_qemu() {
     let mut machine = Machine::new(&["vda"]);
@@ -436,25 +469,15 @@ fn points_of_a_running_machine_survive_kills_of_the_run_and_of_qemu() {
         fs::rename(machine.image("vda"), &oracle).expect("rename");
         let mut since = newest_run(&machine.room, "b");
         let after = moment(&mut dice, takes);
-        // Who carries it out, the machine, or the command together with the guard that clears up after it.
-        let carrier =
-            [Carrier::Command, Carrier::Command, Carrier::Worker, Carrier::Serve, Carrier::Command][round as usize % 5];
-        let who =
-            ["commands killed", "machines killed", "workers killed", "services killed", "commands and guards killed"];
-        let killed = match round % 5 {
-            1 => {
-                let mut process = carrier.begins(&machine.room, "b");
-                std::thread::sleep(after);
-                let runs = process.runs();
-                let mut qemu = machine.child.take().expect("running");
-                qemu.kill().expect("kill");
-                qemu.wait().expect("gone");
-                // A run whose machine has ended ends, and another one is made.
-                process.ends();
+        let (who, carrier) = VICTIMS[round as usize % VICTIMS.len()];
+        let killed = match who {
+            "machines killed" => {
+                let killed = kill_the_machine(&mut machine, after);
                 since = newest_run(&machine.room, "b");
-                runs
+                machine.start(&["vda"]);
+                killed
             }
-            4 => {
+            "commands and guards killed" => {
                 let process = carrier.begins(&machine.room, "b");
                 std::thread::sleep(after);
                 let guarded = kill_all(&machine.room, "--monitor") > 0;
@@ -463,10 +486,7 @@ fn points_of_a_running_machine_survive_kills_of_the_run_and_of_qemu() {
             }
             _ => carrier.is_killed(&machine.room, "b", after),
         };
-        *counts.entry(who[round as usize % 5]).or_insert(0u64) += u64::from(killed);
-        if machine.child.is_none() {
-            machine.start(&["vda"]);
-        }
+        *counts.entry(who).or_insert(0u64) += u64::from(killed);
         // The machine's disk is whatever it was: nothing of ours is in it, and the next run finds its way.
         let now = machine.image("vda");
         tool(
@@ -486,13 +506,7 @@ fn points_of_a_running_machine_survive_kills_of_the_run_and_of_qemu() {
         let mut seen = Vec::new();
         for id in ids {
             if !marks.contains_key(id) || id == other || round + 1 >= rounds(5) {
-                let out = machine.room.text("vda.raw");
-                let _ = fs::remove_file(&out);
-                machine.room.ok(["export", &format!("db01@{id}:vda"), &out]);
-                let mark = fs::read(&out).expect("read")[0];
-                let oracle = kept.get(&mark).unwrap_or_else(|| panic!("{id} holds {mark}")).display().to_string();
-                tool("qemu-img", &["compare", "-q", "-f", "raw", "-F", "raw", &out, &oracle]);
-                marks.insert(id.to_owned(), mark);
+                marks.insert(id.to_owned(), compared_by_mark(&machine, id, &kept));
                 compared += 1;
             }
             seen.push(marks[id]);
