@@ -163,6 +163,7 @@ impl<'a, W: Serialize> Plan<'a, W> {
     /// # Errors
     /// The journal's: nothing was done after it refused.
     pub fn execute(&self, mut at: Progress<W>, journal: &dyn Journal) -> Result<End<W>> {
+        let mut why = None;
         while at.going == Going::Forward {
             let Some(step) = self.steps.get(at.cursor as usize) else { return Ok(End::Done(at.work)) };
             note(&at, step.name, journal)?;
@@ -171,16 +172,22 @@ impl<'a, W: Serialize> Plan<'a, W> {
                     at.cursor += 1;
                     note(&at, step.name, journal)?;
                 }
-                Err(fail) if (at.cursor as usize) < self.turn => turn_back(&mut at, &fail),
+                Err(fail) if (at.cursor as usize) < self.turn => {
+                    turn_back(&mut at, &fail);
+                    why = Some(fail);
+                }
                 Err(fail) => return Ok(End::Stuck(at.work, fail)),
             }
         }
-        self.back(at, journal)
+        // What failed under our own eyes is told whole, with where it was and what helps.
+        let because = why.unwrap_or_else(|| {
+            let (code, what) = at.because.clone().unwrap_or_default();
+            Fail::new(Code::find(&code).unwrap_or(Code::Failed), what)
+        });
+        self.back(at, because, journal)
     }
 
-    fn back(&self, mut at: Progress<W>, journal: &dyn Journal) -> Result<End<W>> {
-        let (code, what) = at.because.clone().unwrap_or_default();
-        let because = Fail::new(Code::find(&code).unwrap_or(Code::Failed), what);
+    fn back(&self, mut at: Progress<W>, because: Fail, journal: &dyn Journal) -> Result<End<W>> {
         loop {
             // The step at the cursor may be half done, so it is taken back as well.
             if let Some(step) = self.steps.get(at.cursor as usize) {

@@ -219,7 +219,7 @@ fn work(context: &Context, args: &Args, catalogue: &Catalogue, (name, act): (&st
             let text = |key: &str| failed.as_ref().and_then(|o| o.get(key)).and_then(|v| v.as_str()).map(str::to_owned);
             let code = text("code").as_deref().and_then(Code::find).unwrap_or(Code::Failed);
             let what = text("why").unwrap_or_else(|| format!("session {id} ended without doing it"));
-            Err(Fail::new(code, what).help(format!("aquifer sessions {id}")))
+            Err(Fail::new(code, what).help(text("do").unwrap_or_else(|| format!("aquifer sessions {id}"))))
         }
     }
 }

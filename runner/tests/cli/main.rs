@@ -21,6 +21,7 @@ mod measure;
 #[allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "shared with the tests of the other rooms")]
 mod postgres;
 mod proxies;
+mod recall;
 mod reclaim;
 mod replication;
 mod replication_killed;
