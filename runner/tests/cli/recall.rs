@@ -30,15 +30,18 @@ pub(crate) fn as_printed(site: &Site, error: &Value) -> Outcome {
     Outcome::of(command.output().expect("it runs"))
 }
 
+/// Files, with their bytes.
+type Files = Vec<(String, Vec<u8>)>;
+
 /// What would tell of an effect: the record, its points, and every file of its folder with its bytes.
-fn as_it_is(site: &Site) -> (String, Vec<Value>, Vec<(String, Vec<u8>)>) {
+fn as_it_is(site: &Site) -> (String, Vec<Value>, Files) {
     let catalogue = site.room.catalogue();
     let points = catalogue.points_of::<PointRecord>(REPLICA).expect("points");
     let points = points.into_iter().map(|row| serde_json::to_value(row.record).expect("json")).collect();
     (format!("{:?}", site.record()), points, files(&site.room.path("dr").join(REPLICA)))
 }
 
-fn files(folder: &Path) -> Vec<(String, Vec<u8>)> {
+fn files(folder: &Path) -> Files {
     let mut all = Vec::new();
     for entry in fs::read_dir(folder).expect("a folder").flatten() {
         let path = entry.path();
@@ -187,9 +190,7 @@ fn what_was_changed_from_outside_takes_over_by_force_and_only_then() {
     let changed = site.refused(&["failover", REPLICA, "--network", "none", "--no-start"], "E_BLOCK_CORRUPT");
     let now = as_it_is(&site);
     assert!((&now.1, &now.0) == (&before.1, &before.0), "no effect on what is known: {changed}");
-    let layers = |all: &[(String, Vec<u8>)]| -> Vec<_> {
-        all.iter().filter(|(name, _)| name.contains(".qcow2")).cloned().collect()
-    };
+    let layers = |all: &Files| -> Files { all.iter().filter(|(name, _)| name.contains(".qcow2")).cloned().collect() };
     assert!(layers(&now.2) == layers(&before.2), "nor on what is there");
     assert!(site.running("dr").is_none());
     for args in [&["failover", REPLICA, "--planned", "--force"][..], &["failover", "--plan", "all", "--force"]] {
