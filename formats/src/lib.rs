@@ -12,12 +12,16 @@
 
 pub mod aql;
 pub mod codec;
+mod document;
 pub mod error;
 pub mod gate;
 pub mod layer;
+pub mod longhorn;
+mod lz4_frame;
 pub mod lzop;
 #[cfg(test)]
 mod made;
+mod objects;
 pub mod ova;
 pub mod pbs;
 #[doc(hidden)]
@@ -30,6 +34,7 @@ mod runs;
 pub mod storage;
 mod tables;
 mod tar;
+mod unzip;
 pub mod vbk;
 pub mod vdi;
 pub mod vhd;

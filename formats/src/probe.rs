@@ -46,6 +46,12 @@ pub enum Format {
     Virtnbdbackup,
     /// Machine export of XenServer and XCP-ng.
     Xva,
+    /// Point of a Xen Orchestra remote, or a disk of it: a VHD whose parts are files of a folder.
+    Xo,
+    /// Backup in a backup store of Longhorn.
+    Longhorn,
+    /// Version in a storage of Benji, or an export of versions.
+    Benji,
 }
 
 /// Longest head any magic below needs, in bytes.
@@ -78,7 +84,7 @@ static MAGICS: [(Format, usize, &[u8]); 16] = [
 
 impl Format {
     /// Every format, in the order messages list them.
-    pub const ALL: [Format; 13] = [
+    pub const ALL: [Format; 16] = [
         Format::Raw,
         Format::Qcow2,
         Format::Aql,
@@ -92,6 +98,9 @@ impl Format {
         Format::Vbk,
         Format::Virtnbdbackup,
         Format::Xva,
+        Format::Xo,
+        Format::Longhorn,
+        Format::Benji,
     ];
 
     /// The name people type.
@@ -110,14 +119,36 @@ impl Format {
             Format::Vbk => "vbk",
             Format::Virtnbdbackup => "virtnbdbackup",
             Format::Xva => "xva",
+            Format::Xo => "xo",
+            Format::Longhorn => "longhorn",
+            Format::Benji => "benji",
         }
     }
 
     /// The format whose magic number starts `head`, if any. Never [`Format::Raw`].
     pub fn of_head(head: &[u8]) -> Option<Format> {
         let starts = |at: usize, magic: &[u8]| head.get(at..).is_some_and(|tail| tail.starts_with(magic));
-        MAGICS.iter().find(|(_, at, magic)| starts(*at, magic)).map(|(format, _, _)| *format)
+        let known = MAGICS.iter().find(|(_, at, magic)| starts(*at, magic)).map(|(format, _, _)| *format);
+        known.or_else(|| of_text(head))
     }
+}
+
+/// Documents have no magic number, but their writers put the same words first.
+fn of_text(head: &[u8]) -> Option<Format> {
+    let says = |word: &str| head.windows(word.len()).any(|part| part == word.as_bytes());
+    if head.starts_with(b"{\"Name\":") && says("\"VolumeName\":") {
+        return Some(Format::Longhorn);
+    }
+    if head.starts_with(b"{\"metadata_version\":") && says("\"versions\":[") {
+        return Some(Format::Benji);
+    }
+    if head.starts_with(b"{") && (says("\"isVhdDifferencing\":") || says("\"jobId\":") && says("\"mode\":")) {
+        return Some(Format::Xo);
+    }
+    // The path of a folder, shorter than any head.
+    let path = head.trim_ascii_end();
+    let is_plain = |byte: &u8| byte.is_ascii_graphic() || *byte == b' ';
+    (head.len() < HEAD_BYTES && path.ends_with(b".vhd") && path.iter().all(is_plain)).then_some(Format::Xo)
 }
 
 /// The program that takes off the wrapping which `head` begins with, where it is a known one. A wrapped

@@ -6,8 +6,36 @@
 //! Invariants
 //! - Consecutive pieces that say the same (or lie one after the other in one file) are one run.
 //! - A broken piece spoils only its own range: a run that reaches it ends before it.
+//!
+//! [`layer_in_pieces`] writes the methods of a layer that are the same for all such formats.
 
 use crate::{Content, Error, Result};
+
+/// The methods of a [`crate::Layer`] that follow from its `piece(&self, at, end)`; and, for one whose bytes all lie in one
+/// [`crate::tables::TableFile`], those that tell of its file. The fields that lead to that are named.
+macro_rules! layer_in_pieces {
+    () => {
+        fn lookup(&self, offset: u64, len_max: u64) -> $crate::Result<($crate::Content, u64)> {
+            $crate::runs::lookup(self.label(), self.size(), offset, len_max, |at, end| self.piece(at, end))
+        }
+
+        fn scan(&self, offset: u64, len: u64, each: &mut dyn FnMut(u64, u64, $crate::Content)) -> $crate::Result<()> {
+            $crate::runs::scan(self.size(), offset, len, each, |at, end| self.piece(at, end))
+        }
+    };
+    ($($file:ident).+) => {
+        $crate::runs::layer_in_pieces!();
+
+        fn file(&self, slot: $crate::FileSlot) -> $crate::Result<&std::sync::Arc<dyn $crate::Storage>> {
+            self.$($file).+.only(slot)
+        }
+
+        fn file_id(&self, _slot: $crate::FileSlot) -> u64 {
+            self.$($file).+.id
+        }
+    };
+}
+pub(crate) use layer_in_pieces;
 
 /// The run at `offset`, in at most `len_max` bytes of a disk of `size` bytes.
 pub(crate) fn lookup(

@@ -14,7 +14,7 @@ use zerocopy::{
     byteorder::little_endian::{U32, U64},
 };
 
-use crate::{BlockRef, Content, Error, FileSlot, Layer, Result, SECTOR_BYTES, Storage, runs, tables::TableFile};
+use crate::{BlockRef, Content, Error, Layer, Result, SECTOR_BYTES, Storage, tables::TableFile};
 
 const SIGNATURE: u32 = 0xbeda_107f;
 const VERSION: u32 = 0x1_0001;
@@ -143,21 +143,7 @@ impl Layer for VdiLayer {
         self.block_bytes
     }
 
-    fn lookup(&self, offset: u64, len_max: u64) -> Result<(Content, u64)> {
-        runs::lookup(self.label(), self.size, offset, len_max, |at, end| self.piece(at, end))
-    }
-
-    fn scan(&self, offset: u64, len: u64, each: &mut dyn FnMut(u64, u64, Content)) -> Result<()> {
-        runs::scan(self.size, offset, len, each, |at, end| self.piece(at, end))
-    }
-
-    fn file(&self, slot: FileSlot) -> Result<&Arc<dyn Storage>> {
-        self.file.only(slot)
-    }
-
-    fn file_id(&self, _slot: FileSlot) -> u64 {
-        self.file.id
-    }
+    crate::runs::layer_in_pieces!(file);
 
     fn fingerprint(&self) -> Result<[u8; 32]> {
         let mut hash = self.file.fingerprint("vdi", self.size);

@@ -17,13 +17,11 @@
 //!
 //! Not here: which file holds the point below (`aquifer_vdisk::open`). Plain data has no checksum.
 
-mod lz4_frame;
-
 use std::sync::Arc;
 
 use serde::Deserialize;
 
-use crate::{BlockRef, Codec, Content, Error, FileSlot, Layer, Result, Storage, runs, tables::TableFile};
+use crate::{BlockRef, Codec, Content, Error, Layer, Result, Storage, lz4_frame, tables::TableFile};
 
 /// Bytes of a header.
 const HEAD_BYTES: u64 = 40;
@@ -306,21 +304,7 @@ impl Layer for VirtnbdLayer {
         4096
     }
 
-    fn lookup(&self, offset: u64, len_max: u64) -> Result<(Content, u64)> {
-        runs::lookup(self.label(), self.size(), offset, len_max, |at, end| self.piece(at, end))
-    }
-
-    fn scan(&self, offset: u64, len: u64, each: &mut dyn FnMut(u64, u64, Content)) -> Result<()> {
-        runs::scan(self.size(), offset, len, each, |at, end| self.piece(at, end))
-    }
-
-    fn file(&self, slot: FileSlot) -> Result<&Arc<dyn Storage>> {
-        self.file.only(slot)
-    }
-
-    fn file_id(&self, _slot: FileSlot) -> u64 {
-        self.file.id
-    }
+    crate::runs::layer_in_pieces!(file);
 
     fn fingerprint(&self) -> Result<[u8; 32]> {
         let mut hash = self.file.fingerprint("virtnbdbackup", self.size());

@@ -2,7 +2,8 @@
 //!
 //! Grammar, first rule that fits:
 //! 1. `raw:PATH` is a raw image, named as such (a guest could write any format's magic into its disk).
-//!    `pbs:PATH` and `veeam:PATH` are paths too: a datastore or a snapshot, a backup file or a folder of them.
+//!    `pbs:PATH`, `veeam:PATH`, `xo:PATH`, `longhorn:PATH` and `benji:PATH` are paths too: a store of that product, or a
+//!    point in it.
 //! 2. `nbd://`, `nbds://`, `nbd+unix://`, `nbds+unix://` is an NBD URI. Other `scheme://` are refused.
 //! 3. A word with `/`, or the name of an existing file, is a path.
 //! 4. `MACHINE[@POINT][:DISK]`. The first `@` whose rest reads as a POINT ends the machine's name, so
@@ -65,7 +66,7 @@ pub enum PointRef {
 
 const POINT_ID_CHARS_MIN: usize = 4;
 /// What a path may begin with, to say which store it leads to.
-const STORES: [&str; 2] = ["pbs:", "veeam:"];
+const STORES: [&str; 5] = ["pbs:", "veeam:", "xo:", "longhorn:", "benji:"];
 const SCHEMES: [&str; 4] = ["nbd://", "nbds://", "nbd+unix://", "nbds+unix://"];
 
 impl Source {

@@ -149,6 +149,9 @@ fn format_number(spec: &ChainSpec, path: &Path) -> Result<u8> {
         Some(Format::Vma) => 10,
         Some(Format::Virtnbdbackup) => 11,
         Some(Format::Xva) => 12,
+        Some(Format::Xo) => 13,
+        Some(Format::Longhorn) => 14,
+        Some(Format::Benji) => 15,
         _ => 255,
     })
 }

@@ -20,6 +20,7 @@ use std::{
 use aquifer_formats::{
     Error as FormatError, Layer, Storage as _, aql,
     gate::{Gate, Passage},
+    longhorn::Backup,
     ova::Ova,
     pbs::{Key, PbsLayer},
     probe::{Format, head, probe, wrapping},
@@ -134,6 +135,11 @@ pub fn open_chain(spec: &ChainSpec, cache: Arc<BlockCache>, connect: Connect<'_>
                 Format::Ova => Arc::new(Ova::open(file.storage())?.disk(member)?),
                 Format::Vma => Arc::new(Vma::open(file.storage())?.disk(member)?),
                 Format::Xva => Arc::new(Xva::open(file.storage())?.disk(member)?),
+                Format::Longhorn => {
+                    let backup = Backup::open(file.storage(), file.path())?;
+                    only(&file, backup.volume(), member)?;
+                    Arc::new(backup.disk()?)
+                }
                 other => return Err(unread(&file, &format!("members of {other}")).into()),
             };
             Chain::new(vec![layer], cache)
@@ -167,6 +173,7 @@ pub fn members(path: &Path) -> Result<Vec<String>> {
         Some(Format::Ova) => Ova::open(file.storage())?.disks()?.into_iter().map(str::to_owned).collect(),
         Some(Format::Vma) => Vma::open(file.storage())?.disks().into_iter().map(str::to_owned).collect(),
         Some(Format::Xva) => Xva::open(file.storage())?.disks().into_iter().map(str::to_owned).collect(),
+        Some(Format::Longhorn) => vec![Backup::open(file.storage(), file.path())?.volume().to_owned()],
         Some(Format::Vbk) => veeam::names(&Vbk::open(file.storage())?)?,
         _ => Vec::new(),
     })
@@ -193,6 +200,14 @@ fn small_file(path: &Path) -> Result<Vec<u8>> {
     let mut text = vec![0; usize::try_from(len).unwrap_or_default()];
     file.read_at(0, &mut text).map_err(failed)?;
     Ok(text)
+}
+
+/// Whether the only disk of `file` is the one that is wanted.
+fn only(file: &Passage, disk: &str, wanted: &str) -> Result<()> {
+    if disk == wanted {
+        return Ok(());
+    }
+    Err(FormatError::ChainBroken { path: label(file), what: format!("has no disk {wanted:?}") }.into())
 }
 
 fn probed(first: &Passage) -> Result<Format> {
@@ -255,7 +270,7 @@ fn image_layers(
                 (at, format) = below;
             }
             (other, Some(name)) => return Err(unread(&at, &format!("an internal snapshot {name:?} of {other}")).into()),
-            (Format::Ova | Format::Vma | Format::Vbk | Format::Xva, None) => {
+            (Format::Ova | Format::Vma | Format::Vbk | Format::Xva | Format::Longhorn, None) => {
                 return Err(unread_as(&at, "an archive as one disk; its disks have names".into()).into());
             }
             (other, None) => return Err(unread(&at, other.name()).into()),

@@ -275,7 +275,7 @@ on_disk! {
         slot: U16,
         /// 0 native, 1 foreign
         kind: u8,
-        /// format of a foreign file: 1 qcow2, 2 raw, 3 vmdk, 4 vhdx, 5 vhd, 6 vbk, 7 pbs, 8 vdi, 9 ova, 10 vma, 11 virtnbdbackup, 12 xva, 255 any other
+        /// format of a foreign file: 1 qcow2, 2 raw, 3 vmdk, 4 vhdx, 5 vhd, 6 vbk, 7 pbs, 8 vdi, 9 ova, 10 vma, 11 virtnbdbackup, 12 xva, 13 xo, 14 longhorn, 15 benji, 255 any other
         foreign: u8,
         /// bytes of the hint: a relative path to look at first
         hint_bytes: U16,

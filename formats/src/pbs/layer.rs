@@ -3,13 +3,10 @@
 //! Every snapshot is whole, so a chain has this one layer.
 
 use std::{
-    fmt::Write as _,
-    os::fd::OwnedFd,
     path::Path,
     sync::{Arc, OnceLock},
 };
 
-use rustix::fs::{Mode, OFlags, ResolveFlags};
 use sha2::{Digest as _, Sha256};
 
 use super::{
@@ -19,7 +16,11 @@ use super::{
     index::{Digest, HEAD_BYTES, Index},
     key::Key,
 };
-use crate::{BlockRef, Codec, Content, Error, FileSlot, Layer, Result, Storage, codec, runs, storage::FileStorage};
+use crate::{
+    BlockRef, Codec, Content, Error, Layer, Result, Storage, codec,
+    objects::{Folder, hexadecimal},
+    storage::FileStorage,
+};
 
 /// One disk.
 #[derive(Debug)]
@@ -27,9 +28,7 @@ pub struct PbsLayer {
     pub(super) index: Index,
     key: Option<Arc<Key>>,
     /// The folder of chunks.
-    chunks: OwnedFd,
-    /// Its path, for messages.
-    place: String,
+    chunks: Folder,
     /// What a chunk of zeros is named, open and sealed; made when first asked for.
     zeros: OnceLock<Vec<Digest>>,
 }
@@ -46,12 +45,8 @@ impl PbsLayer {
             path: index.file.label().into(),
             what: format!("it lies in no datastore: no folder above it has a {CHUNKS}"),
         };
-        let place = datastore_of(path).ok_or_else(broken)?.join(CHUNKS);
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let label = place.display().to_string();
-        let chunks =
-            rustix::fs::open(&place, flags, Mode::empty()).map_err(|e| Error::io(&label, "open", 0, e.into()))?;
-        Ok(Self { index, key, chunks, place: label, zeros: OnceLock::new() })
+        let chunks = Folder::open(&datastore_of(path).ok_or_else(broken)?.join(CHUNKS))?;
+        Ok(Self { index, key, chunks, zeros: OnceLock::new() })
     }
 
     /// Whether a chunk of this name is nothing but zeros.
@@ -95,31 +90,14 @@ impl PbsLayer {
 
     /// Opens a chunk by its name.
     fn chunk(&self, digest: &Digest) -> Result<FileStorage> {
-        let name = name_of(digest);
-        let label = format!("{}/{name}", self.place);
-        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-        match rustix::fs::openat2(&self.chunks, name, flags, Mode::empty(), resolve) {
-            Ok(fd) => Ok(FileStorage::from_file(fd.into(), label)),
-            Err(rustix::io::Errno::NOENT) => {
-                Err(Error::ChainBroken { path: label, what: format!("this chunk of {} is missing", self.label()) })
-            }
-            Err(e) => Err(Error::io(label, "open", 0, e.into())),
-        }
+        let name = hexadecimal(digest);
+        let name = format!("{}/{name}", name.get(..4).unwrap_or_default());
+        let missing = || Error::ChainBroken {
+            path: format!("{}/{name}", self.chunks.label()),
+            what: format!("this chunk of {} is missing", self.label()),
+        };
+        self.chunks.find(&name)?.ok_or_else(missing)
     }
-}
-
-/// `8bde/8bde30...`: where the chunk with this digest lies among the chunks.
-fn name_of(digest: &Digest) -> String {
-    let mut name = String::with_capacity(4 + 1 + 64);
-    for byte in digest.iter().take(2) {
-        _ = write!(name, "{byte:02x}");
-    }
-    name.push('/');
-    for byte in digest {
-        _ = write!(name, "{byte:02x}");
-    }
-    name
 }
 
 impl Layer for PbsLayer {
@@ -135,21 +113,7 @@ impl Layer for PbsLayer {
         self.index.chunk_bytes
     }
 
-    fn lookup(&self, offset: u64, len_max: u64) -> Result<(Content, u64)> {
-        runs::lookup(self.label(), self.index.size, offset, len_max, |at, end| self.piece(at, end))
-    }
-
-    fn scan(&self, offset: u64, len: u64, each: &mut dyn FnMut(u64, u64, Content)) -> Result<()> {
-        runs::scan(self.index.size, offset, len, each, |at, end| self.piece(at, end))
-    }
-
-    fn file(&self, slot: FileSlot) -> Result<&Arc<dyn Storage>> {
-        self.index.file.only(slot)
-    }
-
-    fn file_id(&self, _slot: FileSlot) -> u64 {
-        self.index.file.id
-    }
+    crate::runs::layer_in_pieces!(index.file);
 
     /// The index names every byte of the disk by its digest.
     fn fingerprint(&self) -> Result<[u8; 32]> {

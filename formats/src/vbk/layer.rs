@@ -15,9 +15,7 @@ use super::{
     slot::{u32_at, u64_at},
     store::{Digest, Stored},
 };
-use crate::{
-    BlockRef, Content, Error, FileSlot, Layer, Result, Storage, codec::BLOCK_BYTES_MAX, runs, tables::duplicates,
-};
+use crate::{BlockRef, Content, Error, Layer, Result, codec::BLOCK_BYTES_MAX, tables::duplicates};
 
 /// Blocks in one table of a whole disk.
 const TABLE_BLOCKS: u64 = 0x440;
@@ -301,21 +299,7 @@ impl Layer for VbkLayer {
         self.block_bytes.next_power_of_two().max(crate::SECTOR_BYTES)
     }
 
-    fn lookup(&self, offset: u64, len_max: u64) -> Result<(Content, u64)> {
-        runs::lookup(&self.label, self.size, offset, len_max, |at, end| self.piece(at, end))
-    }
-
-    fn scan(&self, offset: u64, len: u64, each: &mut dyn FnMut(u64, u64, Content)) -> Result<()> {
-        runs::scan(self.size, offset, len, each, |at, end| self.piece(at, end))
-    }
-
-    fn file(&self, slot: FileSlot) -> Result<&Arc<dyn Storage>> {
-        self.shared.pages.file.only(slot)
-    }
-
-    fn file_id(&self, _slot: FileSlot) -> u64 {
-        self.shared.pages.file.id
-    }
+    crate::runs::layer_in_pieces!(shared.pages.file);
 
     /// The slot's checksum covers those of the banks, and these cover every block's MD5.
     fn fingerprint(&self) -> Result<[u8; 32]> {

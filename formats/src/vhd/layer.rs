@@ -4,12 +4,8 @@
 //! - A broken entry spoils only its own block.
 //! - A sector whose bit is clear is the parent's in a differencing disk, and zeros in a dynamic one.
 
-use std::sync::Arc;
-
 use super::footer::{Dynamic, Footer, Kind};
-use crate::{
-    BlockRef, Content, Error, FileSlot, Layer, Result, SECTOR_BYTES, Storage, raw::RawLayer, runs, tables::TableFile,
-};
+use crate::{BlockRef, Content, Error, Layer, Result, SECTOR_BYTES, raw::RawLayer, tables::TableFile};
 
 const UNUSED: u32 = u32::MAX;
 /// Entries of the block table that are read at once.
@@ -107,21 +103,7 @@ impl Layer for VhdLayer {
         GRAIN_BYTES
     }
 
-    fn lookup(&self, offset: u64, len_max: u64) -> Result<(Content, u64)> {
-        runs::lookup(self.label(), self.size, offset, len_max, |at, end| self.piece(at, end))
-    }
-
-    fn scan(&self, offset: u64, len: u64, each: &mut dyn FnMut(u64, u64, Content)) -> Result<()> {
-        runs::scan(self.size, offset, len, each, |at, end| self.piece(at, end))
-    }
-
-    fn file(&self, slot: FileSlot) -> Result<&Arc<dyn Storage>> {
-        self.file.only(slot)
-    }
-
-    fn file_id(&self, _slot: FileSlot) -> u64 {
-        self.file.id
-    }
+    crate::runs::layer_in_pieces!(file);
 
     fn fingerprint(&self) -> Result<[u8; 32]> {
         let mut hash = self.file.fingerprint("vhd", self.size);

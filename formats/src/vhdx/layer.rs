@@ -4,10 +4,8 @@
 //! - A broken entry spoils only its own block.
 //! - Only a disk with a parent may have blocks that are stored in part.
 
-use std::sync::Arc;
-
 use super::header::{Guid, Metadata, REGION_UNIT, Region};
-use crate::{BlockRef, Content, Error, FileSlot, Layer, Result, Storage, runs, tables::TableFile};
+use crate::{BlockRef, Content, Error, Layer, Result, tables::TableFile};
 
 /// Bits of a sector bitmap, all of one block of 1 MiB.
 const BITMAP_BITS: u64 = 1 << 23;
@@ -147,21 +145,7 @@ impl Layer for VhdxLayer {
         if self.has_parent { PARTIAL_GRAIN } else { self.block_bytes }
     }
 
-    fn lookup(&self, offset: u64, len_max: u64) -> Result<(Content, u64)> {
-        runs::lookup(self.label(), self.size, offset, len_max, |at, end| self.piece(at, end))
-    }
-
-    fn scan(&self, offset: u64, len: u64, each: &mut dyn FnMut(u64, u64, Content)) -> Result<()> {
-        runs::scan(self.size, offset, len, each, |at, end| self.piece(at, end))
-    }
-
-    fn file(&self, slot: FileSlot) -> Result<&Arc<dyn Storage>> {
-        self.file.only(slot)
-    }
-
-    fn file_id(&self, _slot: FileSlot) -> u64 {
-        self.file.id
-    }
+    crate::runs::layer_in_pieces!(file);
 
     fn fingerprint(&self) -> Result<[u8; 32]> {
         let mut hash = self.file.fingerprint("vhdx", self.size);

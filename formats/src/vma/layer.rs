@@ -4,10 +4,8 @@
 //! - A cluster is in the archive once; a second one is damage.
 //! - Memory is bounded by the archive's length: 16 bytes for each cluster that a header lists.
 
-use std::sync::Arc;
-
 use super::{Device, sum_holds, u32_at, u64_at};
-use crate::{BlockRef, Content, Error, FileSlot, Layer, Result, Storage, runs, tables::TableFile};
+use crate::{BlockRef, Content, Error, Layer, Result, tables::TableFile};
 
 const CLUSTER: u64 = 64 << 10;
 const BLOCK: u64 = 4096;
@@ -126,21 +124,7 @@ impl Layer for VmaLayer {
         BLOCK
     }
 
-    fn lookup(&self, offset: u64, len_max: u64) -> Result<(Content, u64)> {
-        runs::lookup(&self.label, self.size, offset, len_max, |at, end| self.piece(at, end))
-    }
-
-    fn scan(&self, offset: u64, len: u64, each: &mut dyn FnMut(u64, u64, Content)) -> Result<()> {
-        runs::scan(self.size, offset, len, each, |at, end| self.piece(at, end))
-    }
-
-    fn file(&self, slot: FileSlot) -> Result<&Arc<dyn Storage>> {
-        self.file.only(slot)
-    }
-
-    fn file_id(&self, _slot: FileSlot) -> u64 {
-        self.file.id
-    }
+    crate::runs::layer_in_pieces!(file);
 
     fn fingerprint(&self) -> Result<[u8; 32]> {
         let mut hash = self.file.fingerprint("vma", self.size);

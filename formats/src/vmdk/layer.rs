@@ -11,8 +11,7 @@ use super::{
     sparse::Sparse,
 };
 use crate::{
-    BlockRef, Content, Error, FileSlot, Layer, Result, SECTOR_BYTES, Storage, codec, raw::RawLayer, runs,
-    tables::TableFile,
+    BlockRef, Content, Error, FileSlot, Layer, Result, SECTOR_BYTES, Storage, codec, raw::RawLayer, tables::TableFile,
 };
 
 /// Bytes of a grain's marker before its data: first sector of the grain, length of the data.
@@ -149,13 +148,7 @@ impl Layer for VmdkLayer {
         self.grain.max(GRAIN_MIN)
     }
 
-    fn lookup(&self, offset: u64, len_max: u64) -> Result<(Content, u64)> {
-        runs::lookup(&self.label, self.size, offset, len_max, |at, end| self.piece(at, end))
-    }
-
-    fn scan(&self, offset: u64, len: u64, each: &mut dyn FnMut(u64, u64, Content)) -> Result<()> {
-        runs::scan(self.size, offset, len, each, |at, end| self.piece(at, end))
-    }
+    crate::runs::layer_in_pieces!();
 
     fn file(&self, slot: FileSlot) -> Result<&Arc<dyn Storage>> {
         match self.parts.get(usize::from(slot)).map(|part| &part.body) {

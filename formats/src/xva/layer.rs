@@ -5,7 +5,7 @@ use std::sync::Arc;
 use sha1::{Digest as _, Sha1};
 
 use super::{BLOCK_BYTES, xxhash::xxh64};
-use crate::{BlockRef, Codec, Content, Error, FileSlot, Layer, Result, Storage, runs, tables::TableFile};
+use crate::{BlockRef, Codec, Content, Error, Layer, Result, tables::TableFile};
 
 /// Longest checksum member, in bytes.
 const SUM_BYTES_MAX: u64 = 64;
@@ -124,21 +124,7 @@ impl Layer for XvaLayer {
         BLOCK_BYTES
     }
 
-    fn lookup(&self, offset: u64, len_max: u64) -> Result<(Content, u64)> {
-        runs::lookup(&self.label, self.size, offset, len_max, |at, end| self.piece(at, end))
-    }
-
-    fn scan(&self, offset: u64, len: u64, each: &mut dyn FnMut(u64, u64, Content)) -> Result<()> {
-        runs::scan(self.size, offset, len, each, |at, end| self.piece(at, end))
-    }
-
-    fn file(&self, slot: FileSlot) -> Result<&Arc<dyn Storage>> {
-        self.file.only(slot)
-    }
-
-    fn file_id(&self, _slot: FileSlot) -> u64 {
-        self.file.id
-    }
+    crate::runs::layer_in_pieces!(file);
 
     fn fingerprint(&self) -> Result<[u8; 32]> {
         let mut hash = self.file.fingerprint("xva", self.size);

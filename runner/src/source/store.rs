@@ -1,5 +1,5 @@
-//! Whole stores of other products: a folder of Veeam's backup files, a datastore of Proxmox Backup Server. Their
-//! machines and points are listed like a repository's; each point's path is a SOURCE of its own.
+//! Whole stores of other products: a folder of Veeam's backup files, a datastore of Proxmox Backup Server, a backup store
+//! of Longhorn. Their machines and points are listed like a repository's; each point's path is a SOURCE of its own.
 //!
 //! Invariants
 //! - A file that cannot be read is a point that says so, never one that is left out.
@@ -15,7 +15,7 @@ use std::{
 };
 
 use aquifer_formats::{
-    pbs,
+    longhorn, pbs,
     storage::{Access, FileStorage},
     vbk::{Backup, Vbk},
 };
@@ -60,16 +60,22 @@ pub(crate) enum StoreState {
     Corrupted(String),
 }
 
+/// Products whose stores are folders of a known shape.
+const STORES: &str = "Proxmox Backup Server or Longhorn";
+
 /// The points in the folder at `path`, by machine and age; an error where it is no store.
 pub(crate) fn list(path: &Path) -> Result<Vec<StorePoint>> {
     let label = path.display().to_string();
     let folder = fs::canonicalize(path).map_err(|e| Fail::io(&label, "open", &e))?;
     let mut points = match pbs::datastore_holding(&folder) {
         Some(datastore) => of_datastore(&datastore, &folder)?,
-        None => of_backup_files(&folder)?,
+        None => match longhorn::volumes_in(&folder) {
+            Some(volumes) => of_longhorn(&volumes)?,
+            None => of_backup_files(&folder)?,
+        },
     };
     if points.is_empty() {
-        let what = format!("{label} holds no backups that are listed here: files of Veeam, or a datastore of Proxmox");
+        let what = format!("{label} holds no backups that are listed here: files of Veeam, or a store of {STORES}");
         return Err(Fail::new(Code::NotFound, what).at(label));
     }
     points.sort_by(|a, b| (&a.machine, a.created, &a.source).cmp(&(&b.machine, b.created, &b.source)));
@@ -100,6 +106,25 @@ fn of_datastore(datastore: &Path, folder: &Path) -> Result<Vec<StorePoint>> {
         points.push(point);
     }
     Ok(points)
+}
+
+fn of_longhorn(volumes: &Path) -> Result<Vec<StorePoint>> {
+    let point = |stored: longhorn::Stored| StorePoint {
+        machine: stored.volume.clone(),
+        id: stored.name,
+        created: stored.created,
+        // Whichever way it was made, it stands alone.
+        kind: StoreKind::Full,
+        parent: None,
+        state: match stored.refusal {
+            _ if !stored.is_complete => StoreState::Incomplete,
+            None => StoreState::Complete,
+            Some(why) => StoreState::Corrupted(why),
+        },
+        source: stored.path,
+        disks: vec![(stored.volume, stored.size)],
+    };
+    Ok(longhorn::backups(volumes)?.into_iter().map(point).collect())
 }
 
 fn of_backup_files(folder: &Path) -> Result<Vec<StorePoint>> {

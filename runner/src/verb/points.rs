@@ -22,7 +22,8 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Only this machine, as MACHINE, or this point, as MACHINE@POINT; or a store of another product: a folder of
-    /// Veeam's backup files, a datastore of Proxmox Backup Server (pbs:DIR)
+    /// Veeam's backup files, a datastore of Proxmox Backup Server (pbs:DIR), a remote of Xen Orchestra (xo:DIR), a backup
+    /// store of Longhorn (longhorn:DIR), a storage of Benji (benji:DIR)
     #[arg(value_name = "SOURCE")]
     pub source: Option<String>,
 }

@@ -1,10 +1,10 @@
-//! One LZ4 frame, decoded whole: what lies inside compressed pieces.
+//! One LZ4 frame, decoded whole: what lies inside compressed pieces of virtnbdbackup and the blocks of Longhorn.
 //!
 //! Invariants
 //! - Exactly the bytes that the caller expects come out, or it is an error; nothing more is allocated.
 //! - Checksums of blocks and of the content are checked where the frame has them.
 //!
-//! Not here: dictionaries and skippable frames, which that program never writes.
+//! Not here: dictionaries and skippable frames, which those programs never write.
 
 /// First bytes of a frame.
 const MAGIC: u32 = 0x184D_2204;
@@ -19,7 +19,7 @@ const P4: u32 = 0x27D4_EB2F;
 const P5: u32 = 0x1656_67B1;
 
 /// XXH32 with seed 0.
-pub(super) fn xxh32(bytes: &[u8]) -> u32 {
+pub(crate) fn xxh32(bytes: &[u8]) -> u32 {
     let round = |sum: u32, lane: u32| sum.wrapping_add(lane.wrapping_mul(P2)).rotate_left(13).wrapping_mul(P1);
     let (stripes, rest) = bytes.as_chunks::<16>();
     let mut hash = P5;
@@ -49,12 +49,12 @@ pub(super) fn xxh32(bytes: &[u8]) -> u32 {
 
 /// What a frame's header says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Head {
+pub(crate) struct Head {
     is_linked: bool,
     has_block_sums: bool,
     has_sum: bool,
     /// Bytes that come out of it, where it says so.
-    pub(super) content: Option<u64>,
+    pub(crate) content: Option<u64>,
 }
 
 fn take<'a>(from: &mut &'a [u8], len: usize) -> Result<&'a [u8], String> {
@@ -68,12 +68,14 @@ fn number(from: &mut &[u8]) -> Result<u32, String> {
     Ok(bytes.first_chunk::<4>().map_or(0, |bytes| u32::from_le_bytes(*bytes)))
 }
 
+/// First bytes of a frame, as they lie there.
+pub(crate) const MAGIC_BYTES: [u8; 4] = MAGIC.to_le_bytes();
 /// Longest header, in bytes.
-pub(super) const HEAD_BYTES_MAX: u64 = 19;
+pub(crate) const HEAD_BYTES_MAX: u64 = 19;
 
 impl Head {
     /// Reads the header at the beginning of `bytes`, and steps over it.
-    pub(super) fn take(bytes: &mut &[u8]) -> Result<Self, String> {
+    pub(crate) fn take(bytes: &mut &[u8]) -> Result<Self, String> {
         if number(bytes)? != MAGIC {
             return Err("no frame of LZ4 begins here".into());
         }
@@ -100,7 +102,7 @@ impl Head {
 }
 
 /// Decodes the frame that `bytes` are into `out` (cleared first); exactly `len` bytes come out.
-pub(super) fn decode(mut bytes: &[u8], len: usize, out: &mut Vec<u8>) -> Result<(), String> {
+pub(crate) fn decode(mut bytes: &[u8], len: usize, out: &mut Vec<u8>) -> Result<(), String> {
     out.clear();
     let head = Head::take(&mut bytes)?;
     if head.content.is_some_and(|content| content != len as u64) {
