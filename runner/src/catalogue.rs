@@ -33,7 +33,7 @@ use std::{
 };
 
 use sqlx::{
-    AnyPool, Connection, Executor,
+    AnyConnection, AnyPool, Connection, Executor,
     any::{AnyConnectOptions, AnyPoolOptions, install_default_drivers},
 };
 use tokio::runtime::{Builder, Runtime};
@@ -44,7 +44,7 @@ pub use job::{JobState, NewRun, Trigger};
 pub use operation::{End, Operation, OperationId};
 pub use plan_run::PlanRun;
 pub use queue::{Asked, Fence, NewWork, Outcome, Progress, Retries, Work, WorkId, WorkState};
-pub use replica::{PointRow, Stored};
+pub use replica::{Change, PointRow, Stored};
 pub use session::{NewSession, Session, SessionFilter, SessionId, SessionResult, SessionState, Wish};
 pub use slot::Need;
 use transaction::{Fault, Tx};
@@ -70,14 +70,21 @@ pub struct Catalogue {
 
 struct Inner {
     runtime: Runtime,
+    /// For looks.
     pool: AnyPool,
+    /// For changes. SQLite has one writer at a time anyway: one connection lets ours queue up instead of running into
+    /// each other, and the log's name in its folder is made durable once, not by each connection that writes.
+    writer: AnyPool,
     url: Url,
     lease: Duration,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.runtime.block_on(self.pool.close());
+        self.runtime.block_on(async {
+            self.pool.close().await;
+            self.writer.close().await;
+        });
     }
 }
 
@@ -113,8 +120,8 @@ impl Catalogue {
             .enable_all()
             .build()
             .map_err(failed)?;
-        let pool = runtime.block_on(connect(url)).map_err(|fault| fault.said(url, "open"))?;
-        let catalogue = Self { inner: Arc::new(Inner { runtime, pool, url: url.clone(), lease }) };
+        let (pool, writer) = runtime.block_on(connect(url)).map_err(|fault| fault.said(url, "open"))?;
+        let catalogue = Self { inner: Arc::new(Inner { runtime, pool, writer, url: url.clone(), lease }) };
         catalogue.migrate()?;
         Ok(catalogue)
     }
@@ -146,7 +153,7 @@ impl Catalogue {
     }
 
     async fn attempt<T>(&self, body: impl AsyncFn(&mut Tx) -> Result<T, Fault>) -> Result<T, Fault> {
-        let mut tx = Tx::begin(&self.inner.pool, &self.inner.url, self.inner.lease).await?;
+        let mut tx = Tx::begin(&self.inner.writer, &self.inner.url, self.inner.lease).await?;
         let answer = body(&mut tx).await?;
         tx.commit().await?;
         Ok(answer)
@@ -208,40 +215,54 @@ fn prepare_file(path: &std::path::Path) -> Result<()> {
 }
 
 /// One connection, begun as all are.
-async fn probe(options: &AnyConnectOptions, first: &[&'static str]) -> Result<(), Fault> {
-    let mut connection = sqlx::AnyConnection::connect_with(options).await?;
+async fn probe(options: &AnyConnectOptions, first: &[&'static str]) -> Result<AnyConnection, Fault> {
+    let mut connection = AnyConnection::connect_with(options).await?;
     for statement in first {
         connection.execute(*statement).await?;
     }
-    Ok(connection.close().await?)
+    Ok(connection)
 }
 
-async fn connect(url: &Url) -> Result<AnyPool, Fault> {
+/// The connections for looks, and those for changes.
+async fn connect(url: &Url) -> Result<(AnyPool, AnyPool), Fault> {
     let options: AnyConnectOptions = url.driver_text().parse()?;
     let postgres = matches!(url, Url::Postgres(_));
     let first = if postgres { migrate::POSTGRES } else { migrate::SQLITE };
     // A pool tries again and again, and hides why; one connection says what is wrong at once.
     let mut tries = 0;
-    while let Err(fault) = probe(&options, first).await {
-        // The change of a new SQLite file to its log waits for nobody: whoever comes second asks again.
-        if !fault.is_conflict() || tries >= OPENINGS_MAX {
-            return Err(fault);
+    let probed = loop {
+        match probe(&options, first).await {
+            Ok(connection) => break connection,
+            // The change of a new SQLite file to its log waits for nobody: whoever comes second asks again.
+            Err(fault) if fault.is_conflict() && tries < OPENINGS_MAX => {
+                tries += 1;
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            Err(fault) => return Err(fault),
         }
-        tries += 1;
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    let pool = AnyPoolOptions::new()
-        .max_connections(if postgres { 6 } else { 4 })
-        .acquire_timeout(Duration::from_secs(30))
-        .after_connect(move |connection, _| {
-            Box::pin(async move {
-                for statement in first {
-                    connection.execute(*statement).await?;
-                }
-                Ok(())
-            })
-        });
-    Ok(pool.connect_with(options).await?)
+    };
+    let pool_of = |connections| {
+        AnyPoolOptions::new().max_connections(connections).acquire_timeout(Duration::from_secs(30)).after_connect(
+            move |connection, _| {
+                Box::pin(async move {
+                    for statement in first {
+                        connection.execute(*statement).await?;
+                    }
+                    Ok(())
+                })
+            },
+        )
+    };
+    let pools = if postgres {
+        let pool = pool_of(6).connect_with(options).await?;
+        (pool.clone(), pool)
+    } else {
+        let writer = pool_of(1).connect_with(options.clone()).await?;
+        (pool_of(3).connect_lazy_with(options), writer)
+    };
+    // Only now: SQLite tidies up behind the last connection that closes.
+    probed.close().await?;
+    Ok(pools)
 }
 
 #[cfg(test)]

@@ -5,7 +5,10 @@
 //! and goes on: forward from its point of no return on, back before it (or forward, where the plan says so).
 //!
 //! Invariants
-//! - No step runs before the journal has it; no step counts before the journal has that.
+//! - No step runs before the journal has it; no step counts before the journal has that. One note says both: that a step
+//!   is done, and that the next one may have begun. Whoever begins an operation notes its beginning, and whoever ends it
+//!   its end: a note that changes nothing would be a durable write for nothing.
+//! - What a step changes in the journal's own store is changed by its note, wholly or not at all ([`Plan::with`]).
 //! - A journal that refuses ends everything at once, with no further effect: its refusal means that this process may
 //!   not be the one that carries out the operation any more.
 //! - A step that fails before the point of no return takes back itself and all before it, in reverse.
@@ -15,7 +18,10 @@
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use crate::fail::{Code, Fail, Result};
+use crate::{
+    catalogue::Change,
+    fail::{Code, Fail, Result},
+};
 
 /// Which way an operation goes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,21 +70,25 @@ impl<W> Progress<W> {
 
 /// Where the progress of one operation is kept.
 pub trait Journal {
-    /// Keeps `data` as where the operation stands: step `cursor` is next. Called before and after each step.
+    /// Keeps `data` as where the operation stands: step `cursor` is next. `with` is changed at the same moment.
     ///
     /// # Errors
     /// It cannot be kept, or the operation is no longer ours.
-    fn note(&self, cursor: u32, step: &str, data: &Value) -> Result<()>;
+    fn note(&self, cursor: u32, data: &Value, with: &[Change]) -> Result<()>;
 }
 
 /// What a step does.
 pub type Effect<'a, W> = Box<dyn Fn(&mut W) -> Result<()> + 'a>;
+
+/// What changes with the note that a step is done.
+type With<'a, W> = Box<dyn Fn(&W) -> Result<Vec<Change>> + 'a>;
 
 /// One step.
 pub struct Step<'a, W> {
     name: &'static str,
     run: Effect<'a, W>,
     undo: Effect<'a, W>,
+    with: Option<With<'a, W>>,
 }
 
 /// What becomes of an operation that died before its point of no return.
@@ -122,7 +132,7 @@ impl<'a, W: Serialize> Plan<'a, W> {
         run: impl Fn(&mut W) -> Result<()> + 'a,
         undo: impl Fn(&mut W) -> Result<()> + 'a,
     ) -> Self {
-        self.steps.push(Step { name, run: Box::new(run), undo: Box::new(undo) });
+        self.steps.push(Step { name, run: Box::new(run), undo: Box::new(undo), with: None });
         self.turn = self.steps.len();
         self
     }
@@ -130,7 +140,17 @@ impl<'a, W: Serialize> Plan<'a, W> {
     /// Adds a step that is never taken back. All that were added before it are the way to the point of no return.
     #[must_use]
     pub fn final_step(mut self, name: &'static str, run: impl Fn(&mut W) -> Result<()> + 'a) -> Self {
-        self.steps.push(Step { name, run: Box::new(run), undo: Box::new(|_| Ok(())) });
+        self.steps.push(Step { name, run: Box::new(run), undo: Box::new(|_| Ok(())), with: None });
+        self
+    }
+
+    /// Lets the note that the step added last is done change something besides. It is asked again where the step is
+    /// done again.
+    #[must_use]
+    pub fn with(mut self, changes: impl Fn(&W) -> Result<Vec<Change>> + 'a) -> Self {
+        if let Some(step) = self.steps.last_mut() {
+            step.with = Some(Box::new(changes));
+        }
         self
     }
 
@@ -158,7 +178,7 @@ impl<'a, W: Serialize> Plan<'a, W> {
         self.execute(at, journal)
     }
 
-    /// Carries it out from where it stands.
+    /// Carries it out from where it stands, which the journal knows.
     ///
     /// # Errors
     /// The journal's: nothing was done after it refused.
@@ -166,11 +186,13 @@ impl<'a, W: Serialize> Plan<'a, W> {
         let mut why = None;
         while at.going == Going::Forward {
             let Some(step) = self.steps.get(at.cursor as usize) else { return Ok(End::Done(at.work)) };
-            note(&at, step.name, journal)?;
-            match (step.run)(&mut at.work) {
-                Ok(()) => {
+            match (step.run)(&mut at.work).and_then(|()| step.changes(&at.work)) {
+                Ok(with) => {
                     at.cursor += 1;
-                    note(&at, step.name, journal)?;
+                    // Of the last step the end of the operation tells.
+                    if (at.cursor as usize) < self.steps.len() || !with.is_empty() {
+                        note(&at, &with, journal)?;
+                    }
                 }
                 Err(fail) if (at.cursor as usize) < self.turn => {
                     turn_back(&mut at, &fail);
@@ -189,19 +211,25 @@ impl<'a, W: Serialize> Plan<'a, W> {
 
     fn back(&self, mut at: Progress<W>, because: Fail, journal: &dyn Journal) -> Result<End<W>> {
         loop {
+            // Which way it goes is known before anything is taken back.
+            note(&at, &[], journal)?;
             // The step at the cursor may be half done, so it is taken back as well.
-            if let Some(step) = self.steps.get(at.cursor as usize) {
-                note(&at, step.name, journal)?;
-                if let Err(fail) = (step.undo)(&mut at.work) {
-                    return Ok(End::Stuck(at.work, fail));
-                }
+            if let Some(step) = self.steps.get(at.cursor as usize)
+                && let Err(fail) = (step.undo)(&mut at.work)
+            {
+                return Ok(End::Stuck(at.work, fail));
             }
             if at.cursor == 0 {
                 return Ok(End::Undone(at.work, because));
             }
             at.cursor -= 1;
-            note(&at, "back", journal)?;
         }
+    }
+}
+
+impl<W> Step<'_, W> {
+    fn changes(&self, work: &W) -> Result<Vec<Change>> {
+        self.with.as_ref().map_or_else(|| Ok(Vec::new()), |with| with(work))
     }
 }
 
@@ -210,9 +238,9 @@ fn turn_back<W>(at: &mut Progress<W>, fail: &Fail) {
     at.because = Some((fail.code.name().to_owned(), fail.what.clone()));
 }
 
-fn note<W: Serialize>(at: &Progress<W>, step: &str, journal: &dyn Journal) -> Result<()> {
+fn note<W: Serialize>(at: &Progress<W>, with: &[Change], journal: &dyn Journal) -> Result<()> {
     let data = serde_json::to_value(at).map_err(|e| Fail::new(Code::Bug, e.to_string()))?;
-    journal.note(at.cursor, step, &data)
+    journal.note(at.cursor, &data, with)
 }
 
 #[cfg(test)]

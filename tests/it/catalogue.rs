@@ -173,8 +173,9 @@ fn a_lost_lease_is_taken_over_and_fenced(place: &Place) {
         catalogue.put_point(&stale, "r", &point).map(drop),
         catalogue.drop_point(&stale, "r", "p"),
         catalogue.begin_operation(&stale, "replica/other", "replicate", &Value::Null).map(drop),
-        catalogue.step(&stale, operation, 7, &Value::Null),
-        catalogue.end_operation(&stale, operation, &End::Done),
+        catalogue.step(&stale, operation, 7, &Value::Null, &[]),
+        catalogue.end_operation(&stale, operation, &End::Done, &[]),
+        catalogue.still_ours(&stale),
         catalogue.adopt_operation(&stale, operation).map(drop),
         catalogue.more_slots(&stale, &Need { resource: "x".into(), limit: 9 }, 1).map(drop),
         catalogue.event_of(&stale, &Event::default()),
@@ -191,7 +192,7 @@ fn a_lost_lease_is_taken_over_and_fenced(place: &Place) {
     let again = catalogue.begin_operation(&fence, "replica/r", "replicate", &json!({ "n": 2 })).expect("goes on");
     assert_eq!(again, operation);
     assert_eq!(catalogue.operation(operation).expect("read").intent, json!({ "n": 1 }));
-    catalogue.end_operation(&fence, operation, &End::Done).expect("end");
+    catalogue.end_operation(&fence, operation, &End::Done, &[]).expect("end");
     catalogue.finish(&fence, &done(), None).expect("finish");
     catalogue.finish(&fence, &done(), None).expect("saying it twice is saying it once");
     assert!(matches!(catalogue.finish(&fence, &failed(false), None), Err(Error::Fenced { .. })));
@@ -450,17 +451,20 @@ fn operations_are_journalled_and_adopted(place: &Place) {
     let refused = catalogue.begin_operation(&other, "replica/r", "undo", &Value::Null);
     let Err(Error::Busy { holder, .. }) = refused else { panic!("{refused:?}") };
     assert!(holder.contains("(failover)"), "{holder}");
-    catalogue.step(&fence, id, 3, &json!({ "overlay": "x" })).expect("step");
-    assert!(matches!(catalogue.step(&other, id, 4, &Value::Null), Err(Error::State { .. })), "not their operation");
+    catalogue.step(&fence, id, 3, &json!({ "overlay": "x" }), &[]).expect("step");
+    assert!(
+        matches!(catalogue.step(&other, id, 4, &Value::Null, &[]), Err(Error::State { .. })),
+        "not their operation"
+    );
     assert!(matches!(catalogue.adopt_operation(&other, id), Err(Error::Busy { .. })), "its work is in hand");
     catalogue.finish(&fence, &failed(false), None).expect("its work ends, the operation stays open");
     let open = catalogue.open_operations().expect("open");
     assert_eq!(open.iter().map(|o| (o.id, o.step)).collect::<Vec<_>>(), [(id, 3)]);
     let adopted = catalogue.adopt_operation(&other, id).expect("adopt");
     assert_eq!((adopted.step, adopted.data), (3, json!({ "overlay": "x" })));
-    catalogue.end_operation(&other, id, &End::Undone("taken back".into())).expect("end");
+    catalogue.end_operation(&other, id, &End::Undone("taken back".into()), &[]).expect("end");
     assert!(catalogue.open_operations().expect("open").is_empty());
-    assert!(matches!(catalogue.end_operation(&other, id, &End::Done), Err(Error::State { .. })));
+    assert!(matches!(catalogue.end_operation(&other, id, &End::Done, &[]), Err(Error::State { .. })));
     let next = catalogue.begin_operation(&other, "replica/r", "undo", &Value::Null).expect("the object is free");
     assert!(next > id);
 }

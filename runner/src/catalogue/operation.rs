@@ -11,7 +11,7 @@ use serde_json::Value;
 use sqlx::{Row, any::AnyRow};
 
 use super::{
-    Catalogue, Error, Event, Fence, Result, WorkId,
+    Catalogue, Change, Error, Event, Fence, Result, WorkId,
     transaction::{Fault, Tx, maybe_time, record, text, time},
 };
 
@@ -83,7 +83,7 @@ pub struct Operation {
 
 impl Catalogue {
     /// Begins an operation on an object. Where this same operation is open already, from a worker that went away,
-    /// that one goes on.
+    /// that one goes on, from its first step.
     ///
     /// # Errors
     /// [`Error::Busy`] names the operation that is open; [`Error::Fenced`].
@@ -92,8 +92,10 @@ impl Catalogue {
             tx.prove(fence).await?;
             if let Some(open) = tx.open_operation(object).await? {
                 if open.work == fence.work && open.op == op {
-                    sqlx::query("UPDATE operation SET epoch = $1 WHERE id = $2")
+                    // Its journal begins anew, with what it is gone on with.
+                    sqlx::query("UPDATE operation SET epoch = $1, step = 0, data = $2 WHERE id = $3")
                         .bind(fence.epoch)
+                        .bind(text(intent)?)
                         .bind(open.id.0)
                         .execute(tx.on())
                         .await?;
@@ -129,13 +131,15 @@ impl Catalogue {
         })
     }
 
-    /// Journals that a step was reached, with what is needed to go on from it or to undo it.
+    /// Journals that a step was reached, with what is needed to go on from it or to undo it, and makes the changes that
+    /// belong to it: all of that, or nothing.
     ///
     /// # Errors
-    /// [`Error::Fenced`]; [`Error::State`] where the operation is not open.
-    pub fn step(&self, fence: &Fence, id: OperationId, step: u32, data: &Value) -> Result<()> {
+    /// [`Error::Fenced`]; [`Error::State`] where the operation is not open; [`Error::Stale`].
+    pub fn step(&self, fence: &Fence, id: OperationId, step: u32, data: &Value, with: &[Change]) -> Result<()> {
         self.write("journal a step", async |tx| {
             tx.prove(fence).await?;
+            tx.change(fence, with).await?;
             let changed = sqlx::query(
                 "UPDATE operation SET step = $1, data = $2, epoch = $3 WHERE id = $4 AND work = $5 AND state = 'open'",
             )
@@ -150,13 +154,14 @@ impl Catalogue {
         })
     }
 
-    /// Ends an operation.
+    /// Ends an operation, and makes the changes that it ends with: all of that, or nothing.
     ///
     /// # Errors
-    /// [`Error::Fenced`]; [`Error::State`] where the operation is not open.
-    pub fn end_operation(&self, fence: &Fence, id: OperationId, end: &End) -> Result<()> {
+    /// [`Error::Fenced`]; [`Error::State`] where the operation is not open; [`Error::Stale`].
+    pub fn end_operation(&self, fence: &Fence, id: OperationId, end: &End, with: &[Change]) -> Result<()> {
         self.write("end an operation", async |tx| {
             tx.prove(fence).await?;
+            tx.change(fence, with).await?;
             let now = tx.now;
             let row = sqlx::query(
                 "UPDATE operation SET state = $1, reason = $2, ended_at = $3 \

@@ -295,12 +295,35 @@ impl Catalogue {
         }
         self.write("take work", async |tx| {
             tx.next("dispatch").await?;
-            tx.settle_lost().await?;
+            let has_settled = tx.settle_lost().await?;
             let (candidates, rows) = tx.candidates(now.as_millisecond(), kinds, session).await?;
             let in_use = tx.in_use().await?;
-            let Some(index) = order::pick(&candidates, &in_use, now.as_millisecond()) else { return Ok(None) };
-            let Some(row) = rows.get(index) else { return Ok(None) };
+            let picked = order::pick(&candidates, &in_use, now.as_millisecond()).and_then(|index| rows.get(index));
+            let Some(row) = picked else {
+                // Whoever was second has nothing that lasts: the lock itself is no change.
+                tx.is_idle = !has_settled;
+                return Ok(None);
+            };
             tx.take(row, owner).await.map(Some)
+        })
+    }
+
+    /// Looks whether work is still ours, for effects that lie outside of the catalogue. Renews nothing, and writes
+    /// nothing.
+    ///
+    /// # Errors
+    /// [`Error::Fenced`] where the work is not ours any more.
+    pub fn still_ours(&self, fence: &Fence) -> Result<()> {
+        self.write("look at a lease", async |tx| {
+            tx.is_idle = true;
+            let ours = "SELECT id FROM work WHERE id = $1 AND epoch = $2 AND owner = $3 AND state = 'running'";
+            let row = sqlx::query(ours)
+                .bind(fence.work.0)
+                .bind(fence.epoch)
+                .bind(fence.owner.clone())
+                .fetch_optional(tx.on())
+                .await?;
+            if row.is_some() { Ok(()) } else { Err(tx.fenced(fence).await?.into()) }
         })
     }
 
@@ -491,15 +514,18 @@ impl Tx {
     /// Work whose lease ran out goes back into the queue under a new epoch: from then on whoever had it is fenced, also
     /// where other work on the same object is begun first. It ends where its session does, and where it kills its
     /// workers.
-    async fn settle_lost(&mut self) -> Result<(), Fault> {
+    /// Answers whether there was any.
+    async fn settle_lost(&mut self) -> Result<bool, Fault> {
         let now = self.now;
+        let mut has_settled = false;
         for row in &self.in_hand().await? {
             let work = read(row)?;
             if work.lease_until.is_some_and(|until| until.as_millisecond() < now) {
                 self.settle_one(row, &work, "was silent for too long").await?;
+                has_settled = true;
             }
         }
-        Ok(())
+        Ok(has_settled)
     }
 
     /// Work in somebody's hands, with what was asked of its session.

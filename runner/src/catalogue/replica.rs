@@ -5,6 +5,7 @@
 //! - Every write carries a fence.
 
 use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
 use sqlx::{Row, any::AnyRow};
 
 use super::{
@@ -44,6 +45,19 @@ pub struct PointRow<R> {
     pub record: R,
 }
 
+/// A change that belongs to another one, and is made in its transaction.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Change {
+    /// A replica, as [`Catalogue::put_replica`] stores it.
+    Replica(Stored<Value>),
+    /// A point of the replica of that name; one that is known already stays as it is.
+    Point(String, PointRow<Value>),
+    /// A point of the replica of that name is forgotten, by its id.
+    NoPoint(String, String),
+    /// Something is told.
+    Told(Event),
+}
+
 impl Catalogue {
     /// One replica.
     pub fn replica<R: DeserializeOwned>(&self, name: &str) -> Result<Option<Stored<R>>> {
@@ -69,46 +83,7 @@ impl Catalogue {
     pub fn put_replica<R: Serialize + Clone>(&self, fence: &Fence, row: &Stored<R>) -> Result<Stored<R>> {
         self.write("store a replica", async |tx| {
             tx.prove(fence).await?;
-            let before = sqlx::query("SELECT revision, state FROM replica WHERE name = $1")
-                .bind(row.name.clone())
-                .fetch_optional(tx.on())
-                .await?;
-            let (stored, state) = match &before {
-                Some(before) => (before.try_get::<i64, _>("revision")?, Some(before.try_get::<String, _>("state")?)),
-                None => (0, None),
-            };
-            let statement = if stored == 0 {
-                "INSERT INTO replica (revision, state, source, job, record, name) VALUES (1, $1, $2, $3, $4, $5)"
-            } else {
-                "UPDATE replica SET revision = revision + 1, state = $1, source = $2, job = $3, record = $4 \
-                 WHERE name = $5 AND revision = $6"
-            };
-            let mut query = sqlx::query(statement)
-                .bind(row.state.clone())
-                .bind(row.source.clone())
-                .bind(row.job.clone())
-                .bind(text(&row.record)?)
-                .bind(row.name.clone());
-            if stored != 0 {
-                query = query.bind(row.revision);
-            }
-            let matched = stored == row.revision;
-            if !matched || query.execute(tx.on()).await?.rows_affected() != 1 {
-                let what = format!("replica {}", row.name);
-                return Err(Error::Stale { what, have: row.revision, now: stored }.into());
-            }
-            if state.as_deref() != Some(row.state.as_str()) {
-                tx.events.push(Event {
-                    object: format!("replica/{}", row.name),
-                    from: state,
-                    to: Some(row.state.clone()),
-                    op: fence.kind.clone(),
-                    session: fence.session,
-                    user: fence.owner.clone(),
-                    ..Event::default()
-                });
-            }
-            Ok(Stored { revision: stored + 1, ..row.clone() })
+            tx.put_replica(fence, row).await
         })
     }
 
@@ -199,17 +174,94 @@ impl Catalogue {
     pub fn drop_point(&self, fence: &Fence, replica: &str, id: &str) -> Result<()> {
         self.write("forget a point of a replica", async |tx| {
             tx.prove(fence).await?;
-            sqlx::query("DELETE FROM replica_point WHERE replica = $1 AND id = $2")
-                .bind(replica.to_owned())
-                .bind(id.to_owned())
-                .execute(tx.on())
-                .await?;
-            Ok(())
+            tx.drop_point(replica, id).await
         })
     }
 }
 
 impl Tx {
+    /// Makes the changes that belong to another one.
+    pub(super) async fn change(&mut self, fence: &Fence, changes: &[Change]) -> Result<(), Fault> {
+        for change in changes {
+            match change {
+                Change::Replica(row) => {
+                    self.put_replica(fence, row).await?;
+                }
+                Change::Point(replica, row) => self.add_point(replica, row).await?,
+                Change::NoPoint(replica, id) => self.drop_point(replica, id).await?,
+                Change::Told(event) => self.events.push(event.clone()),
+            }
+        }
+        Ok(())
+    }
+
+    async fn put_replica<R: Serialize + Clone>(&mut self, fence: &Fence, row: &Stored<R>) -> Result<Stored<R>, Fault> {
+        let before = sqlx::query("SELECT revision, state FROM replica WHERE name = $1")
+            .bind(row.name.clone())
+            .fetch_optional(self.on())
+            .await?;
+        let (stored, state) = match &before {
+            Some(before) => (before.try_get::<i64, _>("revision")?, Some(before.try_get::<String, _>("state")?)),
+            None => (0, None),
+        };
+        let statement = if stored == 0 {
+            "INSERT INTO replica (revision, state, source, job, record, name) VALUES (1, $1, $2, $3, $4, $5)"
+        } else {
+            "UPDATE replica SET revision = revision + 1, state = $1, source = $2, job = $3, record = $4 \
+             WHERE name = $5 AND revision = $6"
+        };
+        let mut query = sqlx::query(statement)
+            .bind(row.state.clone())
+            .bind(row.source.clone())
+            .bind(row.job.clone())
+            .bind(text(&row.record)?)
+            .bind(row.name.clone());
+        if stored != 0 {
+            query = query.bind(row.revision);
+        }
+        let matched = stored == row.revision;
+        if !matched || query.execute(self.on()).await?.rows_affected() != 1 {
+            let what = format!("replica {}", row.name);
+            return Err(Error::Stale { what, have: row.revision, now: stored }.into());
+        }
+        if state.as_deref() != Some(row.state.as_str()) {
+            self.events.push(Event {
+                object: format!("replica/{}", row.name),
+                from: state,
+                to: Some(row.state.clone()),
+                op: fence.kind.clone(),
+                session: fence.session,
+                user: fence.owner.clone(),
+                ..Event::default()
+            });
+        }
+        Ok(Stored { revision: stored + 1, ..row.clone() })
+    }
+
+    async fn add_point(&mut self, replica: &str, row: &PointRow<Value>) -> Result<(), Fault> {
+        sqlx::query(
+            "INSERT INTO replica_point (revision, taken_at, state, record, replica, id) VALUES (1, $1, $2, $3, $4, $5) \
+             ON CONFLICT (replica, id) DO NOTHING",
+        )
+        .bind(row.taken_at)
+        .bind(row.state.clone())
+        .bind(text(&row.record)?)
+        .bind(replica.to_owned())
+        .bind(row.id.clone())
+        .execute(self.on())
+        .await?;
+        Ok(())
+    }
+
+    async fn drop_point(&mut self, replica: &str, id: &str) -> Result<(), Fault> {
+        sqlx::query("DELETE FROM replica_point WHERE replica = $1 AND id = $2")
+            .bind(replica.to_owned())
+            .bind(id.to_owned())
+            .execute(self.on())
+            .await?;
+        Ok(())
+    }
+
     async fn replica_revision(&mut self, name: &str) -> Result<i64, Fault> {
         let row = sqlx::query("SELECT revision FROM replica WHERE name = $1")
             .bind(name.to_owned())

@@ -20,6 +20,8 @@ pub(super) struct Tx {
     pub(super) lease_until: i64,
     /// Events of this transaction, written just before it is committed.
     pub(super) events: Vec<super::Event>,
+    /// Nothing that was done in it has to last: it ends without a write.
+    pub(super) is_idle: bool,
 }
 
 impl Tx {
@@ -35,11 +37,14 @@ impl Tx {
                 (inner, now)
             }
         };
-        Ok(Self { inner, now, lease_until: now.saturating_add(lease), events: Vec::new() })
+        Ok(Self { inner, now, lease_until: now.saturating_add(lease), events: Vec::new(), is_idle: false })
     }
 
     /// Writes the events and makes everything durable.
     pub(super) async fn commit(mut self) -> Result<(), Fault> {
+        if self.is_idle {
+            return Ok(self.inner.rollback().await?);
+        }
         self.write_events().await?;
         Ok(self.inner.commit().await?)
     }

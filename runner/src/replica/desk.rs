@@ -2,8 +2,8 @@
 //!
 //! Invariants
 //! - An operation begins with a look at the state, the stamp in the folder and whatever died there before it.
-//! - The state changes in the catalogue after the last step of an operation, in one write, and only then the operation
-//!   ends. A death in between is gone on from and changes nothing twice.
+//! - The state changes in the catalogue after the last step of an operation, in the write that ends the operation. A
+//!   death before it is gone on from and changes nothing twice.
 //! - A stamp that is not the catalogue's means that somebody else has this replica: nothing is touched.
 //!
 //! Not here: what the operations do.
@@ -31,7 +31,7 @@ use super::{
     trust,
 };
 use crate::{
-    catalogue::{self, Catalogue, Event, Fence, OperationId, PointRow, Stored},
+    catalogue::{self, Catalogue, Change, Event, Fence, OperationId, PointRow, Stored},
     fail::{Code, Fail, Result},
     host::{Host, Network, Places, Rooms, Running},
     step::{AfterCrash, End, Journal, Plan, Progress},
@@ -69,7 +69,8 @@ pub struct Desk<'a> {
     pub network: Network,
     /// How long a guest of production has to turn itself off.
     pub grace: Duration,
-    /// Asked before each note in the journal; a failure ends everything at once, as the death of the process would.
+    /// Asked before and after each note in the journal; a failure ends everything at once, as the death of the process
+    /// would.
     pub alive: Alive<'a>,
 }
 
@@ -148,9 +149,10 @@ struct Kept<'a> {
 }
 
 impl Journal for Kept<'_> {
-    fn note(&self, cursor: u32, _: &str, data: &Value) -> Result<()> {
+    fn note(&self, cursor: u32, data: &Value, with: &[Change]) -> Result<()> {
         (self.desk.alive)()?;
-        Ok(self.desk.catalogue.step(self.desk.fence, self.id, cursor, data)?)
+        self.desk.catalogue.step(self.desk.fence, self.id, cursor, data, with)?;
+        (self.desk.alive)()
     }
 }
 
@@ -182,6 +184,17 @@ impl Desk<'_> {
         Ok(self.catalogue.put_replica(self.fence, &Stored { state, source, job, ..row })?)
     }
 
+    /// The same as part of another change.
+    ///
+    /// # Errors
+    /// A record that cannot be written.
+    pub fn stored(&self, row: Row) -> Result<Change> {
+        let Stored { name, revision, record, .. } = row;
+        let state = record.state.name().to_owned();
+        let (source, job) = (record.machine.clone(), record.job.clone());
+        Ok(Change::Replica(Stored { name, revision, state, source, job, record: value(&record)? }))
+    }
+
     /// The restore points of a replica in the order they were made.
     ///
     /// # Errors
@@ -206,6 +219,16 @@ impl Desk<'_> {
         let row = PointRow { id, revision: 0, taken_at, state: "complete".into(), record: point.clone() };
         self.catalogue.put_point(self.fence, name, &row)?;
         Ok(())
+    }
+
+    /// The same as part of another change.
+    ///
+    /// # Errors
+    /// A record that cannot be written.
+    pub fn known(&self, name: &str, point: &PointRecord) -> Result<Change> {
+        let (id, taken_at) = (point_id(point.number), point.taken.as_millisecond());
+        let row = PointRow { id, revision: 0, taken_at, state: "complete".into(), record: value(point)? };
+        Ok(Change::Point(name.to_owned(), row))
     }
 
     /// Makes a restore point unknown.
@@ -328,9 +351,10 @@ impl Desk<'_> {
     /// # Errors
     /// Why it went back or got stuck; [`Code::Busy`] while another one is open.
     pub fn carry_out<W: Work>(&self, name: &str, work: W, reason: Option<String>) -> Result<W> {
-        let intent =
-            serde_json::to_value(Progress::new(work.clone())).map_err(|e| Fail::new(Code::Bug, e.to_string()))?;
+        let intent = value(&Progress::new(work.clone()))?;
+        // What it begins with is the first note of its journal.
         let id = self.catalogue.begin_operation(self.fence, &object(name), W::OP.name(), &intent)?;
+        (self.alive)()?;
         let plan = W::plan(self);
         let end = plan.execute(Progress::new(work), &Kept { desk: self, id })?;
         self.conclude(name, id, end, reason)
@@ -384,38 +408,43 @@ impl Desk<'_> {
             self.follow_stamp(&mut row.record, before.epoch)?;
         }
         let (from, to) = (before.state, row.record.state);
-        if row.record != before {
-            row = self.store(row)?;
-        }
         if !to.is_final() && row.record.folder.join(STAMP).exists() {
+            // The copy lies outside of the catalogue, and tells what the operation ends with: whoever dies before that
+            // is written comes here again.
+            self.catalogue.still_ours(self.fence)?;
             trust::remember(self, &row.record)?;
         }
         let error = match &went {
             Went::Done => None,
             Went::Undone(fail) | Went::Stuck(fail) => Some(fail.what.clone()),
         };
-        self.catalogue.event_of(
-            self.fence,
-            &Event {
-                object: object(name),
-                from: Some(from.name().into()),
-                to: Some(to.name().into()),
-                op: W::OP.name().into(),
-                session: self.fence.session,
-                user: self.fence.owner.clone(),
-                reason,
-                error,
-            },
-        )?;
+        let mut with = Vec::new();
+        if row.record != before {
+            with.push(self.stored(row)?);
+        }
+        with.push(Change::Told(Event {
+            object: object(name),
+            from: Some(from.name().into()),
+            to: Some(to.name().into()),
+            op: W::OP.name().into(),
+            session: self.fence.session,
+            user: self.fence.owner.clone(),
+            reason,
+            error,
+        }));
         let (ended, outcome) = match went {
             Went::Done => (catalogue::End::Done, Ok(work)),
             Went::Undone(fail) => (catalogue::End::Undone(fail.what.clone()), Err(fail)),
             Went::Stuck(fail) => (catalogue::End::Failed(fail.what.clone()), Err(fail)),
         };
         (self.alive)()?;
-        self.catalogue.end_operation(self.fence, id, &ended)?;
+        self.catalogue.end_operation(self.fence, id, &ended, &with)?;
         outcome
     }
+}
+
+fn value(of: &impl Serialize) -> Result<Value> {
+    serde_json::to_value(of).map_err(|e| Fail::new(Code::Bug, e.to_string()))
 }
 
 /// How the catalogue names a restore point: sorts as the points do.

@@ -27,24 +27,23 @@ use crate::fail::{Fail, Result};
 /// So many layers below the oldest point are merged into one.
 pub const SQUASH_AT: usize = 8;
 
-/// Gives up the earliest points beyond `keep` and merges what piled up below the oldest.
+/// The earliest of these points, beyond the latest `keep`.
+pub fn surplus(points: &[PointRecord], keep: u32) -> &[PointRecord] {
+    let surplus = points.len().saturating_sub(usize::try_from(keep.max(1)).unwrap_or(usize::MAX));
+    points.split_at(surplus).0
+}
+
+/// Merges what piled up below the oldest point, and removes what no point needs.
 ///
 /// # Errors
 /// The catalogue's; I/O.
-pub fn retain(desk: &Desk<'_>, record: &ReplicaRecord, keep: u32, squash_at: usize) -> Result<u64> {
-    let points = desk.points(&record.name)?;
-    let surplus = points.len().saturating_sub(usize::try_from(keep.max(1)).unwrap_or(usize::MAX));
-    let (gone, stay) = points.split_at(surplus);
-    for point in gone {
-        desk.drop_point(&record.name, point.number)?;
-    }
-    if let Some(oldest) = stay.first() {
+pub fn tidy(desk: &Desk<'_>, record: &ReplicaRecord, squash_at: usize) -> Result<()> {
+    if let Some(oldest) = desk.points(&record.name)?.first() {
         for top in &oldest.disks {
             squash(desk, record, top, squash_at)?;
         }
     }
-    sweep(desk, record, &[])?;
-    Ok(gone.len() as u64)
+    sweep(desk, record, &[])
 }
 
 /// Merges everything below `top` into it, where that are many layers.

@@ -114,7 +114,7 @@ pub fn drop_foreign(desk: &Desk<'_>, name: &str) -> Result<()> {
     }
     if let Some(open) = open {
         let open = desk.catalogue.adopt_operation(desk.fence, open.id)?;
-        desk.catalogue.end_operation(desk.fence, open.id, &End::Failed("the replica was dropped".into()))?;
+        desk.catalogue.end_operation(desk.fence, open.id, &End::Failed("the replica was dropped".into()), &[])?;
     }
     desk.drop_points(name)?;
     let digests = row.record.metadata.join(row.record.lineage.to_string());

@@ -8,18 +8,24 @@ use super::*;
 #[derive(Default)]
 struct Memory {
     kept: RefCell<Value>,
+    /// What was told with notes.
+    told: RefCell<Vec<String>>,
     calls: Cell<u32>,
     dies_at: Cell<Option<u32>>,
 }
 
 impl Journal for Memory {
-    fn note(&self, _: u32, _: &str, data: &Value) -> Result<()> {
+    fn note(&self, _: u32, data: &Value, with: &[Change]) -> Result<()> {
         let call = self.calls.get();
         self.calls.set(call + 1);
         if self.dies_at.get() == Some(call) {
             return Err(Fail::new(Code::Terminated, "killed"));
         }
         *self.kept.borrow_mut() = data.clone();
+        self.told.borrow_mut().extend(with.iter().map(|change| match change {
+            Change::Told(event) => event.object.clone(),
+            other => panic!("{other:?}"),
+        }));
         Ok(())
     }
 }
@@ -97,5 +103,33 @@ fn a_death_anywhere_ends_whole_or_not_at_all() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn a_run_to_its_end_notes_each_step_but_the_last_once() {
+    let (world, journal) = (World::default(), Memory::default());
+    plan(&world, None, 3, AfterCrash::On).execute(Progress::new(Vec::new()), &journal).expect("the journal works");
+    assert_eq!(journal.calls.get(), 4, "the end of the operation is the last one's");
+}
+
+#[test]
+fn what_changes_with_a_step_is_there_exactly_if_the_step_counts() {
+    let told = |name: &str| Change::Told(crate::catalogue::Event { object: name.into(), ..Default::default() });
+    for dies_at in 0..5 {
+        let (world, journal) = (World::default(), Memory::default());
+        let both = || {
+            plan(&world, None, 5, AfterCrash::On)
+                .with(|work| Ok(vec![told(&format!("fifth after {}", work.len()))]))
+                .final_step("c", |_| Ok(()))
+        };
+        *journal.kept.borrow_mut() = serde_json::to_value(Progress::new(Vec::<u32>::new())).expect("json");
+        journal.dies_at.set(Some(dies_at));
+        both().execute(Progress::new(Vec::new()), &journal).expect_err("it dies");
+        assert!(journal.told.borrow().is_empty(), "{dies_at}: the step did not count");
+        journal.dies_at.set(None);
+        let at = Progress::read(journal.kept.borrow().clone()).expect("it was kept");
+        assert!(matches!(both().recover(at, &journal), Ok(End::Done(_))));
+        assert_eq!(*journal.told.borrow(), ["fifth after 5"], "{dies_at}");
     }
 }
