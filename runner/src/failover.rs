@@ -31,6 +31,7 @@ use crate::{
         production::replicate_images,
         run::{ReplicaSpec, describe, replicate},
         state::{Op, State},
+        stray,
         trust::{self, Holds, Proof},
     },
     source::PointRef,
@@ -333,6 +334,9 @@ pub(crate) fn start(desk: &Desk<'_>, folder: &Path, name: &str) -> Result<Runnin
     shape.variables = fs::metadata(desk.host.variables(folder)).ok().map(|meta| meta.len());
     let places = desk.places(folder);
     make_private(&places.runtime_dir)?;
+    if desk.running(folder).is_none() {
+        stray::note(folder, &places.runtime_dir)?;
+    }
     Ok(desk.host.start(&shape, &placed.attachments(), &places)?)
 }
 
@@ -350,6 +354,14 @@ pub(crate) fn power_off(desk: &Desk<'_>, folder: &Path, grace: Duration) -> Resu
     let Some(running) = desk.running(folder) else { return Ok(false) };
     desk.host.power_off(&running, grace)?;
     Ok(true)
+}
+
+/// What the machine of a takeover that is over has said goes with it: the folder is a replica's, and the next machine in
+/// it begins anew.
+pub(crate) fn forget_logs(record: &ReplicaRecord) -> Result<()> {
+    let running = record.failover.as_ref().and_then(|failover| failover.running.as_ref());
+    let logs = running.into_iter().flat_map(|running| [&running.console_log, &running.log]);
+    logs.filter_map(|path| path.file_name()).try_for_each(|name| layers::remove(&record.folder.join(name)))
 }
 
 /// Describes the machine as the newest restore point has it.
@@ -475,6 +487,9 @@ impl Work for UndoWork {
             .final_step("describe", |work: &mut Self| {
                 let record = desk.load(&work.name)?.record;
                 layers::remove(&desk.host.variables(&record.folder))?;
+                if !work.force {
+                    forget_logs(&record)?;
+                }
                 describe_latest(desk, &work.name)
             })
             .final_step("stamp", |work: &mut Self| desk.stamp_as(&work.name, work.epoch + 1))

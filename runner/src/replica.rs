@@ -35,4 +35,5 @@ pub mod rules;
 pub mod run;
 pub mod seat;
 pub mod state;
+pub mod stray;
 pub mod trust;

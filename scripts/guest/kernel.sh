@@ -23,10 +23,12 @@ copy_modules() {
     done
 }
 
-# usage: install_program PROGRAM ROOT: a dynamic program with the libraries it names, where its loader looks for them.
+# usage: install_program PROGRAM ROOT PATH: a dynamic program as PATH, with the libraries it names, where its loader looks
+# for them.
 install_program() {
     local path
-    for path in "$1" $(ldd "$1" | grep -o '/[^ ]*'); do
+    install -D -m 755 "$1" "$2$3"
+    for path in $(ldd "$1" | grep -o '/[^ ]*'); do
         mkdir -p "$2$(dirname "$path")"
         cp -L "$path" "$2$path"
     done

@@ -15,6 +15,7 @@ use crate::{
         run::ReplicaSpec,
         seat,
         state::{Op, State},
+        stray,
     },
     site::{JobKind, Site},
     tasks::{Done, Task},
@@ -40,6 +41,8 @@ pub enum Act {
     Drop,
     /// A catalogue that has lost it learns of it from its folder.
     TakeBack,
+    /// Its machines that run where it does not serve are turned off.
+    Park,
 }
 
 /// What such a piece of work is to do.
@@ -57,6 +60,8 @@ impl Act {
     pub fn check(self, record: &ReplicaRecord) -> Result<()> {
         let about = |fail: Fail| fail.at(object(&record.name)).help(format!("aquifer replicas {}", record.name));
         match self {
+            // What runs where is looked at when it is done.
+            Self::Park => Ok(()),
             Self::Remove | Self::Delete => record.state.step(Op::Remove).map(drop).map_err(|no| about(no.into())),
             Self::Drop if record.state != State::Removed => Ok(()),
             Self::Drop => Err(about(Fail::new(Code::State, format!("{} was given up already", record.name)))),
@@ -80,6 +85,7 @@ impl Act {
             Self::Readmit => "readmit",
             Self::Drop => "drop",
             Self::TakeBack => "take_back",
+            Self::Park => "park",
         }
     }
 }
@@ -113,6 +119,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
         Act::Readmit => remove::readmit(desk, &spec.replica),
         Act::Drop => recall::drop_foreign(desk, &spec.replica),
         Act::TakeBack => recall::take_back(desk, &there(task, &spec.replica)?),
+        Act::Park => stray::park(desk, task.context.site()?, &spec.replica).map(drop),
     });
     done?;
     let report = json!({ "replica": spec.replica, "act": spec.act });

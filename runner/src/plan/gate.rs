@@ -19,6 +19,7 @@ use super::program;
 use crate::{
     fail::{Code, Fail, Result},
     host::{Running, qmp::Qmp},
+    job::backup::agent::Agent,
     site::Gate,
     stop::Stop,
 };
@@ -44,12 +45,16 @@ pub(super) struct Entry<'a> {
     pub(super) running: Option<&'a Running>,
 }
 
-/// Waits until the gate opens.
+/// Waits until every gate has opened, the one after the other.
 ///
 /// # Errors
 /// [`Code::Timeout`] with what the last attempt found; the interruption.
-pub(super) fn wait(entry: &Entry<'_>, gate: &Gate, limit: Duration, stop: Stop) -> Result<()> {
+pub(super) fn wait(entry: &Entry<'_>, gates: &[Gate], limit: Duration, stop: Stop) -> Result<()> {
     let began = Instant::now();
+    gates.iter().try_for_each(|gate| opens(entry, gate, (began, limit), stop))
+}
+
+fn opens(entry: &Entry<'_>, gate: &Gate, (began, limit): (Instant, Duration), stop: Stop) -> Result<()> {
     loop {
         stop.check()?;
         let left = limit.saturating_sub(began.elapsed());
@@ -100,13 +105,7 @@ fn not_yet(what: impl Into<String>) -> Fail {
 fn agent(running: &Running) -> Result<()> {
     let socket = running.orders.with_file_name("agent.sock");
     let failed = |e: std::io::Error| not_yet(format!("its agent does not answer ({e})"));
-    let mut stream = aquifer_mount::dial::unix(&socket, ATTEMPT).map_err(failed)?;
-    stream.set_read_timeout(Some(ATTEMPT)).map_err(failed)?;
-    stream.write_all(b"{\"execute\":\"guest-ping\"}\n").map_err(failed)?;
-    let mut answer = [0; 256];
-    let len = stream.read(&mut answer).map_err(failed)?;
-    let said = String::from_utf8_lossy(answer.get(..len).unwrap_or_default()).into_owned();
-    if said.contains("\"return\"") { Ok(()) } else { Err(not_yet("its agent does not answer")) }
+    Agent::connect(&socket).map(drop).map_err(failed)
 }
 
 /// A port of ours that leads to one of the machine, until dropped.

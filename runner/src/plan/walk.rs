@@ -367,7 +367,9 @@ fn one(
         None => return Err(Fail::new(Code::Failed, format!("session {session} did nothing"))),
     };
     let _ = tell.send(News::Gating(index, Box::new(report)));
-    let Some(wanted) = &entry.gate else { return Ok(()) };
+    if entry.gates.is_empty() {
+        return Ok(());
+    }
     let row = task.catalogue.replica::<crate::replica::model::ReplicaRecord>(&replica)?;
     let record = row.map(|row| row.record);
     let addresses = record.as_ref().map(|record| record.rules.lines()).unwrap_or_default();
@@ -379,5 +381,5 @@ fn one(
         addresses,
         running: running.as_ref(),
     };
-    gate::wait(&gated, wanted, entry.timeout, task.stop)
+    gate::wait(&gated, &entry.gates, entry.timeout, task.stop)
 }

@@ -194,8 +194,10 @@ pub fn settle(desk: &Desk<'_>, site: &Site, name: &str) -> Result<()> {
             let what = format!(
                 "the machine of {name} still runs on {member}, as process {pid}: it is not started anywhere else"
             );
-            let help =
-                format!("mount {} again, or end process {pid}, which loses what it has not flushed", folder.display());
+            let help = format!(
+                "aquifer replicas {name} --park    # turns it off, or mount {} again and it goes on",
+                folder.display()
+            );
             return Err(Fail::new(Code::State, what).at(object(name)).help(help));
         }
     }

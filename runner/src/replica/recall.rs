@@ -19,7 +19,7 @@ use super::{
     desk::{Desk, Stamp, object},
     model::{ReplicaRecord, Top},
     run::{ReplicaSpec, store_fresh},
-    state::State,
+    state::{Op, State},
     trust,
 };
 use crate::{
@@ -102,15 +102,19 @@ pub fn drop_foreign(desk: &Desk<'_>, name: &str) -> Result<()> {
     if before == State::Removed {
         return Ok(());
     }
-    if let Some(running) = desk.running(&row.record.folder) {
-        let pid = running.process.pid;
-        let what = format!("the machine of {name} runs, as process {pid}: it is not dropped");
-        return Err(Fail::new(Code::State, what).help(format!("aquifer undo {name}")));
-    }
     let open = desk.catalogue.open_operations()?.into_iter().find(|operation| operation.object == object(name));
     if desk.check_stamp(&row.record).is_ok() {
         let what = format!("the folder of {name} is ours: nothing has to be forced");
-        return Err(Fail::new(Code::State, what).help(format!("aquifer replicas {name} --remove")));
+        // While it serves it is taken back first.
+        let way = if before.step(Op::Remove).is_ok() { " --remove" } else { "" };
+        return Err(Fail::new(Code::State, what).help(format!("aquifer replicas {name}{way}")));
+    }
+    // One that whoever has the folder now has started is theirs; ours would be left with nobody who knows it.
+    let ours = row.record.failover.as_ref().and_then(|failover| failover.running.as_ref());
+    if let Some(running) = ours.filter(|running| running.process.is_alive()) {
+        let pid = running.process.pid;
+        let what = format!("the machine of {name} runs, as process {pid}: it is not dropped");
+        return Err(Fail::new(Code::State, what).help(format!("aquifer replicas {name} --park")));
     }
     if let Some(open) = open {
         let open = desk.catalogue.adopt_operation(desk.fence, open.id)?;

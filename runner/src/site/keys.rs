@@ -461,7 +461,8 @@ const ENTRY: Shape = Shape {
         may("after", Kind::Texts, "machines of this plan that are ready before; without it the entry before"),
         may("delay", Kind::Duration, "waited after its start"),
         may("gate", Kind::Text, "ready when: `agent`, `tcp:PORT`, `http:PORT/PATH`, or a program's path"),
-        may("timeout", Kind::Duration, "how long the gate may take (default `5m`)"),
+        may("gates", Kind::Texts, "several of them, the one after the other; behind `gate`, where both are given"),
+        may("timeout", Kind::Duration, "how long its gates may take together (default `5m`)"),
         may("on_failure", Kind::OneOf(&["continue", "stop", "wait"]), "what then (default `continue`)"),
     ],
 };

@@ -442,9 +442,9 @@ pub struct PlanEntry {
     pub after: Option<Vec<String>>,
     /// Waited after its start.
     pub delay: Duration,
-    /// When it is ready.
-    pub gate: Option<Gate>,
-    /// How long the gate may take.
+    /// When it is ready: all of them have opened, one after the other.
+    pub gates: Vec<Gate>,
+    /// How long its gates may take together.
     pub timeout: Duration,
     /// What happens when it does not come up.
     pub on_failure: OnFailure,

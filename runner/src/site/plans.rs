@@ -38,12 +38,16 @@ impl Reading<'_> {
         let machine = table.text("machine")?;
         self.names.refer(What::Machine, &machine, by, table.place("machine"));
         self.names.refer(What::Replicated, &machine, by, table.place("machine"));
-        let gate = table.text("gate").and_then(|text| self.read(table, "gate", gate(&text)));
+        let mut gates = Vec::new();
+        for (key, texts) in [("gate", table.text("gate").into_iter().collect()), ("gates", table.plain_texts("gates"))]
+        {
+            gates.extend(texts.iter().filter_map(|text| self.read(table, key, gate(text))));
+        }
         Some(PlanEntry {
             machine,
             after: table.has("after").then(|| table.plain_texts("after")),
             delay: table.duration("delay").unwrap_or_default(),
-            gate,
+            gates,
             timeout: table.duration("timeout").unwrap_or(Duration::from_secs(300)),
             on_failure: match table.text("on_failure").as_deref() {
                 Some("stop") => OnFailure::Stop,

@@ -61,7 +61,7 @@ fn a_whole_site_is_read() {
     assert_eq!((dr.host.as_str(), dr.points_to_keep, dr.name_suffix.as_str()), ("dr1", 14, "_replica"));
     assert!(matches!(&dr.source, ReplicaSource::Backup { repositories, .. } if repositories.len() == 2));
     assert_eq!(site.plans["site-dr"].entries.len(), 2);
-    assert_eq!(site.plans["site-dr"].entries[1].gate, Some(Gate::Http { port: 80, path: "/health".into() }));
+    assert_eq!(site.plans["site-dr"].entries[1].gates, [Gate::Http { port: 80, path: "/health".into() }]);
     assert_eq!(site.repositories["nas"].limits.hours.len(), 1);
     assert_eq!(site.jobs["night"].retry, Retry { count: 5, interval: Duration::from_secs(60) });
 }

@@ -138,8 +138,8 @@ fn of_run(known: Option<&EntryRecord>) -> String {
 fn check(context: &Context, name: &str, plan: &Plan, wanted: &PointRef) -> Result<()> {
     let mut wrong: Vec<String> = Vec::new();
     let programs = plan.pre.iter().chain(&plan.post);
-    let gates = plan.entries.iter().filter_map(|entry| match &entry.gate {
-        Some(Gate::Program(path)) => Some(path),
+    let gates = plan.entries.iter().flat_map(|entry| &entry.gates).filter_map(|gate| match gate {
+        Gate::Program(path) => Some(path),
         _ => None,
     });
     for path in programs.chain(gates) {

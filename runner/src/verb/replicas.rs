@@ -16,12 +16,16 @@ use crate::{
     confirm::confirm,
     context::{Context, quoted},
     fail::{Code, Fail, Result},
+    host::qemu::Qemu,
     job::give_up::{self, Act},
     operate::Act as Ask,
     replica::{
         desk::object,
         model::{PointRecord, ReplicaRecord},
+        seat,
         state::{Op, State},
+        stray::{self, Stray},
+        trust,
     },
     tasks::follow::at,
     units,
@@ -51,8 +55,11 @@ pub struct Args {
     /// Take it back into a catalogue that has lost it, from what is written down in its folder
     #[arg(long, requires = "replica", conflicts_with_all = ["remove", "delete", "readmit"])]
     pub take_back: bool,
-    /// Start its machine again, which has ended while it serves
+    /// Turn off its machines that run where it does not serve: on a host that is lost, or beside the one that serves
     #[arg(long, requires = "replica", conflicts_with_all = ["remove", "delete", "readmit", "take_back"])]
+    pub park: bool,
+    /// Start its machine again, which has ended while it serves
+    #[arg(long, requires = "replica", conflicts_with_all = ["remove", "delete", "readmit", "take_back", "park"])]
     pub start: bool,
     /// How it is started.
     #[command(flatten)]
@@ -73,6 +80,7 @@ impl Args {
             (self.delete, Act::Delete),
             (self.readmit, Act::Readmit),
             (self.take_back, Act::TakeBack),
+            (self.park, Act::Park),
         ];
         let act = acts.into_iter().find(|(asked, _)| *asked).map(|(_, act)| act)?;
         Some((self.replica.as_deref()?, act))
@@ -90,6 +98,9 @@ struct Listed<'a> {
     newest: Option<Timestamp>,
     replica_lag_seconds: Option<i64>,
     bytes_on_disk: u64,
+    /// Machines of it that run where it does not serve.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    strays: Vec<Stray>,
 }
 
 #[derive(Serialize)]
@@ -161,6 +172,12 @@ fn give_up(context: &Context, args: &Args, catalogue: Option<&Catalogue>, name: 
             record.folder.display()
         ),
         Act::TakeBack => String::new(),
+        Act::Park => {
+            let strays = strays(context, &record);
+            stray::none_is_refused(&record, &strays)?;
+            let each: Vec<_> = strays.iter().map(|stray| stray.told(name, record.epoch)).collect();
+            format!("lost: what these have not written to their disks yet\n{}", each.join("\n"))
+        }
     };
     let plan = serde_json::json!({ "replica": name, "act": act, "points": points, "folder": record.folder });
     if args.dry.dry_run {
@@ -168,7 +185,7 @@ fn give_up(context: &Context, args: &Args, catalogue: Option<&Catalogue>, name: 
         context.out.line(loss);
         return Ok(());
     }
-    if matches!(act, Act::Delete | Act::Drop) {
+    if matches!(act, Act::Delete | Act::Drop | Act::Park) {
         confirm(context, &args.confirm, &loss)?;
     }
     work(context, args, catalogue, (name, act), &loss)
@@ -224,12 +241,37 @@ fn work(context: &Context, args: &Args, catalogue: &Catalogue, (name, act): (&st
     }
 }
 
+/// Machines of a replica that run where it does not serve, as far as the site file says where to look.
+fn strays(context: &Context, record: &ReplicaRecord) -> Vec<Stray> {
+    let seen = context.site().and_then(|site| Ok((site, seat::rooms(context)?)));
+    seen.map(|(site, rooms)| stray::find(&Qemu, &rooms, site, record)).unwrap_or_default()
+}
+
+/// Tells where layers below a machine that serves were changed from outside. Looks at the files, and reads none of their
+/// data.
+fn tell_of_changes(context: &Context, record: &ReplicaRecord, points: &[PointRecord]) {
+    let served = record.failover.as_ref().and_then(|failover| points.iter().find(|point| point.id == failover.point));
+    let Some(point) = served.filter(|_| record.folder.exists()) else { return };
+    let what = match trust::look(record, point) {
+        Ok(touched) if touched.is_empty() => return,
+        Ok(touched) => {
+            let files: Vec<_> = touched.into_iter().map(|layer| layer.file).collect();
+            let files = files.join(", ");
+            format!("{files} of {} was changed from outside, and its machine stands on it", record.name)
+        }
+        Err(fail) => format!("the layers that the machine of {} stands on cannot be read: {}", record.name, fail.what),
+    };
+    context.out.warn(Code::WarnResync, what, None);
+}
+
 fn show(context: &Context, catalogue: &Catalogue, record: &ReplicaRecord, with_points: bool) -> Result<()> {
     let mut points: Vec<PointRecord> =
         catalogue.points_of::<PointRecord>(&record.name)?.into_iter().map(|row| row.record).collect();
     points.sort_by_key(|point| point.number);
     let newest = points.last().map(|point| point.taken);
     let open = catalogue.open_operations()?.into_iter().find(|open| open.object == object(&record.name));
+    // What an operation under way has started is not recorded yet.
+    let strays = if open.is_some() { Vec::new() } else { strays(context, record) };
     let listed = Listed {
         record,
         allowed_operations: record.state.allowed(),
@@ -238,9 +280,15 @@ fn show(context: &Context, catalogue: &Catalogue, record: &ReplicaRecord, with_p
         newest,
         replica_lag_seconds: newest.map(|taken| Timestamp::now().duration_since(taken).as_secs().max(0)),
         bytes_on_disk: bytes_of(&record.folder),
+        strays,
     };
     context.out.record("replica", &listed);
     context.out.line(line(&listed));
+    for stray in &listed.strays {
+        let help = format!("aquifer replicas {} --park", quoted(&record.name));
+        context.out.warn(Code::WarnHost, stray.told(&record.name, record.epoch), Some(&help));
+    }
+    tell_of_changes(context, record, &points);
     if with_points {
         for point in &points {
             // A takeover begins at any point of one that is ready; the one it stands on is taken with `latest`.

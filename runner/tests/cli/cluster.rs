@@ -3,9 +3,9 @@
 
 use std::{path::PathBuf, process::Command};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::replication::Site;
+use crate::{recall::as_printed, replication::Site};
 
 /// The members' folder as one of them has it mounted; gone with the test.
 struct Mounted {
@@ -137,6 +137,105 @@ fn a_takeover_begins_on_another_member_and_never_on_two() {
     let undone = site.json(&["undo", "db01_replica", "--yes"]);
     assert!(undone.code <= 1, "{}", undone.stdout);
     assert_on(&site, "m2", 1);
+}
+
+#[test]
+fn a_machine_that_is_left_on_a_lost_member_is_shown_and_parked_by_a_word() {
+    let (site, one, two) = cluster("");
+    site.back_up("r1", false);
+    site.replicate();
+    one.is_lost();
+    let over = site.json(&["failover", "db01_replica", "--network", "none"]);
+    assert!(over.code <= 1, "{}{}", over.stdout, over.stderr);
+    assert!(replica(&site).get("strays").is_none());
+    two.is_lost();
+    one.come_back();
+    // It runs still, and no verb touches it by the way; what is printed is the way to do it.
+    let refused = site.json(&["undo", "db01_replica", "--yes"]).one("error");
+    assert_eq!(refused["code"], "E_STATE", "{refused}");
+    let asks = as_printed(&site.room, &refused).one("error");
+    assert_eq!(asks["code"], "E_CONFIRM", "{asks}");
+    let listed = site.json(&["replicas"]);
+    let now = listed.one("replica");
+    let stray = &now["strays"][0];
+    assert_eq!((&stray["member"], &stray["why"]), (&json!("m2"), &json!("lost")), "{now}");
+    assert_eq!((&stray["lineage"], &stray["epoch"]), (&now["lineage"], &now["epoch"]), "{now}");
+    let warned = listed.one("warning");
+    assert!(warned["do"].as_str().is_some_and(|help| help.contains("--park")), "{warned}");
+    let pid = stray["pid"].as_u64().expect("a process");
+    let foreseen = site.json(&["replicas", "db01_replica", "--park", "-n"]).one("plan");
+    assert_eq!(foreseen["act"], "park", "{foreseen}");
+    assert!(runs(pid), "whoever only looks ends nothing");
+
+    let parked = site.json(&["replicas", "db01_replica", "--park", "--yes"]);
+    assert!(parked.code <= 1, "{}{}", parked.stdout, parked.stderr);
+    assert!(!runs(pid));
+    let events = site.json(&["events"]).kind("transition");
+    let told = events.iter().find(|event| event["op"] == "park").expect("an event");
+    assert!(told["reason"].as_str().is_some_and(|why| why.contains("m2")), "{told}");
+    // It has not been taken back: it goes on with what it wrote, on the other member, by a word.
+    assert_eq!(replica(&site)["state"], "failover");
+    let started = site.json(&["replicas", "db01_replica", "--start", "--network", "none"]);
+    assert!(started.code <= 1, "{}{}", started.stdout, started.stderr);
+    assert_eq!(replica(&site)["host"], "m1");
+    let none = site.json(&["replicas", "db01_replica", "--park", "--yes"]).one("error");
+    assert_eq!(none["code"], "E_STATE", "the one that serves is not one too many: {none}");
+    two.come_back();
+    assert!(replica(&site).get("strays").is_none());
+    let undone = site.json(&["undo", "db01_replica", "--yes"]);
+    assert!(undone.code <= 1, "{}", undone.stdout);
+    assert_on(&site, "m1", 1);
+}
+
+#[test]
+fn a_machine_that_comes_back_beside_the_one_that_serves_is_the_one_that_is_parked() {
+    let (site, one, two) = cluster("");
+    site.back_up("r1", false);
+    site.replicate();
+    one.is_lost();
+    let over = ["failover", "db01_replica", "--network", "none"];
+    assert!(site.json(&over).code <= 1);
+    let first = replica(&site);
+    let pid = first["failover"]["running"]["process"]["pid"].as_u64().expect("a process");
+    // The whole computer is out of reach: its folder, its sockets, and the locks that it holds on files.
+    two.is_lost();
+    let (there, away) = (site.room.path("run-m2"), site.room.path("run-away"));
+    std::fs::rename(&there, &away).expect("out of reach");
+    std::fs::remove_file(site.room.path("dr/db01_replica/qemu.pid")).expect("its lock");
+    one.come_back();
+    let undone = site.json(&["undo", "db01_replica", "--force", "--yes"]);
+    assert!(undone.code <= 1, "{}", undone.stdout);
+    let again = site.json(&over);
+    assert!(again.code <= 1, "{}{}", again.stdout, again.stderr);
+    let serves = replica(&site);
+    assert_eq!(serves["host"], "m1", "{serves}");
+    let ours = serves["failover"]["running"]["process"]["pid"].as_u64().expect("a process");
+    assert!(runs(pid) && runs(ours) && pid != ours, "two of them, and nobody can see the one");
+
+    // It is back.
+    std::fs::rename(&away, &there).expect("back");
+    two.come_back();
+    let now = replica(&site);
+    let stray = &now["strays"][0];
+    assert_eq!(
+        (&stray["member"], &stray["why"], &stray["pid"]),
+        (&json!("m2"), &json!("beside"), &json!(pid)),
+        "{now}"
+    );
+    assert_eq!((&stray["lineage"], &stray["epoch"]), (&now["lineage"], &first["epoch"]), "of before: {now}");
+    assert_ne!(stray["epoch"], now["epoch"]);
+    let parked = site.json(&["replicas", "db01_replica", "--park", "--yes"]);
+    assert!(parked.code <= 1, "{}{}", parked.stdout, parked.stderr);
+    assert!(!runs(pid) && runs(ours), "the one that serves goes on");
+    let now = replica(&site);
+    assert!(now.get("strays").is_none() && now["needs_resync"] == true, "{now}");
+    assert!(site.json(&["undo", "db01_replica", "--yes"]).code <= 1);
+    assert_on(&site, "m1", 1);
+}
+
+fn runs(pid: u64) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with('Z'))
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod golden;
 mod harness;
 mod hostile;
 mod images;
+mod in_guest;
 mod kept;
 #[path = "../../../tests/src/ledger.rs"]
 #[allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "shared with the tests of the other rooms")]

@@ -12,21 +12,21 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use crate::{
-    harness::{BINARY, Outcome},
+    harness::{BINARY, Outcome, Room},
     takeover::{REPLICA, Site},
 };
 
 /// Runs the way out of a refusal, as it is printed.
-pub(crate) fn as_printed(site: &Site, error: &Value) -> Outcome {
+pub(crate) fn as_printed(room: &Room, error: &Value) -> Outcome {
     let printed = error["do"].as_str().unwrap_or_else(|| panic!("no way out: {error}"));
     let aquifer = Path::new(BINARY).parent().and_then(Path::to_str).expect("utf-8");
     let line = printed.split('#').next().unwrap_or_default().trim();
     assert!(line.starts_with("aquifer "), "{printed}");
     let mut command = Command::new("sh");
     command.env_clear().env("PATH", format!("{aquifer}:/usr/bin:/bin:/usr/sbin:/sbin"));
-    command.env("AQUIFER_HOME", site.room.path("home")).env("XDG_RUNTIME_DIR", site.room.dir.path());
-    command.env("AQUIFER_REPO", site.room.repo()).env("AQUIFER_CONFIG", site.room.path("site.toml"));
-    command.current_dir(site.room.dir.path()).args(["-c", &format!("{line} --json")]);
+    command.env("AQUIFER_HOME", room.path("home")).env("XDG_RUNTIME_DIR", room.dir.path());
+    command.env("AQUIFER_REPO", room.repo()).env("AQUIFER_CONFIG", room.path("site.toml"));
+    command.current_dir(room.dir.path()).args(["-c", &format!("{line} --json")]);
     Outcome::of(command.output().expect("it runs"))
 }
 
@@ -102,11 +102,11 @@ fn a_catalogue_that_lost_a_replica_is_told_of_it_by_a_word() {
     let site = Site::new(2);
     let before = as_it_is(&site);
     let known = site.refused(&["replicas", REPLICA, "--take-back", "--yes"], "E_EXISTS");
-    let looked = as_printed(&site, &known);
+    let looked = as_printed(&site.room, &known);
     assert_eq!((looked.code, looked.one("replica")["state"].as_str()), (0, Some("ready")), "{}", looked.stdout);
     assert!(as_it_is(&site) == before, "refused without an effect");
     let nobody = site.refused(&["replicas", "nobody", "--take-back", "--yes"], "E_NOT_FOUND");
-    assert_eq!(as_printed(&site, &nobody).code, 0, "{nobody}");
+    assert_eq!(as_printed(&site.room, &nobody).code, 0, "{nobody}");
 
     // It serves, and the catalogue is lost.
     site.does(&["failover", REPLICA, "--to", "latest~1"]);
@@ -117,7 +117,7 @@ fn a_catalogue_that_lost_a_replica_is_told_of_it_by_a_word() {
     assert_eq!(site.json(&["replicas"]).kind("replica").len(), 0);
     let stands_in_the_way = site.json(&["run", "dr"]).one("error");
     assert_eq!(stands_in_the_way["code"], "E_EXISTS", "{stands_in_the_way}");
-    let asks = as_printed(&site, &stands_in_the_way).one("error");
+    let asks = as_printed(&site.room, &stands_in_the_way).one("error");
     assert_eq!(asks["code"], "E_CONFIRM", "it says what it is and asks: {asks}");
     let foreseen = site.json(&["replicas", REPLICA, "--take-back", "-n"]);
     assert_eq!((foreseen.code, &foreseen.one("plan")["act"]), (0, &json!("take_back")), "{}", foreseen.stdout);
@@ -140,7 +140,7 @@ fn a_catalogue_that_lost_a_replica_is_told_of_it_by_a_word() {
     let theirs = site.json(&["replicas", REPLICA, "--take-back", "--yes"]).one("error");
     assert_eq!((&theirs["code"], &theirs["exit"]), (&json!("E_FOREIGN_OWNER"), &json!(3)), "{theirs}");
     assert_eq!(site.json(&["replicas"]).kind("replica").len(), 0);
-    assert_eq!(as_printed(&site, &theirs).code, 0, "{theirs}");
+    assert_eq!(as_printed(&site.room, &theirs).code, 0, "{theirs}");
 }
 
 #[test]
@@ -157,14 +157,14 @@ fn a_replica_that_is_somebody_elses_is_dropped_by_force_and_only_then() {
         let args = [&["replicas", REPLICA, "--remove", "--yes"], force].concat();
         let serves = site.refused(&args, "E_STATE");
         assert_eq!(site.running("dr").expect("it runs").process, process, "{serves}");
-        let out = as_printed(&site, &serves);
-        assert!(out.code == 0 || out.one("error")["code"] == "E_CONFIRM", "{serves}: {}", out.stdout);
+        let out = as_printed(&site.room, &serves);
+        assert_eq!(out.code, 0, "{serves}: {}", out.stdout);
     }
     site.does(&["undo", REPLICA, "--yes"]);
 
     let theirs = give_to_another(&site);
     let foreign = site.refused(&["failover", REPLICA, "--network", "none"], "E_FOREIGN_OWNER");
-    assert_eq!(as_printed(&site, &foreign).code, 0, "{foreign}");
+    assert_eq!(as_printed(&site.room, &foreign).code, 0, "{foreign}");
     let kept = files(&site.room.path("dr"));
     site.refused(&["replicas", REPLICA, "--remove", "--force"], "E_CONFIRM");
     assert_eq!(site.json(&["replicas", REPLICA, "--remove", "--force", "-n"]).one("plan")["act"], "drop");
@@ -175,7 +175,8 @@ fn a_replica_that_is_somebody_elses_is_dropped_by_force_and_only_then() {
     assert!(files(&site.room.path("dr")) == kept, "their folder is as it was");
     assert_eq!(fs::read(site.room.path("dr").join(REPLICA).join("replica.json")).expect("stamp"), theirs);
     let twice = site.refused(&["replicas", REPLICA, "--remove", "--force", "--yes"], "E_STATE");
-    assert_eq!(as_printed(&site, &twice).code, 0, "{twice}");
+    assert_eq!(as_printed(&site.room, &twice).code, 0, "{twice}");
+    site.refused(&["replicas", REPLICA, "--park", "--yes"], "E_STATE");
     // Its job leaves the machine out from then on, and says so.
     let left_out = site.json(&["run", "dr"]);
     assert!(left_out.code <= 1 && files(&site.room.path("dr")) == kept, "{}", left_out.stdout);
@@ -197,7 +198,7 @@ fn what_was_changed_from_outside_takes_over_by_force_and_only_then() {
         site.refused(args, "E_USAGE");
     }
     // The way out that is printed stands on the point before, which nobody has changed.
-    let out = as_printed(&site, &changed);
+    let out = as_printed(&site.room, &changed);
     assert!(out.code <= 1, "{changed}: {}", out.stdout);
     let older = before.1[0]["id"].clone();
     assert_eq!((site.state().as_str(), &out.one("replica")["point"]), ("failover", &older));
@@ -216,5 +217,46 @@ fn what_was_changed_from_outside_takes_over_by_force_and_only_then() {
     let top = site.room.path("dr").join(REPLICA).join(&record.failover.expect("a takeover").tops[0].file);
     tool("qemu-io", &["-r", "-U", "-f", "qcow2", "-c", "read -P 0x5a 18M 64k", &top.display().to_string()]);
     site.refused(&["failover", REPLICA, "--force"], "E_STATE");
+    site.does(&["undo", REPLICA, "--yes"]);
+}
+
+#[test]
+fn a_machine_whose_replica_is_somebody_elses_by_now_is_shown_and_parked_by_a_word() {
+    let site = Site::new(1);
+    let none = site.refused(&["replicas", REPLICA, "--park", "--yes"], "E_STATE");
+    assert_eq!(as_printed(&site.room, &none).code, 0, "{none}");
+    site.does(&["failover", REPLICA]);
+    site.refused(&["replicas", REPLICA, "--park", "--yes"], "E_STATE");
+    let process = site.running("dr").expect("it runs").process;
+    assert!(site.json(&["replicas"]).one("replica").get("strays").is_none(), "one that serves is none");
+
+    give_to_another(&site);
+    let stray = site.json(&["replicas"]).one("replica")["strays"][0].clone();
+    assert_eq!((&stray["why"], &stray["pid"]), (&json!("fenced"), &json!(process.pid)), "{stray}");
+    let held = site.refused(&["replicas", REPLICA, "--remove", "--force", "--yes"], "E_STATE");
+    let asks = as_printed(&site.room, &held).one("error");
+    assert_eq!(asks["code"], "E_CONFIRM", "{held}: {asks}");
+    assert_eq!(site.running("dr").expect("it runs").process, process, "neither has an effect");
+    let parked = site.json(&["replicas", REPLICA, "--park", "--yes"]);
+    assert_eq!(parked.code, 0, "{}", parked.stdout);
+    assert!(site.running("dr").is_none());
+    let dropped = site.json(&["replicas", REPLICA, "--remove", "--force", "--yes"]);
+    assert_eq!(dropped.code, 0, "{}", dropped.stdout);
+}
+
+#[test]
+fn a_layer_that_is_changed_below_a_machine_that_serves_is_told_before_it_comes_home() {
+    let site = Site::new(1);
+    site.does(&["failover", REPLICA]);
+    let quiet = site.json(&["replicas", REPLICA]);
+    assert_eq!((quiet.code, quiet.kind("warning").len()), (0, 0), "{}", quiet.stdout);
+    site.write("dr", 0x55, "16M", "64k");
+    assert_eq!(site.json(&["replicas"]).kind("warning").len(), 0, "what its machine writes is no news");
+    let layer = site.room.path("dr").join(REPLICA).join("vda/1.qcow2");
+    let held = fs::read(&layer).expect("a layer");
+    fs::write(&layer, &held).expect("a layer");
+    let told = site.json(&["replicas"]).one("warning");
+    assert_eq!(told["code"], "W_RESYNC", "{told}");
+    assert!(told["what"].as_str().is_some_and(|what| what.contains("vda/1.qcow2")), "{told}");
     site.does(&["undo", REPLICA, "--yes"]);
 }

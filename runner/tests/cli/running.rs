@@ -180,7 +180,12 @@ fn tool(program: &str, args: &[&str]) {
 
 /// The newest point's record.
 fn newest(machine: &Machine) -> Value {
-    let points = machine.room.path("repo/machines");
+    newest_point(&machine.room)
+}
+
+/// What is written down of the newest point of a repository.
+pub(crate) fn newest_point(room: &Room) -> Value {
+    let points = room.path("repo/machines");
     let mut found: Vec<PathBuf> = Vec::new();
     for machine in fs::read_dir(points).expect("machines") {
         let folder = machine.expect("entry").path().join("points");

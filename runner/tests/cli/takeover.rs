@@ -202,6 +202,12 @@ impl Site {
         }
     }
 
+    /// Whether what a machine has said is in the replica's folder.
+    fn has_logs(&self) -> bool {
+        let names = fs::read_dir(self.folder("dr")).expect("a folder").flatten().map(|entry| entry.file_name());
+        names.into_iter().any(|name| name.to_string_lossy().ends_with(".log"))
+    }
+
     /// What the replica serves from, or served from last, against production, by QEMU's own tool.
     pub(crate) fn assert_same(&self, file: &str) {
         let top = self.folder("dr").join(file);
@@ -235,7 +241,7 @@ fn a_takeover_at_an_older_point_comes_home_and_is_made_final() {
 
     let report = site.does(&["failover", REPLICA, "--to", "latest~1", "--reason", "fire"]);
     assert_eq!((&report["state"], &report["point"]), (&json!("failover"), &json!(site.points[0])));
-    assert!(site.running("dr").is_some() && site.running("prod").is_none());
+    assert!(site.running("dr").is_some() && site.running("prod").is_none() && site.has_logs());
     let again = site.refused(&["failover", REPLICA], "E_STATE");
     assert_eq!(again["exit"], 3);
     assert!(again["at"]["cause"].as_str().is_some_and(|now| now.contains("undo")), "{again}");
@@ -266,6 +272,7 @@ fn a_takeover_at_an_older_point_comes_home_and_is_made_final() {
     let done = site.does(&["commit", REPLICA, "--force", "--yes"]);
     assert_eq!(done["state"], "ready");
     assert_eq!(done["allowed_operations"][0], "replicate");
+    assert!(!site.has_logs());
 }
 
 #[test]
@@ -284,6 +291,7 @@ fn a_takeover_is_taken_back_and_so_is_the_way_home() {
     let undone = site.does(&["undo", REPLICA, "--yes"]);
     assert_eq!(undone["state"], "ready");
     assert!(site.running("dr").is_none());
+    assert!(!site.has_logs());
 }
 
 #[test]
