@@ -40,7 +40,7 @@ use self::{
 };
 use crate::{
     fail::{Code, Fail, Result},
-    failover::{describe_latest, forget_logs, power_off, put_layers, start},
+    failover::{describe_latest, power_off, put_layers, start},
     host::{Running, in_use::Against},
     replica::{
         build::discard,
@@ -562,7 +562,6 @@ impl Work for CommitWork {
                 // What its firmware remembers is the restore point's from now on, not the takeover's.
                 let record = desk.load(&work.name)?.record;
                 layers::remove(&desk.host.variables(&record.folder))?;
-                forget_logs(&record)?;
                 describe_latest(desk, &work.name)
             })
     }

@@ -9,7 +9,10 @@ use std::{
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::OnceLock,
+    sync::{
+        OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -220,7 +223,8 @@ fn until(what: &str, mut is_so: impl FnMut() -> bool) {
 fn ask(socket: &Path, command: &str, arguments: &Value) -> Option<Value> {
     let mut stream = UnixStream::connect(socket).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
-    let number = Instant::now().elapsed().as_nanos() as u64 ^ u64::from(std::process::id()) << 20;
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
     writeln!(stream, "{}", json!({ "execute": "guest-sync", "arguments": { "id": number } })).ok()?;
     let mut lines = BufReader::new(stream.try_clone().ok()?).lines().map_while(Result::ok);
     let mut answer = || lines.find_map(|line| serde_json::from_str::<Value>(&line).ok());

@@ -272,7 +272,6 @@ fn a_takeover_at_an_older_point_comes_home_and_is_made_final() {
     let done = site.does(&["commit", REPLICA, "--force", "--yes"]);
     assert_eq!(done["state"], "ready");
     assert_eq!(done["allowed_operations"][0], "replicate");
-    assert!(!site.has_logs());
 }
 
 #[test]
