@@ -36,6 +36,10 @@ bugs! {
     InPlaceNotSynced,
     /// Bytes stored in place are synced after the record that marks them.
     InPlaceSyncedLate,
+    /// A flush does not hear of bytes that were stored in place.
+    InPlaceUncounted,
+    /// A write that is to be durable before it is acknowledged is not synced.
+    PaidNotSynced,
     /// Trims are dropped when a flush takes what is pending.
     TrimNotRecorded,
     /// What a failed flush took is not pending again.

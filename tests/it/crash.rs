@@ -41,7 +41,7 @@ fn bytes_in_place_outlive_an_older_record() {
 fn no_crash_loses_a_flush_or_forgets_a_change() {
     let ledger = Ledger::begin("crash states in memory");
     let first = first_seed();
-    let lives = u64::from(cases(1700));
+    let lives = u64::from(cases(1800));
     let tally = explore::many(first..first + lives, Depth::default()).unwrap_or_else(|what| panic!("{what}"));
     let seeds = format!("{first}..{}", first + lives);
     ledger.tell(&seeds, &[("states", tally.states), ("cuts judged", tally.judged), ("points", tally.points)]);

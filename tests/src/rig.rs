@@ -46,7 +46,7 @@ impl Rig {
         rig.options.journal_bytes = 4096 + 2 * 4096 * (8 + dice.below(12));
         rig.options.memory_bytes = 64 << 10;
         rig.options.spill_bytes = dice.pick(&[0, 8 << 10, 32 << 10, 1 << 20]);
-        rig.options.ahead_bytes = rig.options.spill_bytes.max(8 << 10);
+        rig.options.ahead_bytes = dice.pick(&[rig.options.spill_bytes.max(8 << 10), u64::MAX]);
         rig
     }
 

@@ -33,7 +33,8 @@
 //!
 //! Large writes (more than [`OverlayOptions::spill_bytes`] since the last flush) go in place, so that they
 //! are not written twice; small flushed writes cost one write and one sync of the journal. All flushes
-//! that arrive during a sync share the next one.
+//! that arrive during a sync share the next one. While somebody flushes, a flood of small writes goes to the journal as well,
+//! and a large one is durable in its place before it is acknowledged: no flush pays for another's flood (`ahead`, `paid`).
 //!
 //! Not here: reading the chain (`Disk`), the order of hydration (`Hydrator`).
 
@@ -46,6 +47,7 @@ mod layout;
 mod look;
 mod mapfile;
 mod owner;
+mod paid;
 mod plain;
 mod recover;
 mod region;
@@ -115,7 +117,8 @@ pub struct OverlayOptions {
     pub memory_bytes: u64,
     /// Bytes written since the last flush beyond which further ones go straight to their place.
     pub spill_bytes: u64,
-    /// Most bytes that may be in place and not synced while somebody asks for flushes; whoever writes more syncs first.
+    /// Most bytes that may wait for a flush while somebody asks for flushes; whoever writes more flushes first, and a write
+    /// of a quarter of it is durable in its place before it is acknowledged. `u64::MAX`: nobody is held back.
     pub ahead_bytes: u64,
     /// Who settles.
     pub settling: Settling,

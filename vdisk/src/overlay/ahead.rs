@@ -1,28 +1,33 @@
-//! How far writes that go straight to `disk.raw` may run ahead of the next sync.
+//! How far writers may run ahead of the next flush.
 //!
-//! A flush has to sync all that anybody has written in place. So a client that floods the disk would make every other
-//! client's flush as long as its flood. It pays for that itself instead: while somebody asks for flushes and
-//! [`OverlayOptions::ahead_bytes`](super::OverlayOptions) are in place and not synced, whoever wrote a good part of them
-//! syncs before it goes on. Who wrote little goes on: it is not to wait for the flood of another.
+//! A flush covers all that anybody was acknowledged. So a client that floods the disk would make every other client's flush as
+//! long as its flood. It pays for that itself instead, while somebody asks for flushes: a large write is durable in its place before it is
+//! acknowledged (`paid`); small ones stay in memory for the journal, and once
+//! [`OverlayOptions::ahead_bytes`](super::OverlayOptions) of them wait, whoever wrote a good part of them flushes before it goes
+//! on, and leaves room in the journal and in memory. Who wrote little goes on: it is not to wait for the flood of another.
 //!
 //! Invariants
-//! - While flushes are asked for, a flush finds no more in place than that, and of each thread a write and a sixteenth.
+//! - While flushes are asked for, a flush finds no more than that to record, and of each thread a write and a sixteenth; and nothing that
+//!   a flood has put in place since.
 //! - Where nobody flushes nobody waits: write-back is only begun early.
 //! - Decided by counting, never by a clock: the same calls always sync at the same places.
 //!
-//! Not here: syncing (`commit`).
+//! Not here: flushing (`commit`), making room (`settle`).
 
 use std::cell::Cell;
 
 use crate::sync::{AtomicU64, Ordering};
 
-/// For how many syncs that writers make of their own accord a flush that was asked for is remembered.
-const REMEMBERED: u64 = 16;
+/// For how many syncs that writers make of their own accord a flush that was asked for is remembered: a flood of 2 GB/s that
+/// syncs each MiB is held back for 64 ms after it.
+const REMEMBERED: u64 = 128;
 /// After so many times the allowance write-back is begun where nobody flushes.
 const SEND_TIMES: u64 = 8;
 
 /// Whoever has this part of the allowance in place is one of those who pay.
 const PART: u64 = 16;
+/// A write of this part of the allowance pays for itself.
+const LARGE_PART: u64 = 4;
 
 /// Numbers for overlays, and for what was in place between two syncs of one: no two are the same. Nobody waits by it, so
 /// it need not be seen by the schedule test.
@@ -47,7 +52,9 @@ pub(super) enum Step {
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Ahead {
-    /// In place since the last sync began.
+    /// How many bytes may wait; `u64::MAX` for as many as there are.
+    allowed: u64,
+    /// In place, or in memory while flushes are asked for, since the last sync began.
     bytes: AtomicU64,
     /// Number of the time since then.
     round: AtomicU64,
@@ -58,9 +65,10 @@ pub(super) struct Ahead {
 }
 
 impl Ahead {
-    pub(super) fn new() -> Self {
+    /// `allowed` bytes may wait for a flush; `u64::MAX` for as many as there are.
+    pub(super) fn new(allowed: u64) -> Self {
         let round = AtomicU64::new(next_round());
-        Self { bytes: AtomicU64::new(0), round, sent: AtomicU64::new(0), asked: AtomicU64::new(0) }
+        Self { allowed, bytes: AtomicU64::new(0), round, sent: AtomicU64::new(0), asked: AtomicU64::new(0) }
     }
 
     /// The calling thread put bytes in place.
@@ -68,6 +76,29 @@ impl Ahead {
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
         let round = self.round.load(Ordering::Relaxed);
         MINE.set((round, self.mine() + bytes));
+    }
+
+    /// The calling thread has something more in memory.
+    pub(super) fn keep(&self, bytes: u64) {
+        if self.is_asked() {
+            self.add(bytes);
+        }
+    }
+
+    /// Whether flushes are asked for, and somebody is to be held back for them.
+    pub(super) fn is_asked(&self) -> bool {
+        self.allowed != u64::MAX && self.asked.load(Ordering::Relaxed) > 0
+    }
+
+    /// Whether a write of so many bytes is to be durable before it is acknowledged.
+    pub(super) fn pays(&self, bytes: u64) -> bool {
+        self.is_asked() && bytes >= self.allowed / LARGE_PART
+    }
+
+    /// One that was is. Two at once may count as one: the flush is remembered for a little longer.
+    pub(super) fn paid(&self) {
+        let asked = self.asked.load(Ordering::Relaxed);
+        self.asked.store(asked.saturating_sub(1), Ordering::Relaxed);
     }
 
     /// What the calling thread has put in place since the last sync began.
@@ -88,19 +119,17 @@ impl Ahead {
         self.asked.store(REMEMBERED, Ordering::Relaxed);
     }
 
-    /// What the next writer does, with `allowed` bytes.
-    pub(super) fn step(&self, allowed: u64) -> Step {
-        let bytes = self.bytes.load(Ordering::Relaxed);
+    /// What the next writer does.
+    pub(super) fn step(&self) -> Step {
+        let (bytes, allowed) = (self.bytes.load(Ordering::Relaxed), self.allowed);
         if bytes < allowed {
             return Step::Go;
         }
-        let asked = self.asked.load(Ordering::Relaxed);
-        if asked > 0 {
+        if self.is_asked() {
             if self.mine() < allowed / PART {
                 return Step::Go;
             }
-            // Two at once may count as one: it is remembered for a little longer.
-            self.asked.store(asked - 1, Ordering::Relaxed);
+            self.paid();
             return Step::Sync;
         }
         let sent = self.sent.load(Ordering::Relaxed);
@@ -123,35 +152,35 @@ mod tests {
 
     #[test]
     fn only_who_floods_pays() {
-        let ahead = Ahead::new();
+        let ahead = Ahead::new(64);
         ahead.asked();
         std::thread::scope(|scope| {
             let flood = scope.spawn(|| {
                 ahead.add(100);
-                ahead.step(64)
+                ahead.step()
             });
             assert_eq!(flood.join().expect("it ends"), Step::Sync);
         });
-        assert_eq!(ahead.step(64), Step::Go, "this thread wrote nothing");
+        assert_eq!(ahead.step(), Step::Go, "this thread wrote nothing");
         ahead.add(4);
-        assert_eq!(ahead.step(64), Step::Sync, "this is a good part");
+        assert_eq!(ahead.step(), Step::Sync, "this is a good part");
         ahead.taken();
         ahead.add(3);
-        assert_eq!((ahead.mine(), ahead.step(64)), (3, Step::Go));
-        let other = Ahead::new();
+        assert_eq!((ahead.mine(), ahead.step()), (3, Step::Go));
+        let other = Ahead::new(64);
         assert_eq!(other.mine(), 0, "of another disk");
     }
 
     #[test]
     fn whoever_floods_syncs_while_somebody_flushes_and_only_then() {
-        let ahead = Ahead::new();
+        let ahead = Ahead::new(4);
         let mut steps = Vec::new();
         for write in 0..64 {
             if write == 32 {
                 ahead.asked();
                 ahead.taken();
             }
-            steps.push(ahead.step(4));
+            steps.push(ahead.step());
             if steps.last() == Some(&Step::Sync) {
                 ahead.taken();
             }
@@ -164,12 +193,12 @@ mod tests {
 
     #[test]
     fn a_flush_is_forgotten_in_time() {
-        let ahead = Ahead::new();
+        let ahead = Ahead::new(4);
         ahead.asked();
         let mut syncs = 0;
-        for _ in 0..100 {
+        for _ in 0..200 {
             ahead.add(4);
-            match ahead.step(4) {
+            match ahead.step() {
                 Step::Sync => {
                     syncs += 1;
                     ahead.taken();
@@ -178,7 +207,7 @@ mod tests {
             }
         }
         assert_eq!(syncs, REMEMBERED);
-        let sends = (0..64).filter(|_| (ahead.add(4), ahead.step(4)).1 == Step::Send).count();
+        let sends = (0..64).filter(|_| (ahead.add(4), ahead.step()).1 == Step::Send).count();
         assert_eq!(sends, 8, "once for eight times the allowance");
     }
 }

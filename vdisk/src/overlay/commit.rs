@@ -94,6 +94,7 @@ impl Core {
     fn commit(&self) -> Result<()> {
         self.check()?;
         let mut taken = self.take_intents();
+        let intended = !taken.is_empty();
         let mut regions = std::mem::take(&mut *self.pending.lock());
         self.unflushed.store(0, Ordering::Relaxed);
         self.ahead.taken();
@@ -107,8 +108,10 @@ impl Core {
         if taken.is_empty() {
             return Ok(());
         }
+        // After the last of it was taken: whatever is in place by now is either synced, or counted here.
+        let unsynced = self.unsynced.swap(false, Ordering::AcqRel) || intended;
         let mut run = Committing { core: self, rest: taken, unsynced: Vec::new() };
-        let result = run.persist();
+        let result = run.persist(unsynced);
         let left = std::mem::take(&mut run.rest).into_iter().chain(std::mem::take(&mut run.unsynced));
         if !planted(Bug::FailedFlushForgets) {
             left.for_each(|taken| self.put_back(&taken));
@@ -206,8 +209,8 @@ struct Committing<'a> {
 }
 
 impl Committing<'_> {
-    fn persist(&mut self) -> Result<()> {
-        let in_place = self.rest.iter().any(|t| !t.in_place.is_empty());
+    /// `in_place`: something that is there may not be synced.
+    fn persist(&mut self, in_place: bool) -> Result<()> {
         if in_place && !planted(Bug::InPlaceNotSynced) && !planted(Bug::InPlaceSyncedLate) {
             self.core.sync_raw(|| self.core.ranges(&self.rest))?;
         }

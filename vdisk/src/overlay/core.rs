@@ -1,6 +1,7 @@
 //! The overlay's shared heart: its files, the locked regions, and the lists that tie them together.
 //!
 //! Lock order, outermost first; a lock is taken only while holding none that comes after it:
+//! 0. `paying`: the one write that syncs what it stored, see `paid`.
 //! 1. `map`: whoever settles (one at a time). Held during I/O.
 //! 2. a stripe: states and pages of its regions. Held during I/O on `disk.raw` that changes those blocks.
 //! 3. `pending`, `intents`, `unsealed`, `owed`, `map_dirty`, `failure`: lists, held for a moment.
@@ -42,8 +43,12 @@ pub(super) struct Core {
     pub(super) page_bytes: AtomicU64,
     /// Bytes that became pending as pages since the last flush took them.
     pub(super) unflushed: AtomicU64,
-    /// What is in place and not synced.
+    /// What waits for a flush.
     pub(super) ahead: Ahead,
+    /// Something that is in place and pending, or may be, is not synced.
+    pub(super) unsynced: AtomicBool,
+    /// Held by the one write that pays.
+    pub(super) paying: Mutex<u64>,
     /// Regions with pending blocks.
     pub(super) pending: Mutex<Vec<u32>>,
     /// Runs of blocks that are to be marked as written before bytes go over their hydrated ones.
@@ -121,7 +126,9 @@ impl Core {
             bytes,
             page_bytes: AtomicU64::new(0),
             unflushed: AtomicU64::new(0),
-            ahead: Ahead::new(),
+            ahead: Ahead::new(options.ahead_bytes),
+            unsynced: AtomicBool::new(true),
+            paying: Mutex::new(0),
             pending: Mutex::new(Vec::new()),
             intents: Mutex::new(Vec::new()),
             unsealed: Mutex::new(BTreeSet::new()),

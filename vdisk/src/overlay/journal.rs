@@ -228,6 +228,11 @@ impl Journal {
         self.synced = self.next.saturating_sub(1);
     }
 
+    /// Whether the active half has as little room left as it has records.
+    pub(super) fn is_half_full(&self) -> bool {
+        self.at >= self.half_bytes / 2
+    }
+
     /// The first record that is not settled once the inactive half is.
     pub(super) fn floor_of_active(&self) -> u64 {
         self.first.get(self.active).copied().unwrap_or(0)

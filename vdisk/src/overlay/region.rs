@@ -172,6 +172,8 @@ pub(super) struct Region {
     pub(super) unpunched: Bits,
     /// Trimmed blocks whose space is to stay reserved.
     pub(super) keep: Bits,
+    /// Number of the write that pays, if nothing has changed since; see `paid`.
+    pub(super) paid_by: u64,
     /// Newest bytes of blocks, in order of the block.
     pages: Vec<(u8, Arc<Page>)>,
 }
@@ -184,6 +186,7 @@ impl Region {
             pending: Bits::default(),
             unpunched: Bits::default(),
             keep: Bits::default(),
+            paid_by: 0,
             pages: Vec::new(),
         }
     }
@@ -219,7 +222,8 @@ impl Region {
     }
 
     fn as_uniform(&self) -> Option<u8> {
-        if !self.pages.is_empty() || !self.pending.is_empty() || !self.unpunched.is_empty() || !self.keep.is_empty() {
+        let busy = !self.pages.is_empty() || !self.pending.is_empty() || self.paid_by != 0;
+        if busy || !self.unpunched.is_empty() || !self.keep.is_empty() {
             return None;
         }
         Some(self.ram.as_uniform()? as u8 | (self.durable.as_uniform()? as u8) << 2)

@@ -10,6 +10,8 @@
 //!
 //! Not here: when a flush is acknowledged.
 
+use std::collections::BTreeSet;
+
 use aquifer_formats::planted::{Bug, planted};
 
 use super::{
@@ -19,7 +21,13 @@ use super::{
     mapfile::MapFile,
     region::{BlockState, OVERLAY_BLOCK_BYTES},
 };
-use crate::{Delta, Result, sync::Ordering};
+use crate::{
+    Delta, Result,
+    sync::{Mutex, Ordering},
+};
+
+/// Regions that are written back at once where somebody may wait for that.
+const STEP_REGIONS: usize = 4;
 
 /// How much to settle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,9 +75,9 @@ impl Core {
             let floor = if all { journal.floor_of_all() } else { journal.floor_of_active() };
             (journal.active(), floor)
         };
-        self.write_back(1 - active)?;
+        self.write_back_half(1 - active)?;
         if scope == Scope::All {
-            self.write_back(active)?;
+            self.write_back_half(active)?;
         }
         if scope != Scope::Inactive {
             self.seal();
@@ -89,24 +97,33 @@ impl Core {
         Ok(())
     }
 
-    /// Writes back what both halves owe, without syncing, to have memory again.
+    /// Writes back what both halves owe, without syncing, to have memory again. The lock is given away between steps: whoever
+    /// has to switch halves is not to wait for all of this. What is not written yet is still owed then.
     pub(super) fn relieve(&self) -> Result<()> {
-        let _one_at_a_time = self.map.lock();
-        self.check()?;
-        if self.is_plain() {
-            return Ok(());
+        for owed in &self.owed {
+            let mut left = owed.lock().len();
+            while left > 0 {
+                let _one_at_a_time = self.map.lock();
+                self.check()?;
+                if self.is_plain() {
+                    return Ok(());
+                }
+                let step: BTreeSet<u32> = owed.lock().iter().take(STEP_REGIONS.min(left)).copied().collect();
+                left -= step.len().max(1);
+                owed.lock().retain(|region| !step.contains(region));
+                self.write_back(owed, step)?;
+            }
         }
-        self.write_back(0)?;
-        self.write_back(1)
+        Ok(())
     }
 
     /// Waits until there is memory for another write, and not more in place than a flush should have to sync.
     pub(super) fn make_room(&self) -> Result<()> {
-        match self.ahead.step(self.options.ahead_bytes) {
+        match self.ahead.step() {
             Step::Go => {}
             // A hint; the sync that matters reports its own errors.
             Step::Send => _ = self.raw().start_writeback(0, self.of.size),
-            Step::Sync => self.flush()?,
+            Step::Sync => self.pay()?,
         }
         while self.page_bytes.load(Ordering::Relaxed) >= self.options.memory_bytes {
             self.relieve()?;
@@ -117,10 +134,37 @@ impl Core {
         Ok(())
     }
 
-    /// Writes back every region a half of the journal owes.
-    fn write_back(&self, half: usize) -> Result<()> {
+    /// Makes what is pending durable, and leaves room for those who write little: in the journal, whose other half has to be free
+    /// before this one is full, and in memory.
+    fn pay(&self) -> Result<()> {
+        self.flush()?;
+        if self.journal.lock().is_half_full() {
+            self.settle(Scope::Inactive)?;
+        }
+        if self.page_bytes.load(Ordering::Relaxed) >= self.options.memory_bytes / 2 {
+            self.relieve()?;
+        }
+        Ok(())
+    }
+
+    /// Writes back every region a half of the journal owes, to be synced by the caller.
+    fn write_back_half(&self, half: usize) -> Result<()> {
         let Some(owed) = self.owed.get(half) else { return Ok(()) };
         let mut regions = std::mem::take(&mut *owed.lock());
+        // In small steps, so that a flush that comes between has one of them before it on the device, and not all.
+        while self.ahead.is_asked() && regions.len() > STEP_REGIONS {
+            let rest = regions.iter().nth(STEP_REGIONS).copied().map(|first| regions.split_off(&first));
+            let done = self.write_back(owed, std::mem::replace(&mut regions, rest.unwrap_or_default()));
+            if let Err(e) = done.and_then(|()| self.sync_raw(Delta::new)) {
+                owed.lock().append(&mut regions);
+                return Err(e);
+            }
+        }
+        self.write_back(owed, regions)
+    }
+
+    /// Writes back regions that were owed; they are owed again if that fails.
+    fn write_back(&self, owed: &Mutex<BTreeSet<u32>>, mut regions: BTreeSet<u32>) -> Result<()> {
         while let Some(region) = regions.pop_first() {
             if let Err(e) = self.write_back_region(region) {
                 regions.insert(region);
@@ -191,6 +235,8 @@ impl Core {
             return self.flush();
         }
         self.through.store(!planted(Bug::DrainNotThrough), Ordering::Release);
+        // The write that pays brings its marks with it.
+        drop(self.paying.lock());
         // Whoever stores a page now began before that; nobody does once each lock was free once.
         for stripe in self.stripes() {
             drop(stripe.write());

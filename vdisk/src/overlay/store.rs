@@ -17,6 +17,7 @@ use super::{
     core::{Core, in_region, region_of},
     failure::io_failed,
     look::Look,
+    paid::Paid,
     region::{BlockState, OVERLAY_BLOCK_BYTES, Page, REGION_BYTES, Region, Stripe},
 };
 use crate::{Result, Zeroing, sync::Ordering};
@@ -28,10 +29,10 @@ pub(crate) type Below<'a> = &'a dyn Fn(u64, &mut [u8]) -> Result<()>;
 const INTENT_BLOCKS_MIN: usize = 16;
 
 /// Blocks at the ends of a write that are covered only in part, as the chain has them.
-type Edges = Vec<(u64, Box<Page>)>;
+pub(super) type Edges = Vec<(u64, Box<Page>)>;
 
 /// What became of an attempt.
-enum Outcome {
+pub(super) enum Outcome {
     Done,
     /// Nothing was changed: these blocks, `first..end`, need their mark before their bytes.
     IntentFirst(u64, u64),
@@ -63,9 +64,11 @@ impl Core {
             }
             self.check()?;
             self.make_room()?;
-            let outcome = {
+            let outcome = if self.pays(bytes.len()) {
+                self.store_paid(region, offset, bytes, &edges)
+            } else {
                 let mut stripe = self.stripe(region).write();
-                let outcome = self.store_piece(&mut stripe, region, offset, bytes, &edges);
+                let outcome = self.store_piece(&mut stripe, region, offset, bytes, &edges, None);
                 stripe.fold(region);
                 outcome
             };
@@ -96,16 +99,19 @@ impl Core {
     }
 
     /// One attempt to store a piece that lies in one region, which is locked.
-    fn store_piece(
+    pub(super) fn store_piece(
         &self,
         stripe: &mut Stripe,
         region: u32,
         offset: u64,
         bytes: &[u8],
         edges: &Edges,
+        paid: Option<&mut Paid>,
     ) -> Result<Outcome> {
         let through = self.through.load(Ordering::Acquire);
-        let spill = through || self.unflushed.load(Ordering::Relaxed) >= self.options.spill_bytes;
+        let mut paid = paid.filter(|_| !through);
+        let full = self.unflushed.load(Ordering::Relaxed) >= self.options.spill_bytes;
+        let spill = through || paid.is_some() || (full && !self.ahead.is_asked());
         let target = stripe.region(region);
         if spill && let Some((first, end)) = self.needs_intent(target, offset, bytes.len(), through) {
             return Ok(Outcome::IntentFirst(first, end));
@@ -118,7 +124,7 @@ impl Core {
             let hydrated = target.durable.get(in_region(block)) == BlockState::Hydrated;
             let held_back = hydrated && !planted(Bug::WrittenBeforeMark);
             let n = if spill && !held_back && (through || !has_page) {
-                self.store_in_place(target, region, at, rest, edges)?
+                self.store_in_place(target, region, at, rest, edges, &mut paid)?
             } else {
                 self.store_page(target, region, at, rest, edges)?
             };
@@ -152,6 +158,7 @@ impl Core {
         offset: u64,
         bytes: &[u8],
         edges: &Edges,
+        paid: &mut Option<&mut Paid>,
     ) -> Result<usize> {
         let first = offset / OVERLAY_BLOCK_BYTES;
         let through = self.through.load(Ordering::Acquire);
@@ -166,7 +173,7 @@ impl Core {
             let paged = target.page(at).is_some() && !through;
             if merge && len == 0 {
                 let part = bytes.get(..n).unwrap_or_default();
-                return self.merge_in_place(target, region, end, skip, part, edges);
+                return self.merge_in_place(target, region, end, (skip, part), edges, paid);
             }
             if merge || held_back || paged {
                 break;
@@ -176,11 +183,10 @@ impl Core {
         }
         let front = bytes.get(..len).unwrap_or_default();
         let written = self.raw().write_at(offset, front);
-        self.ahead.add(front.len() as u64);
         for block in first..end {
             if written.is_ok() {
                 self.drop_page(target, block);
-                self.note_written(target, region, block);
+                self.note_in_place(target, region, block, paid);
             } else {
                 self.note_half_written(target, region, block);
             }
@@ -204,9 +210,9 @@ impl Core {
         target: &mut Region,
         region: u32,
         block: u64,
-        skip: usize,
-        part: &[u8],
+        (skip, part): (usize, &[u8]),
         edges: &Edges,
+        paid: &mut Option<&mut Paid>,
     ) -> Result<usize> {
         let mut page = self.base(target, block, edges)?;
         if let Some(slot) = page.get_mut(skip..skip + part.len()) {
@@ -218,9 +224,8 @@ impl Core {
             self.note_half_written(target, region, block);
             return Err(io_failed(self.raw(), "write", start, e));
         }
-        self.ahead.add(OVERLAY_BLOCK_BYTES);
         self.drop_page(target, block);
-        self.note_written(target, region, block);
+        self.note_in_place(target, region, block, paid);
         Ok(part.len())
     }
 
@@ -246,6 +251,7 @@ impl Core {
         }
         if !counted {
             self.unflushed.fetch_add(OVERLAY_BLOCK_BYTES, Ordering::Relaxed);
+            self.ahead.keep(OVERLAY_BLOCK_BYTES);
         }
         self.note_written(target, region, block);
         Ok(n)
@@ -284,10 +290,25 @@ impl Core {
 
     fn note_written(&self, target: &mut Region, region: u32, block: u64) {
         let at = in_region(block);
+        if target.page(at).is_none() && !planted(Bug::InPlaceUncounted) {
+            self.unsynced.store(true, Ordering::Release);
+        }
         self.set_ram(target, block, BlockState::Written);
         self.set_pending(region, target, at);
         target.unpunched.remove(at);
         target.keep.remove(at);
+        target.paid_by = 0;
+    }
+
+    /// Notes a block whose bytes were put in place by the guest.
+    fn note_in_place(&self, target: &mut Region, region: u32, block: u64, paid: &mut Option<&mut Paid>) {
+        match paid {
+            Some(paid) => self.note_paid(target, block, paid),
+            None => {
+                self.ahead.add(OVERLAY_BLOCK_BYTES);
+                self.note_written(target, region, block);
+            }
+        }
     }
 
     fn drop_page(&self, target: &mut Region, block: u64) {
@@ -382,6 +403,7 @@ impl Core {
             target.unpunched.insert(at);
         }
         target.keep.remove(at);
+        target.paid_by = 0;
         if zeroing == Zeroing::KeepSpace {
             target.keep.insert(at);
         }
