@@ -167,9 +167,9 @@ impl BackWork {
             let digests = match (&ranges, point) {
                 (None, Some(_)) if !touched.is_empty() => {
                     let disk = aquifer_vdisk::Disk::read_only(&top.disk, from.clone());
-                    Some(Digests::of(&disk, record.digest_block)?)
+                    Some(Digests::of(&disk, record.digest_block, desk.pace)?)
                 }
-                (None, Some(point)) => Some(digests_of(&record, point, top, &from)?),
+                (None, Some(point)) => Some(digests_of(desk, &record, point, top, &from)?),
                 _ => None,
             };
             let noted = ranges.is_some();
@@ -207,7 +207,7 @@ fn nothing_else(desk: &Desk<'_>, disk: &crate::replica::model::HomeDisk, from: A
     } else {
         layers::open(&disk.path, disk.format, desk.cache)?
     };
-    let sums = |chain| Digests::of(&aquifer_vdisk::Disk::read_only(&disk.disk, chain), block);
+    let sums = |chain| Digests::of(&aquifer_vdisk::Disk::read_only(&disk.disk, chain), block, desk.pace);
     let (there, here) = (sums(home)?, sums(from.clone())?);
     let blocks = from.size().div_ceil(block);
     let extra = (0..blocks).filter(|index| there.sum(*index) != here.sum(*index)).count();
@@ -241,7 +241,13 @@ fn changed_since(
 }
 
 /// Digests of a replica's disk with what its machine wrote.
-fn digests_of(record: &ReplicaRecord, point: &PointRecord, top: &Top, chain: &Arc<Chain>) -> Result<Digests> {
+fn digests_of(
+    desk: &Desk<'_>,
+    record: &ReplicaRecord,
+    point: &PointRecord,
+    top: &Top,
+    chain: &Arc<Chain>,
+) -> Result<Digests> {
     let disk = aquifer_vdisk::Disk::read_only(&top.disk, chain.clone());
     let below = point.disks.iter().find(|below| below.disk == top.disk);
     if let Some(below) = below
@@ -257,7 +263,7 @@ fn digests_of(record: &ReplicaRecord, point: &PointRecord, top: &Top, chain: &Ar
         digests.refresh(&disk, &written)?;
         return Ok(digests);
     }
-    Digests::of(&disk, record.digest_block)
+    Digests::of(&disk, record.digest_block, desk.pace)
 }
 
 impl Work for BackWork {
@@ -407,8 +413,8 @@ impl SwitchWork {
         for top in &self.tops {
             let chain = layers::open(&record.folder.join(&top.file), Format::Qcow2, desk.cache)?;
             let digests = match base {
-                Some(base) => digests_of(&record, base, top, &chain)?,
-                None => Digests::of(&aquifer_vdisk::Disk::read_only(&top.disk, chain), record.digest_block)?,
+                Some(base) => digests_of(desk, &record, base, top, &chain)?,
+                None => Digests::of(&aquifer_vdisk::Disk::read_only(&top.disk, chain), record.digest_block, desk.pace)?,
             };
             digests.store(&keep::digest_file(&record, &self.protective, &top.disk))?;
         }

@@ -9,8 +9,8 @@ use std::{
 };
 
 use aquifer_runner::catalogue::{
-    Asked, Catalogue, End, Error, Event, EventFilter, Fence, Need, NewRun, NewSession, NewWork, Outcome, PlanRun,
-    PointRow, Progress, Retries, SessionFilter, SessionResult, SessionState, Stored, Trigger, Url, Wish, Work,
+    Asked, Catalogue, Change, End, Error, Event, EventFilter, Fence, Need, NewRun, NewSession, NewWork, Outcome,
+    PlanRun, PointRow, Progress, Retries, SessionFilter, SessionResult, SessionState, Stored, Trigger, Url, Wish, Work,
     WorkState,
 };
 use aquifer_tests::postgres::Database;
@@ -66,6 +66,7 @@ on_both! {
     events_have_no_gap_and_one_order
     a_replica_is_written_by_comparison
     operations_are_journalled_and_adopted
+    what_belongs_to_a_step_is_there_with_it_or_not_at_all
     what_kills_its_workers_fails
     plans_and_marks
     opening_at_once_makes_one_catalogue
@@ -467,6 +468,62 @@ fn operations_are_journalled_and_adopted(place: &Place) {
     assert!(matches!(catalogue.end_operation(&other, id, &End::Done, &[]), Err(Error::State { .. })));
     let next = catalogue.begin_operation(&other, "replica/r", "undo", &Value::Null).expect("the object is free");
     assert!(next > id);
+}
+
+fn what_belongs_to_a_step_is_there_with_it_or_not_at_all(place: &Place) {
+    let catalogue = place.open();
+    catalogue.enqueue(&work("replication", "replica/r")).expect("enqueue");
+    let (_, fence) = claimed(&catalogue, "w");
+    let row = |revision: i64, state: &str| Stored {
+        name: "r".into(),
+        revision,
+        state: state.into(),
+        source: "db01".into(),
+        job: None,
+        record: json!({ "state": state }),
+    };
+    let point = |id: &str, n: i64| PointRow {
+        id: id.into(),
+        revision: 0,
+        taken_at: n,
+        state: "complete".into(),
+        record: json!(n),
+    };
+    let points = || {
+        let rows = catalogue.points_of::<Value>("r").expect("points").into_iter();
+        rows.map(|row| (row.id, row.taken_at)).collect::<Vec<_>>()
+    };
+    catalogue.put_replica(&fence, &row(0, "Ready")).expect("stored");
+    catalogue.put_point(&fence, "r", &point("a", 1)).expect("stored");
+    let id = catalogue.begin_operation(&fence, "replica/r", "replicate", &Value::Null).expect("begin");
+    let told = Event { object: "replica/r".into(), op: "tell".into(), ..Event::default() };
+    let all = |revision: i64| {
+        [
+            Change::Point("r".into(), point("a", 9)),
+            Change::Point("r".into(), point("b", 2)),
+            Change::NoPoint("r".into(), "a".into()),
+            Change::Told(told.clone()),
+            Change::Replica(row(revision, "Processing")),
+        ]
+    };
+    // The last of them is refused: nothing of it is there, and the step is not reached.
+    let (before, events) = (catalogue.replica::<Value>("r").expect("read"), catalogue.last_event().expect("events"));
+    let refused = catalogue.step(&fence, id, 1, &Value::Null, &all(7));
+    assert!(matches!(refused, Err(Error::Stale { have: 7, now: 1, .. })), "{refused:?}");
+    let refused = catalogue.end_operation(&fence, id, &End::Done, &all(7));
+    assert!(matches!(refused, Err(Error::Stale { .. })), "{refused:?}");
+    assert_eq!((catalogue.replica::<Value>("r").expect("read"), points()), (before, vec![("a".to_owned(), 1)]));
+    assert_eq!((catalogue.operation(id).expect("read").step, catalogue.last_event().expect("events")), (0, events));
+
+    catalogue.step(&fence, id, 1, &Value::Null, &all(1)[..2]).expect("step");
+    assert_eq!(points(), [("a".to_owned(), 1), ("b".to_owned(), 2)], "a point that is known stays as it is");
+    catalogue.end_operation(&fence, id, &End::Done, &all(1)[2..]).expect("end");
+    assert_eq!(points(), [("b".to_owned(), 2)]);
+    let now = catalogue.replica::<Value>("r").expect("read").expect("it is there");
+    assert_eq!((now.revision, now.state.as_str()), (2, "Processing"));
+    let ops: Vec<String> =
+        catalogue.events(events, &EventFilter::default()).expect("events").into_iter().map(|e| e.event.op).collect();
+    assert_eq!(ops, ["tell", "replication", "replicate done"], "in their order");
 }
 
 fn what_kills_its_workers_fails(place: &Place) {

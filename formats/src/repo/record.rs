@@ -481,6 +481,9 @@ pub struct ManifestPoint {
     /// Never given up by a rule.
     #[serde(default)]
     pub pinned: bool,
+    /// The piece of work it was made for, as in its record: whether a piece of work has its point is looked up here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub work: Option<String>,
 }
 
 /// `chain/<generation>.json`: which points a machine has.

@@ -307,7 +307,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
                     .stages
                     .time(Stage::Throttle, || writes.iter().try_for_each(|rate| rate.take(bytes, task.stop)))?;
             }
-            Moved::Ahead(_) | Moved::Zeros(_) | Moved::Equal(_) | Moved::Took(..) => {}
+            Moved::Ahead(_) | Moved::Zeros(_) | Moved::Checked(_) | Moved::Equal(_) | Moved::Took(..) => {}
         }
         seat::count(task.counts, moved);
         if let (Moved::Read(bytes), ReplicaSource::Production { .. }) = (moved, &run.job.source) {

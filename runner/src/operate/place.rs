@@ -1,11 +1,11 @@
 //! Where production's machines are, and where a way home can lead.
 
-use std::path::PathBuf;
+use std::{fs, path::PathBuf};
 
 use crate::{
     context::Context,
     fail::{Code, Fail, Result},
-    host::placed::Placed,
+    host::placed::{DESCRIPTION, Placed},
     replica::{
         images,
         model::{Home, HomeDisk, HomeKind, ReplicaRecord},
@@ -70,10 +70,35 @@ pub fn target(context: &Context, record: &ReplicaRecord, kind: HomeKind, word: O
             tops.map(new).collect()
         }
         HomeKind::Original | HomeKind::Restored => {
-            Placed::read(&place.folder)?.disks.iter().map(images::home_disk).collect()
+            described(record, &home)?.disks.iter().map(images::home_disk).collect()
         }
     };
     Ok(home)
+}
+
+/// The machine that is there: its description says which files are its disks, and nothing else does.
+fn described(record: &ReplicaRecord, home: &Home) -> Result<Placed> {
+    let Home { machine, host, folder, .. } = home;
+    let description = folder.join(DESCRIPTION);
+    if description.exists() {
+        return Placed::read(folder);
+    }
+    let is_empty = fs::read_dir(folder).map_or(true, |mut entries| entries.next().is_none());
+    let (what, cause, help) = if is_empty {
+        (
+            format!("there is no machine {machine} on {host}: {} is empty, or not there", folder.display()),
+            "what holds it is not mounted, or the machine is lost; it can be made anew of what the replica has",
+            format!("aquifer failback {} --new {host}:{machine}", record.name),
+        )
+    } else {
+        let ours = record.folder.join(DESCRIPTION);
+        (
+            format!("nothing says which files in {} are the disks of {machine}", folder.display()),
+            "machine.toml is written by whoever set the machine up; the replica's own has the same machine and names other files",
+            format!("cp {} {}    # then put the files of {host} at `source`", ours.display(), description.display()),
+        )
+    };
+    Err(Fail::new(Code::NotFound, what).at(description.display()).cause(cause).help(help))
 }
 
 fn named(context: &Context, word: &str) -> Result<Production> {

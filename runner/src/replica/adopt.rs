@@ -254,7 +254,7 @@ impl Work for AdoptWork {
                     for top in &work.point.disks {
                         (desk.alive)()?;
                         let disk = layers::disk(&record.folder.join(&top.file), desk.cache)?;
-                        let digests = Digests::of(&disk, record.digest_block)?;
+                        let digests = Digests::of(&disk, record.digest_block, desk.pace)?;
                         digests.store(&keep::digest_file(&record, &work.point, &top.disk))?;
                     }
                     work.enter(&record)

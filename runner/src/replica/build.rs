@@ -60,6 +60,8 @@ pub enum Moved {
     Read(u64),
     /// Bytes are known to be zero and were not read.
     Zeros(u64),
+    /// Bytes of the replica's own disks were looked at, to learn or to prove what they hold.
+    Checked(u64),
     /// Bytes were written.
     Written(u64),
     /// Blocks were found equal.
@@ -72,7 +74,7 @@ impl Moved {
     /// Bytes that were looked at.
     pub fn looked_at(self) -> u64 {
         match self {
-            Self::Read(bytes) | Self::Zeros(bytes) => bytes,
+            Self::Read(bytes) | Self::Zeros(bytes) | Self::Checked(bytes) => bytes,
             Self::Ahead(_) | Self::Written(_) | Self::Equal(_) | Self::Took(..) => 0,
         }
     }
@@ -233,7 +235,7 @@ impl DiskBuild {
         let mut digests = match (&self.digests, &self.base) {
             (Some(digests), _) => digests.clone(),
             (None, None) => Digests::zero(size, self.block),
-            (None, Some((base, _))) => Digests::of(&Disk::read_only("base", base.clone()), self.block)?,
+            (None, Some((base, _))) => Digests::of(&Disk::read_only("base", base.clone()), self.block, pace)?,
         };
         digests.resize(size);
         let block = digests.block();
@@ -265,7 +267,8 @@ impl DiskBuild {
             mark.carried.bytes_written += work.written.swap(0, Ordering::Relaxed);
             mark.carried.blocks_equal += work.equal.swap(0, Ordering::Relaxed);
             mark.done_until = part.end();
-            if strides.walked(part.bytes(), began.elapsed()) {
+            // Behind the last stride comes the end itself.
+            if strides.walked(read.read, began.elapsed()) && !rest.is_empty() {
                 work.mark(&files, &mut mark, &mut notes)?;
             }
         }
@@ -462,8 +465,13 @@ impl Work<'_> {
         let changed = std::mem::take(&mut *self.changed.lock());
         let sums: Vec<u8> =
             changed.iter().flat_map(|(index, sum)| index.to_le_bytes().into_iter().chain(*sum)).collect();
-        append(&files.map, &map)?;
-        append(&files.sums, &sums)?;
+        // The first mark makes the files.
+        let is_first = mark.proof.is_empty();
+        for (path, bytes) in [(&files.map, &map), (&files.sums, &sums)] {
+            if is_first || !bytes.is_empty() {
+                append(path, bytes)?;
+            }
+        }
         mark.clusters = at.clusters;
         mark.map_bytes += map.len() as u64;
         mark.sums_bytes += sums.len() as u64;
@@ -483,8 +491,8 @@ fn append(path: &Path, bytes: &[u8]) -> Result<()> {
     written.map_err(|e| Fail::io(path.display(), "write", &e))
 }
 
-/// How much is looked at in one go, and when that is marked: often enough that little is done twice, seldom enough that
-/// making it durable costs little.
+/// How much is looked at in one go, and when that is marked: often enough that little is read twice, seldom enough that
+/// making it durable costs little. Zeros are no reason for a mark: what was not read is not read twice.
 struct Strides {
     bytes: u64,
     most: u64,
@@ -498,9 +506,9 @@ impl Strides {
         Self { bytes: most.min(STRIDE_MIN), most, since_mark: 0, time_since_mark: Duration::ZERO }
     }
 
-    /// Counts a stride; whether it is time for a mark.
-    fn walked(&mut self, bytes: u64, took: Duration) -> bool {
-        self.since_mark += bytes;
+    /// Counts a stride of which so many bytes were read; whether it is time for a mark.
+    fn walked(&mut self, read: u64, took: Duration) -> bool {
+        self.since_mark += read;
         self.time_since_mark += took;
         if took < MARK_EVERY / 8 {
             self.bytes = (self.bytes * 2).min(self.most);

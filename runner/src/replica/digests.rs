@@ -20,6 +20,7 @@ use std::{
 use aquifer_vdisk::{Delta, Disk};
 use parking_lot::Mutex;
 
+use super::build::{Moved, Pace};
 use crate::{
     copy::{Piece, sweep},
     fail::{Code, Fail, Result},
@@ -60,13 +61,14 @@ impl Digests {
         Self { block, size, zero, sums }
     }
 
-    /// Those of a disk, read whole.
+    /// Those of a disk, read whole; `pace` is told how far that is.
     ///
     /// # Errors
-    /// The disk's.
-    pub fn of(disk: &Disk, block: u64) -> Result<Self> {
+    /// The disk's, and what `pace` says.
+    pub fn of(disk: &Disk, block: u64, pace: Pace<'_>) -> Result<Self> {
         let mut digests = Self::zero(disk.size(), block);
-        digests.refresh(disk, &Delta::full(disk.size()))?;
+        pace(Moved::Ahead(disk.size()))?;
+        digests.take(disk, &Delta::full(disk.size()), pace)?;
         Ok(digests)
     }
 
@@ -109,10 +111,18 @@ impl Digests {
     /// # Errors
     /// The disk's.
     pub fn refresh(&mut self, disk: &Disk, ranges: &Delta) -> Result<()> {
+        self.take(disk, ranges, &|_| Ok(()))
+    }
+
+    fn take(&mut self, disk: &Disk, ranges: &Delta, pace: Pace<'_>) -> Result<()> {
         let ranges = ranges.round_out(self.block).clip(0..self.size.min(disk.size()));
         let this = Mutex::new(&mut *self);
         let block = this.lock().block;
         let taker = |offset: u64, piece: Piece<'_>| {
+            pace(Moved::Checked(match piece {
+                Piece::Bytes(bytes) => bytes.len() as u64,
+                Piece::Zeros(len) => len,
+            }))?;
             each_block(offset, piece, block, &mut |index, bytes| {
                 // Computed before the lock is taken: other threads do theirs meanwhile.
                 let sum = bytes.map(sum_of);

@@ -79,7 +79,7 @@ pub fn count(counts: &Counts, moved: Moved) {
     match moved {
         Moved::Ahead(bytes) => Counts::add(&counts.total, bytes),
         Moved::Read(bytes) => Counts::add(&counts.read, bytes),
-        Moved::Zeros(_) => {}
+        Moved::Zeros(_) | Moved::Checked(_) => {}
         Moved::Written(bytes) => Counts::add(&counts.written, bytes),
         Moved::Took(stage, took) => counts.stages.add(stage, took),
         Moved::Equal(blocks) => Counts::add(&counts.blocks_equal, blocks),

@@ -10,6 +10,8 @@
 //! - A settled layer that looks otherwise than it was settled (length, time of the last write, inode) is proven by digests
 //!   before anything is built on it, or not built on.
 //! - Once seen, a change stays known for every restore point that was there before it, until a digest clears the point.
+//! - What was proven by digests is not read again for as long as its layers look as they did then: the ledger keeps, for
+//!   each restore point, what its layers looked like when they were proven.
 //! - A ledger that is lost costs reading the replica's own layers, never a wrong decision: a layer that the catalogue names
 //!   as one a machine writes to is entered again, not set aside.
 //!
@@ -106,6 +108,9 @@ struct Ledger {
     version: u32,
     lineage: Uuid,
     layers: BTreeMap<String, Entry>,
+    /// Restore points that were proven by their digests, with the looks of all their layers before they were read.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    proven: BTreeMap<Uuid, String>,
     /// The catalogue's record and points, as the last operation left them.
     #[serde(default)]
     copy: Option<Copy>,
@@ -328,7 +333,7 @@ pub fn print(record: &ReplicaRecord, top: &Top) -> Result<String> {
 /// What reading a restore point said of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Proof {
-    /// Nothing of it was touched: nothing was read.
+    /// Nothing of it was touched since it was settled, or proven: nothing was read.
     Untouched,
     /// It was touched, and holds what it held.
     Same,
@@ -338,7 +343,20 @@ pub enum Proof {
     Differs(String),
 }
 
-/// Proves a restore point: by what its layers look like, where that is not enough by its digests.
+/// What all layers of a restore point look like. With the time of the last change of the file itself, which nobody sets:
+/// a proof that is not believed costs reading, one that is believed wrongly the content.
+fn looks(record: &ReplicaRecord, point: &PointRecord) -> Result<String> {
+    let mut hash = blake3::Hasher::new();
+    for path in chain(record, &point.disks)? {
+        let meta = fs::metadata(&path).map_err(|e| Fail::io(path.display(), "look at", &e))?;
+        let (seal, changed) = (Seal::seen(&meta), (meta.ctime(), meta.ctime_nsec()));
+        hash.update(format!("{} {seal:?} {changed:?}\n", relative(record, &path)).as_bytes());
+    }
+    Ok(hash.finalize().to_hex().to_string())
+}
+
+/// Proves a restore point: by what its layers look like, where that is not enough by its digests. What they prove is
+/// remembered.
 ///
 /// # Errors
 /// A layer that cannot be read.
@@ -347,19 +365,29 @@ pub fn prove(desk: &Desk<'_>, record: &ReplicaRecord, point: &PointRecord) -> Re
     if touched.is_empty() {
         return Ok(Proof::Untouched);
     }
+    // What is written while it is read makes it look otherwise afterwards.
+    let looks = looks(record, point)?;
+    if Ledger::read(&record.folder, record.lineage)?.proven.get(&point.id) == Some(&looks) {
+        return Ok(Proof::Untouched);
+    }
     for top in &point.disks {
         let disk = layers::disk(&record.folder.join(&top.file), desk.cache)?;
         let Some(known) = Digests::load(&keep::digest_file(record, point, &top.disk), disk.size())? else {
             return Ok(Proof::Unknown(touched));
         };
-        if Digests::of(&disk, known.block())? != known {
+        if Digests::of(&disk, known.block(), desk.pace)? != known {
             return Ok(Proof::Differs(top.disk.clone()));
         }
     }
+    // It took its time: who has lost the work leaves the ledger alone.
+    desk.catalogue.still_ours(desk.fence)?;
     // What stands on the newest point shows no more of these layers than it does; another point's may.
     if desk.points(&record.name)?.last().is_some_and(|newest| newest.id == point.id) {
         accept(record, &touched, point.number)?;
     }
+    change(record, |ledger| {
+        ledger.proven.insert(point.id, looks);
+    })?;
     Ok(Proof::Same)
 }
 
@@ -410,6 +438,7 @@ pub fn remember(desk: &Desk<'_>, record: &ReplicaRecord) -> Result<()> {
     let points = desk.points(&record.name)?;
     change(record, |ledger| {
         ledger.layers.retain(|file, _| record.folder.join(file).exists());
+        ledger.proven.retain(|id, _| points.iter().any(|point| point.id == *id));
         ledger.copy = Some(Copy { record: record.clone(), points });
     })
 }

@@ -435,6 +435,47 @@ fn networks_are_mapped_and_rules_are_recorded() {
     assert_eq!(site.points()[0]["description"]["nics"][0]["network"], "prod", "the point keeps the machine as it was");
 }
 
+/// How often a run waits until files are durable whose path has `part` in it.
+fn waits(site: &Site, part: &str) -> usize {
+    let (run, trace) = (site.room.command(["-c", "site.toml", "run", "dr"]), site.room.path("trace"));
+    let mut traced = Command::new("strace");
+    traced.args(["-f", "-y", "-e", "trace=fsync,fdatasync", "-o"]).arg(&trace);
+    traced.arg(run.get_program()).args(run.get_args());
+    run.get_envs().for_each(|(key, value)| match value {
+        Some(value) => drop(traced.env(key, value)),
+        None => drop(traced.env_remove(key)),
+    });
+    if let Some(dir) = run.get_current_dir() {
+        traced.current_dir(dir);
+    }
+    let ran = Outcome::of(traced.output().expect("strace is installed"));
+    assert!(ran.code <= 1, "{}{}", ran.stdout, ran.stderr);
+    fs::read_to_string(trace).expect("a trace").lines().filter(|line| line.contains(part)).count()
+}
+
+/// Each of them takes as long as the disk under the catalogue needs for a write: ten milliseconds and more.
+#[test]
+fn a_run_waits_for_the_catalogue_a_few_times() {
+    let mut site = Site::new("restore_points_to_keep = 2");
+    for _ in 0..3 {
+        site.change(1);
+        site.back_up("r1", false);
+        site.replicate();
+    }
+    if !site.room.path("home/catalogue.db").exists() {
+        // A database of several waits by itself.
+        return;
+    }
+    site.change(1);
+    site.back_up("r1", false);
+    // Begun, taken, five notes of its journal, ended; the log itself begun, and put into the database at the end.
+    let waits = waits(&site, "catalogue.db");
+    assert!((5..=12).contains(&waits), "{waits}");
+    let points = site.points();
+    assert_eq!(points.len(), 2);
+    site.assert_point(&points[1], &site.disks);
+}
+
 #[test]
 fn a_replica_is_given_up_and_let_in_again() {
     let mut site = Site::new("");

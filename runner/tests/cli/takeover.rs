@@ -248,6 +248,20 @@ fn a_takeover_at_an_older_point_comes_home_and_is_made_final() {
     site.write("dr", 0x55, "16M", "300k");
 
     site.refused(&["failback", REPLICA], "E_CONFIRM");
+    // A home that nothing describes, and one that is not there.
+    let (folder, away) = (site.room.path("prod/db01"), site.room.path("away"));
+    let description = folder.join("machine.toml");
+    fs::rename(&description, &away).expect("away");
+    let lost = site.refused(&["failback", REPLICA, "--yes"], "E_NOT_FOUND");
+    assert_eq!(lost["at"]["path"], description.to_str().expect("text"), "{lost}");
+    let copied = format!("cp {} ", site.room.text("dr/db01_replica/machine.toml"));
+    assert!(lost["do"].as_str().is_some_and(|help| help.starts_with(&copied)), "{lost}");
+    fs::rename(&away, &description).expect("back");
+    fs::rename(&folder, &away).expect("away");
+    let lost = site.refused(&["failback", REPLICA, "--yes"], "E_NOT_FOUND");
+    let anew = format!("failback {REPLICA} --new prod:db01");
+    assert!(lost["do"].as_str().is_some_and(|help| help.ends_with(&anew)), "{lost}");
+    fs::rename(&away, &folder).expect("back");
     // Production comes back diverged.
     tool("qemu-io", &["-f", "qcow2", "-c", "write -P 0x99 18M 128k", &site.production()]);
     let first = site.does(&["failback", REPLICA, "--yes"]);

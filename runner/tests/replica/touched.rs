@@ -4,7 +4,7 @@
 use std::{
     fs,
     os::unix::fs::FileExt,
-    sync::atomic::Ordering,
+    sync::atomic::{AtomicU64, Ordering},
     time::{Duration, SystemTime},
 };
 
@@ -21,7 +21,7 @@ use aquifer_runner::{
         recover::recover,
         run::replicate,
         state::State,
-        trust,
+        trust::{self, Proof},
     },
     source::PointRef,
 };
@@ -129,6 +129,45 @@ fn a_layer_that_was_only_touched_costs_a_look() {
     assert_eq!(stage.warned(), [Code::WarnResync]);
     stage.at(|desk| undo(desk, REPLICA, false)).expect("undo");
     stage.points().iter().zip(&expected).for_each(|(point, disks)| stage.assert_point(point, disks));
+}
+
+#[test]
+fn an_older_point_is_proven_once_for_as_long_as_it_looks_the_same() {
+    let stage = Stage::new();
+    let mut dice = Dice::new(43);
+    replica_of(&stage, 3, &mut dice);
+    let touch = |seconds| {
+        let file = fs::File::options().write(true).open(stage.file("vda/1.qcow2")).expect("layer");
+        file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)).expect("touch");
+    };
+    let prove = |number: usize| {
+        let (ahead, checked) = (AtomicU64::new(0), AtomicU64::new(0));
+        let pace = |moved: Moved| {
+            match moved {
+                Moved::Ahead(bytes) => ahead.fetch_add(bytes, Ordering::Relaxed),
+                Moved::Checked(bytes) => checked.fetch_add(bytes, Ordering::Relaxed),
+                other => panic!("{other:?}"),
+            };
+            Ok(())
+        };
+        let (record, points) = (record(&stage), stage.points());
+        let proof = stage.at(|desk| trust::prove(&Desk { pace: &pace, ..*desk }, &record, &points[number]));
+        assert_eq!(ahead.load(Ordering::Relaxed), checked.load(Ordering::Relaxed), "how far it is, is told");
+        (proof.expect("it is read"), checked.into_inner())
+    };
+    let whole = 3 * MIB as u64;
+    touch(1);
+    assert_eq!(prove(0), (Proof::Same, whole));
+    assert_eq!(prove(0), (Proof::Untouched, 0), "it is remembered");
+    assert_eq!(prove(1), (Proof::Same, whole), "each point of its own");
+    takes_over(&stage, &LATEST, false).expect("failover");
+    stage.at(|desk| undo(desk, REPLICA, false)).expect("undo");
+    assert_eq!(prove(0), (Proof::Untouched, 0), "over other operations");
+    touch(2);
+    assert_eq!(prove(0), (Proof::Same, whole), "it looks otherwise");
+    qemu_writes(&stage, "vda/1.qcow2", "write -P 0x5a 128k 64k");
+    touch(2);
+    assert_eq!(prove(0).0, Proof::Differs("vda".into()), "the time that was put back proves nothing");
 }
 
 /// A way home of a replica whose layers were changed while it served.

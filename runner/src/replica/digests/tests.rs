@@ -7,6 +7,8 @@ use aquifer_vdisk::{BlockCache, Chain};
 
 use super::*;
 
+const QUIET: Pace<'static> = &|_| Ok(());
+
 fn disk(bytes: Vec<u8>) -> Disk {
     let layer = RawLayer::open(Arc::new(MemoryStorage::new("m", bytes))).expect("open");
     let chain = Chain::new(vec![Arc::new(layer)], Arc::new(BlockCache::new(1 << 20))).expect("chain");
@@ -18,7 +20,7 @@ fn what_is_read_again_is_what_was_stored() {
     let dir = tempfile::tempdir().expect("folder");
     let mut bytes = vec![0u8; 300_000];
     bytes[70_000] = 7;
-    let digests = Digests::of(&disk(bytes.clone()), BLOCK_MIN).expect("digests");
+    let digests = Digests::of(&disk(bytes.clone()), BLOCK_MIN, QUIET).expect("digests");
     let path = dir.path().join("a/b.digests");
     digests.store(&path).expect("store");
     assert_eq!(Digests::load(&path, 300_000).expect("load"), Some(digests.clone()));
@@ -42,15 +44,15 @@ fn what_is_read_again_is_what_was_stored() {
 fn zeros_and_sizes_agree_with_reading() {
     for size in [0u64, 1, 65_535, 65_536, 65_537, 200_000] {
         let zeros = disk(vec![0; usize::try_from(size).expect("small")]);
-        assert_eq!(Digests::of(&zeros, BLOCK_MIN).expect("digests"), Digests::zero(size, BLOCK_MIN), "{size}");
+        assert_eq!(Digests::of(&zeros, BLOCK_MIN, QUIET).expect("digests"), Digests::zero(size, BLOCK_MIN), "{size}");
     }
     let bytes: Vec<u8> = (0..200_000u32).map(|i| u8::try_from(i % 251).expect("small")).collect();
     for (from, to) in [(200_000, 100_000), (100_000, 200_000), (65_536, 131_072), (131_072, 65_536)] {
         let (old, new) = (disk(bytes[..from].to_vec()), disk(bytes[..to].to_vec()));
-        let mut digests = Digests::of(&old, BLOCK_MIN).expect("digests");
+        let mut digests = Digests::of(&old, BLOCK_MIN, QUIET).expect("digests");
         digests.resize(to as u64);
         let edge = (from.min(to) / 65_536 * 65_536) as u64;
         digests.refresh(&new, &std::iter::once(edge..to as u64).collect()).expect("refresh");
-        assert_eq!(digests, Digests::of(&new, BLOCK_MIN).expect("digests"), "{from} to {to}");
+        assert_eq!(digests, Digests::of(&new, BLOCK_MIN, QUIET).expect("digests"), "{from} to {to}");
     }
 }

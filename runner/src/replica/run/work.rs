@@ -227,7 +227,7 @@ fn resync(warn: Warn<'_>, name: &str, disk: &str) {
 
 fn verify(desk: &Desk<'_>, build: &DiskBuild, digests: &Digests) -> Result<()> {
     let disk = layers::disk(&build.path, desk.cache)?;
-    if Digests::of(&disk, digests.block())? == *digests {
+    if Digests::of(&disk, digests.block(), desk.pace)? == *digests {
         return Ok(());
     }
     Err(Fail::new(Code::BlockCorrupt, "what was written reads back differently").at(build.path.display()))
