@@ -12,6 +12,8 @@ use serde::de::DeserializeOwned;
 
 use crate::{Error, Result, Storage};
 
+/// Largest window of zstd that is allocated, as a power of two (8 MiB): what its levels use by default.
+const WINDOW_LOG_MAX: u32 = 23;
 /// What is read at once, in bytes.
 const PIECE_BYTES: usize = 256 << 10;
 
@@ -21,14 +23,28 @@ const PIECE_BYTES: usize = 256 << 10;
 /// [`Error::Unsupported`] for one of more than `bytes_max` bytes; [`Error::Corrupt`] for one that breaks JSON or does
 /// not hold what it must; [`Error::Io`].
 pub(crate) fn read<T: DeserializeOwned>(storage: &dyn Storage, bytes_max: u64) -> Result<T> {
-    let len = storage.len().map_err(|e| Error::io(storage.label(), "stat", 0, e))?;
-    if len > bytes_max {
-        return Err(Error::unsupported(storage.label(), format!("a document of {len} bytes")));
-    }
-    let mut from = BufReader::with_capacity(PIECE_BYTES, Walk { storage, at: 0, len });
-    serde_json::from_reader(&mut from).map_err(|e| match e.io_error_kind() {
+    parse(storage, BufReader::with_capacity(PIECE_BYTES, Walk::of(storage, bytes_max)?))
+}
+
+/// The same of a document in a frame of zstd; no more than `bytes_max` bytes of it are read, nor come out.
+///
+/// # Errors
+/// As [`read`]; what comes out and is longer is cut, which breaks JSON.
+pub(crate) fn read_zstd<T: DeserializeOwned>(storage: &dyn Storage, bytes_max: u64) -> Result<T> {
+    let failed = |e| Error::io(storage.label(), "read", 0, e);
+    let stored = BufReader::with_capacity(PIECE_BYTES, Walk::of(storage, bytes_max)?);
+    let mut plain = zstd::stream::read::Decoder::with_buffer(stored).map_err(failed)?;
+    plain.window_log_max(WINDOW_LOG_MAX).map_err(failed)?;
+    parse(storage, BufReader::with_capacity(PIECE_BYTES, plain.take(bytes_max)))
+}
+
+fn parse<T: DeserializeOwned>(storage: &dyn Storage, from: impl Read) -> Result<T> {
+    serde_json::from_reader(from).map_err(|e| match e.io_error_kind() {
+        // What does not decode; all else of the reading has a system's number.
+        Some(io::ErrorKind::Other | io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof) | None => {
+            Error::corrupt(storage.label(), 0, format!("line {}, column {}: {e}", e.line(), e.column()))
+        }
         Some(kind) => Error::io(storage.label(), "read", 0, io::Error::new(kind, e)),
-        None => Error::corrupt(storage.label(), 0, format!("line {}, column {}: {e}", e.line(), e.column())),
     })
 }
 
@@ -37,6 +53,16 @@ struct Walk<'a> {
     storage: &'a dyn Storage,
     at: u64,
     len: u64,
+}
+
+impl<'a> Walk<'a> {
+    fn of(storage: &'a dyn Storage, bytes_max: u64) -> Result<Self> {
+        let len = storage.len().map_err(|e| Error::io(storage.label(), "stat", 0, e))?;
+        if len > bytes_max {
+            return Err(Error::unsupported(storage.label(), format!("a document of {len} bytes")));
+        }
+        Ok(Self { storage, at: 0, len })
+    }
 }
 
 impl Read for Walk<'_> {

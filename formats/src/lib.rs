@@ -11,6 +11,7 @@
 //! anything that prints, reads the environment or exits.
 
 pub mod aql;
+pub mod benji;
 pub mod codec;
 mod document;
 pub mod error;
@@ -42,6 +43,7 @@ pub mod vhdx;
 pub mod virtnbd;
 pub mod vma;
 pub mod vmdk;
+pub mod xo;
 pub mod xva;
 
 pub use error::{Error, Result};

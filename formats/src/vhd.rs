@@ -15,7 +15,7 @@
 //! Not here: following parents (`aquifer_vdisk::open`), writing. A fixed disk cannot be probed: its
 //! footer lies where a guest can write.
 
-mod footer;
+pub(crate) mod footer;
 mod layer;
 
 pub use footer::{Kind, Parent};
@@ -71,21 +71,17 @@ impl Vhd {
     /// # Errors
     /// [`Error::ChainBroken`] if it is not.
     pub fn check_parent(&self, parent: &Vhd) -> Result<()> {
-        let spelled = |id: &[u8; 16]| uuid::Uuid::from_bytes(*id).to_string();
-        let id = parent.footer.id;
-        match self.parent() {
-            Some(wanted) if wanted.id == id => Ok(()),
-            Some(wanted) => Err(Error::ChainBroken {
-                path: parent.file.label().into(),
-                what: format!(
-                    "its id is {}, but {} was made on {}",
-                    spelled(&id),
-                    self.file.label(),
-                    spelled(&wanted.id)
-                ),
-            }),
-            None => Err(Error::ChainBroken { path: self.file.label().into(), what: "it has no parent".into() }),
-        }
+        check_parent(self.parent(), self.file.label(), &parent.footer.id, parent.file.label())
+    }
+
+    /// What tells this disk from others.
+    pub(crate) fn id(&self) -> &[u8; 16] {
+        &self.footer.id
+    }
+
+    /// Name for messages.
+    pub(crate) fn label(&self) -> &str {
+        self.file.label()
     }
 
     /// The disk without its parent.
@@ -94,6 +90,19 @@ impl Vhd {
     /// A block table or data that the file does not hold.
     pub fn layer(&self) -> Result<VhdLayer> {
         VhdLayer::new(self.file.clone(), &self.footer, self.dynamic.as_ref())
+    }
+}
+
+/// Whether the disk with this id is the one that `child`, with this parent, was made on.
+pub(crate) fn check_parent(wanted: Option<&Parent>, child: &str, id: &[u8; 16], label: &str) -> Result<()> {
+    let spelled = |id: &[u8; 16]| uuid::Uuid::from_bytes(*id).to_string();
+    match wanted {
+        Some(wanted) if wanted.id == *id => Ok(()),
+        Some(wanted) => Err(Error::ChainBroken {
+            path: label.into(),
+            what: format!("its id is {}, but {child} was made on {}", spelled(id), spelled(&wanted.id)),
+        }),
+        None => Err(Error::ChainBroken { path: child.into(), what: "it has no parent".into() }),
     }
 }
 

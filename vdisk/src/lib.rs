@@ -41,7 +41,7 @@ pub use extent::{Extent, ExtentKind};
 pub use hydrate::{Blocks, Bucket, DemandStats, HydrateProgress, HydrateState, Hydrated, Hydrator, Pace, Replay};
 pub use inside::ChainStorage;
 pub use linked::{Linkable, open_below};
-pub use open::{ChainSpec, Connect, KeyPlace, members, open_chain};
+pub use open::{ChainSpec, Connect, KeyPlace, format_of, members, open_chain};
 pub use overlay::{LocalProgress, Overlay, OverlayFiles, OverlayOf, OverlayOptions, Settling};
 pub use readahead::Readahead;
 #[cfg(feature = "schedule")]

@@ -13,15 +13,9 @@ use std::{
     sync::Arc,
 };
 
-use aquifer_formats::{
-    CHAIN_LAYERS_MAX, Error as FormatError,
-    aql::Below,
-    probe::{Format, probe},
-    repo::record::LinkedFile,
-    storage::{Access, FileStorage},
-};
+use aquifer_formats::{CHAIN_LAYERS_MAX, Error as FormatError, aql::Below, probe::Format, repo::record::LinkedFile};
 
-use crate::{BlockCache, Chain, ChainSpec, Error, Result, open_chain};
+use crate::{BlockCache, Chain, ChainSpec, Error, Result, format_of, open_chain};
 
 /// A layer has fewer files than this without a gap between their numbers.
 const GAP_MAX: u16 = 256;
@@ -134,7 +128,7 @@ fn image_files(chain: &Chain) -> Vec<PathBuf> {
 fn format_number(spec: &ChainSpec, path: &Path) -> Result<u8> {
     let format = match spec {
         ChainSpec::Image { format: Some(format), .. } => Some(*format),
-        _ => probe(&FileStorage::open(path, Access::ReadOnly)?)?,
+        _ => format_of(path)?,
     };
     Ok(match format {
         Some(Format::Qcow2) => 1,

@@ -10,6 +10,7 @@
 //! Not here: the client side of NBD. It lives further up, so whoever opens a chain brings it.
 
 mod veeam;
+mod vhd;
 
 use std::{
     ffi::OsString,
@@ -19,6 +20,7 @@ use std::{
 
 use aquifer_formats::{
     Error as FormatError, Layer, Storage as _, aql,
+    benji::{self, Versions},
     gate::{Gate, Passage},
     longhorn::Backup,
     ova::Ova,
@@ -29,11 +31,11 @@ use aquifer_formats::{
     storage::{Access, FileStorage},
     vbk::Vbk,
     vdi::VdiLayer,
-    vhd::Vhd,
     vhdx::Vhdx,
     virtnbd::VirtnbdLayer,
     vma::Vma,
     vmdk::Vmdk,
+    xo,
     xva::Xva,
 };
 use serde::{Deserialize, Serialize};
@@ -135,6 +137,8 @@ pub fn open_chain(spec: &ChainSpec, cache: Arc<BlockCache>, connect: Connect<'_>
                 Format::Ova => Arc::new(Ova::open(file.storage())?.disk(member)?),
                 Format::Vma => Arc::new(Vma::open(file.storage())?.disk(member)?),
                 Format::Xva => Arc::new(Xva::open(file.storage())?.disk(member)?),
+                Format::Xo => return point_of_remote(&gate, &file, member, cache),
+                Format::Benji => Arc::new(Versions::open(file.storage(), file.path())?.disk(member)?),
                 Format::Longhorn => {
                     let backup = Backup::open(file.storage(), file.path())?;
                     only(&file, backup.volume(), member)?;
@@ -169,7 +173,13 @@ pub fn open_chain(spec: &ChainSpec, cache: Arc<BlockCache>, connect: Connect<'_>
 /// An archive that breaks its format, [`FormatError::Io`].
 pub fn members(path: &Path) -> Result<Vec<String>> {
     let file = Gate::default().enter(path)?;
-    Ok(match probe(&*file.storage())? {
+    Ok(match probed_object(&file)? {
+        Some(Format::Xo) if !vhd::is_disk(&file) => {
+            xo::Point::read(&file.storage())?.disks()?.into_iter().map(|disk| disk.name).collect()
+        }
+        Some(Format::Benji) => {
+            Versions::open(file.storage(), file.path())?.disks().into_iter().map(str::to_owned).collect()
+        }
         Some(Format::Ova) => Ova::open(file.storage())?.disks()?.into_iter().map(str::to_owned).collect(),
         Some(Format::Vma) => Vma::open(file.storage())?.disks().into_iter().map(str::to_owned).collect(),
         Some(Format::Xva) => Xva::open(file.storage())?.disks().into_iter().map(str::to_owned).collect(),
@@ -177,6 +187,14 @@ pub fn members(path: &Path) -> Result<Vec<String>> {
         Some(Format::Vbk) => veeam::names(&Vbk::open(file.storage())?)?,
         _ => Vec::new(),
     })
+}
+
+/// The format of the file at `path`, if it is one that is known.
+///
+/// # Errors
+/// A file that cannot be read, or that nobody may open.
+pub fn format_of(path: &Path) -> Result<Option<Format>> {
+    probed_object(&Gate::default().enter(path)?)
 }
 
 fn key_of(place: &KeyPlace) -> Result<Key> {
@@ -210,8 +228,31 @@ fn only(file: &Passage, disk: &str, wanted: &str) -> Result<()> {
     Err(FormatError::ChainBroken { path: label(file), what: format!("has no disk {wanted:?}") }.into())
 }
 
+/// A disk of a point of a remote, and what it stands on.
+fn point_of_remote(gate: &Gate, file: &Passage, member: &str, cache: Arc<BlockCache>) -> Result<Chain> {
+    let disks = xo::Point::read(&file.storage())?.disks()?;
+    let missing = || FormatError::ChainBroken { path: label(file), what: format!("has no disk {member:?}") };
+    let disk = disks.into_iter().find(|disk| disk.name == member).ok_or_else(missing)?;
+    let first = gate.follow(file, disk.path.as_ref())?;
+    let (mut layers, mut files) = (Vec::new(), vec![file.path().to_path_buf()]);
+    files.extend(vhd::layers(gate, first, &mut layers)?);
+    Ok(Chain::new(layers, cache)?.of_files(files))
+}
+
+/// The format of `file`; that of objects which are compressed, too, where what lies beside them tells what they are.
+fn probed_object(file: &Passage) -> Result<Option<Format>> {
+    let storage = file.storage();
+    if wrapping(&head(&*storage)?) == Some("zstd") && benji::is_object(file.path()) {
+        return Ok(Some(Format::Benji));
+    }
+    Ok(probe(&*storage)?)
+}
+
 fn probed(first: &Passage) -> Result<Format> {
     let storage = first.storage();
+    if let Some(Format::Benji) = probed_object(first)? {
+        return Ok(Format::Benji);
+    }
     if let Some(program) = wrapping(&head(&*storage)?) {
         let what = format!("a file compressed by {program}, which has no random access: decompress it first");
         return Err(unread_as(first, what).into());
@@ -254,7 +295,11 @@ fn image_layers(
                 return Ok(layers);
             }
             (Format::Vhd, None) => {
-                vhd_layers(gate, at, &mut layers)?;
+                vhd::layers(gate, at, &mut layers)?;
+                return Ok(layers);
+            }
+            (Format::Xo, None) if vhd::is_disk(&at) => {
+                vhd::layers(gate, at, &mut layers)?;
                 return Ok(layers);
             }
             (Format::Virtnbdbackup, None) => {
@@ -270,7 +315,10 @@ fn image_layers(
                 (at, format) = below;
             }
             (other, Some(name)) => return Err(unread(&at, &format!("an internal snapshot {name:?} of {other}")).into()),
-            (Format::Ova | Format::Vma | Format::Vbk | Format::Xva | Format::Longhorn, None) => {
+            (
+                Format::Ova | Format::Vma | Format::Vbk | Format::Xva | Format::Xo | Format::Longhorn | Format::Benji,
+                None,
+            ) => {
                 return Err(unread_as(&at, "an archive as one disk; its disks have names".into()).into());
             }
             (other, None) => return Err(unread(&at, other.name()).into()),
@@ -316,19 +364,6 @@ fn vhdx_layers(gate: &Gate, first: Passage, layers: &mut Vec<Arc<dyn Layer>>) ->
         let Some(parent) = image.parent() else { return Ok(()) };
         (at, image) = parent_of(gate, &at, parent.names(), |file| {
             let parent = Vhdx::open(file.storage())?;
-            image.check_parent(&parent).map(|()| parent)
-        })?;
-    }
-}
-
-/// As [`vhdx_layers`], for the first generation.
-fn vhd_layers(gate: &Gate, first: Passage, layers: &mut Vec<Arc<dyn Layer>>) -> Result<()> {
-    let (mut at, mut image) = (first.clone(), Vhd::open(first.storage())?);
-    loop {
-        layers.push(Arc::new(image.layer()?));
-        let Some(parent) = image.parent() else { return Ok(()) };
-        (at, image) = parent_of(gate, &at, parent.names(), |file| {
-            let parent = Vhd::open(file.storage())?;
             image.check_parent(&parent).map(|()| parent)
         })?;
     }

@@ -18,7 +18,7 @@ struct Made {
 }
 
 fn block(seed: u8) -> Vec<u8> {
-    (0..BLOCK).map(|i| (i / 5000) as u8 ^ seed).collect()
+    (0..BLOCK).map(|i| (i / 5000).to_le_bytes()[0] ^ seed).collect()
 }
 
 fn name(bytes: &[u8]) -> String {

@@ -26,7 +26,7 @@ const SIZE_MAX: u64 = (1 << 32) * SECTOR_BYTES;
 const CHS_MAX: u64 = 65_535 * 16 * 255 * SECTOR_BYTES;
 
 /// Writers whose size is the current size.
-const BY_SIZE: [&[u8; 4]; 6] = [b"win ", b"d2v ", b"tap\0", b"qem2", b"CTXS", b"wa\0\0"];
+const BY_SIZE: [&[u8; 4]; 7] = [b"win ", b"d2v ", b"tap\0", b"qem2", b"CTXS", b"wa\0\0", b"xo  "];
 /// Writers whose size is what cylinders, heads and sectors make.
 const BY_CHS: [&[u8; 4]; 3] = [b"vpc ", b"vs  ", b"qemu"];
 
@@ -94,10 +94,10 @@ const _: () = assert!(size_of::<RawDynamic>() == 768);
 
 /// What a footer says.
 #[derive(Clone, Debug)]
-pub(super) struct Footer {
-    pub(super) kind: Kind,
-    pub(super) size: u64,
-    pub(super) id: [u8; 16],
+pub(crate) struct Footer {
+    pub(crate) kind: Kind,
+    pub(crate) size: u64,
+    pub(crate) id: [u8; 16],
     dynamic_at: u64,
 }
 
@@ -109,7 +109,7 @@ fn checksum(bytes: &[u8], at: usize) -> u32 {
 }
 
 impl Footer {
-    pub(super) fn read(file: &TableFile) -> Result<Self> {
+    pub(crate) fn read(file: &TableFile) -> Result<Self> {
         let mut places = vec![(file.len.saturating_sub(FOOTER_BYTES), FOOTER_BYTES)];
         places.push((file.len.saturating_sub(OLD_FOOTER_BYTES), OLD_FOOTER_BYTES));
         places.push((0, FOOTER_BYTES));
@@ -118,9 +118,7 @@ impl Footer {
                 continue;
             }
             let bytes = file.read(at, len, "the footer")?;
-            let Ok((raw, _)) = RawFooter::read_from_prefix(&bytes) else { continue };
-            if raw.cookie == *b"conectix" && raw.checksum.get() == checksum(&bytes, 64) {
-                let footer = Self::of(&raw, file, at)?;
+            if let Some(footer) = Self::parse(&bytes, file.label(), at)? {
                 // The copy is no proof that a fixed disk is one: a guest could have written it.
                 if at == 0 && footer.kind == Kind::Fixed {
                     continue;
@@ -132,26 +130,35 @@ impl Footer {
         Err(Error::corrupt(file.label(), at, "no valid VHD footer, and no copy of it at the start"))
     }
 
-    fn of(raw: &RawFooter, file: &TableFile, at: u64) -> Result<Self> {
+    /// The footer that `bytes` are; `None` where they are none, or its checksum does not hold.
+    pub(crate) fn parse(bytes: &[u8], label: &str, at: u64) -> Result<Option<Self>> {
+        let Ok((raw, _)) = RawFooter::read_from_prefix(bytes) else { return Ok(None) };
+        if raw.cookie != *b"conectix" || raw.checksum.get() != checksum(bytes, 64) {
+            return Ok(None);
+        }
+        Self::of(&raw, label, at).map(Some)
+    }
+
+    fn of(raw: &RawFooter, label: &str, at: u64) -> Result<Self> {
         if raw.version.get() != VERSION {
-            return Err(Error::unsupported(file.label(), format!("VHD version {:#x}", raw.version)));
+            return Err(Error::unsupported(label, format!("VHD version {:#x}", raw.version)));
         }
         let kind = match raw.kind.get() {
             2 => Kind::Fixed,
             3 => Kind::Dynamic,
             4 => Kind::Differencing,
-            other => return Err(Error::unsupported(file.label(), format!("VHD disk type {other}"))),
+            other => return Err(Error::unsupported(label, format!("VHD disk type {other}"))),
         };
-        let size = size_of_disk(raw, file)?;
+        let size = size_of_disk(raw, label)?;
         if size == 0 || size > SIZE_MAX || !size.is_multiple_of(SECTOR_BYTES) {
-            return Err(Error::corrupt(file.label(), at + 48, format!("a disk of {size} bytes")));
+            return Err(Error::corrupt(label, at + 48, format!("a disk of {size} bytes")));
         }
         Ok(Self { kind, size, id: raw.id, dynamic_at: raw.data_offset.get() })
     }
 }
 
 /// Which of the two sizes counts.
-fn size_of_disk(raw: &RawFooter, file: &TableFile) -> Result<u64> {
+fn size_of_disk(raw: &RawFooter, label: &str) -> Result<u64> {
     let current = raw.current_size.get();
     let sectors = u64::from(raw.cylinders.get()) * u64::from(raw.heads) * u64::from(raw.sectors);
     let chs = sectors * SECTOR_BYTES;
@@ -163,14 +170,14 @@ fn size_of_disk(raw: &RawFooter, file: &TableFile) -> Result<u64> {
     }
     let creator = String::from_utf8_lossy(&raw.creator).into_owned();
     let what = format!("a VHD by {creator:?} with two sizes, {current} and {chs} bytes: which one counts is not known");
-    Err(Error::unsupported(file.label(), what))
+    Err(Error::unsupported(label, what))
 }
 
 /// The file a disk falls back to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Parent {
     names: Vec<OsString>,
-    pub(super) id: [u8; 16],
+    pub(crate) id: [u8; 16],
 }
 
 impl Parent {
@@ -182,24 +189,36 @@ impl Parent {
 
 /// What a dynamic header says.
 #[derive(Clone, Debug)]
-pub(super) struct Dynamic {
-    pub(super) table_at: u64,
-    pub(super) entries: u64,
-    pub(super) block_bytes: u64,
-    pub(super) parent: Option<Parent>,
+pub(crate) struct Dynamic {
+    pub(crate) table_at: u64,
+    pub(crate) entries: u64,
+    pub(crate) block_bytes: u64,
+    pub(crate) parent: Option<Parent>,
 }
 
 impl Dynamic {
-    pub(super) fn read(file: &TableFile, footer: &Footer, kind: Kind) -> Result<Self> {
-        let at = footer.dynamic_at;
-        let bad = |what: String| Error::corrupt(file.label(), at, format!("dynamic header: {what}"));
-        let bytes = file.read(at, DYNAMIC_BYTES, "the dynamic header")?;
-        let (raw, _) = RawDynamic::read_from_prefix(&bytes).map_err(|_| bad("cut".into()))?;
-        if raw.cookie != *b"cxsparse" || raw.checksum.get() != checksum(&bytes, 36) {
+    pub(crate) fn read(file: &TableFile, footer: &Footer, kind: Kind) -> Result<Self> {
+        let bytes = file.read(footer.dynamic_at, DYNAMIC_BYTES, "the dynamic header")?;
+        let dynamic = Self::parse(&bytes, file.label(), footer, kind, |raw| names(raw, file))?;
+        file.check_inside(dynamic.table_at, dynamic.entries * 4, "the block table")?;
+        Ok(dynamic)
+    }
+
+    /// The header that `bytes` are; what a parent is called is asked of `names`.
+    fn parse(
+        bytes: &[u8],
+        label: &str,
+        footer: &Footer,
+        kind: Kind,
+        names: impl FnOnce(&RawDynamic) -> Result<Vec<OsString>>,
+    ) -> Result<Self> {
+        let bad = |what: String| Error::corrupt(label, footer.dynamic_at, format!("dynamic header: {what}"));
+        let (raw, _) = RawDynamic::read_from_prefix(bytes).map_err(|_| bad("cut".into()))?;
+        if raw.cookie != *b"cxsparse" || raw.checksum.get() != checksum(bytes, 36) {
             return Err(bad("no signature, or its checksum is wrong".into()));
         }
         if raw.version.get() != VERSION {
-            return Err(Error::unsupported(file.label(), format!("dynamic header version {:#x}", raw.version)));
+            return Err(Error::unsupported(label, format!("dynamic header version {:#x}", raw.version)));
         }
         let (entries, block_bytes) = (u64::from(raw.entries.get()), u64::from(raw.block_bytes.get()));
         if !block_bytes.is_power_of_two() || !(4096..=256 << 20).contains(&block_bytes) {
@@ -208,15 +227,24 @@ impl Dynamic {
         if entries < footer.size.div_ceil(block_bytes) {
             return Err(bad(format!("{entries} blocks of {block_bytes} bytes for a disk of {}", footer.size)));
         }
-        let table_at = raw.table_offset.get();
-        let entries = footer.size.div_ceil(block_bytes);
-        file.check_inside(table_at, entries * 4, "the block table")?;
         let parent = match kind {
-            Kind::Differencing => Some(Parent { names: names(&raw, file)?, id: raw.parent_id }),
-            _ => None,
+            Kind::Differencing => Some(Parent { names: names(&raw)?, id: raw.parent_id }),
+            Kind::Fixed | Kind::Dynamic => None,
         };
-        Ok(Self { table_at, entries, block_bytes, parent })
+        let entries = footer.size.div_ceil(block_bytes);
+        Ok(Self { table_at: raw.table_offset.get(), entries, block_bytes, parent })
     }
+
+    /// The header of a disk whose parts are files: its parent is only what the header itself calls it.
+    pub(crate) fn alone(bytes: &[u8], label: &str, footer: &Footer, kind: Kind) -> Result<Self> {
+        Self::parse(bytes, label, footer, kind, |raw| Ok(crate::vhdx::names(None, Some(&plain_name(raw)))))
+    }
+}
+
+/// What the header itself calls the parent.
+fn plain_name(raw: &RawDynamic) -> String {
+    let (units, _) = raw.parent_name.as_chunks::<2>();
+    text(units.iter().map(|unit| u16::from_be_bytes(*unit)))
 }
 
 /// What the parent is called, by the locators and by the header.
@@ -236,10 +264,8 @@ fn names(raw: &RawDynamic, file: &TableFile) -> Result<Vec<OsString>> {
         let (units, _) = bytes.as_chunks::<2>();
         *place = Some(text(units.iter().map(|unit| u16::from_le_bytes(*unit))));
     }
-    let (units, _) = raw.parent_name.as_chunks::<2>();
-    let plain = text(units.iter().map(|unit| u16::from_be_bytes(*unit)));
     let mut names = crate::vhdx::names(relative.as_deref(), absolute.as_deref());
-    for name in crate::vhdx::names(None, Some(&plain)) {
+    for name in crate::vhdx::names(None, Some(&plain_name(raw))) {
         if !names.contains(&name) {
             names.push(name);
         }

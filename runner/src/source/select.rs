@@ -15,6 +15,7 @@ use std::{
 use aquifer_formats::{
     pbs::{Manifest, ManifestFile},
     probe::Format,
+    xo::is_folder_of_parts,
 };
 use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Disk, KeyPlace, members, open_chain};
 
@@ -159,12 +160,18 @@ fn images(path: &Path, options: &SourceOptions) -> Result<Vec<SelectedDisk>> {
 fn image(path: &Path, format: Option<Format>, options: &SourceOptions) -> Result<SelectedDisk> {
     let label = path.display().to_string();
     let metadata = std::fs::metadata(path).map_err(|e| Fail::io(&label, "open", &e))?;
-    if metadata.is_dir() {
-        return Err(folder(path));
-    }
-    let path = std::path::absolute(path).map_err(|e| Fail::io(&label, "open", &e))?;
+    let mut path = std::path::absolute(path).map_err(|e| Fail::io(&label, "open", &e))?;
     let allow_backing = options.allow_backing.clone();
-    let name = name_from(path.file_stem().and_then(|s| s.to_str()).unwrap_or_default());
+    let stem = path.file_stem().and_then(|s| s.to_str()).unwrap_or_default();
+    let name = name_from(stem.strip_suffix(".alias").unwrap_or(stem));
+    let mut format = format;
+    if metadata.is_dir() {
+        if !is_folder_of_parts(&path) {
+            return Err(folder(&path));
+        }
+        // Opened by the part that every such folder has.
+        (path, format) = (path.join("footer"), Some(Format::Xo));
+    }
     let native = format.is_none() && path.extension().is_some_and(|e| e == "aql");
     let spec = match (native, options.key.place()?) {
         (true, _) => ChainSpec::Native { path },

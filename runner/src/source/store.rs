@@ -1,5 +1,5 @@
-//! Whole stores of other products: a folder of Veeam's backup files, a datastore of Proxmox Backup Server, a backup store
-//! of Longhorn. Their machines and points are listed like a repository's; each point's path is a SOURCE of its own.
+//! Whole stores of other products: a folder of Veeam's backup files, a datastore of Proxmox Backup Server, a remote of
+//! Xen Orchestra, a backup store of Longhorn, a storage of Benji. Their machines and points are listed like a repository's; each point's path is a SOURCE of its own.
 //!
 //! Invariants
 //! - A file that cannot be read is a point that says so, never one that is left out.
@@ -15,9 +15,10 @@ use std::{
 };
 
 use aquifer_formats::{
-    longhorn, pbs,
+    benji, longhorn, pbs,
     storage::{Access, FileStorage},
     vbk::{Backup, Vbk},
+    xo,
 };
 use jiff::Timestamp;
 
@@ -61,18 +62,22 @@ pub(crate) enum StoreState {
 }
 
 /// Products whose stores are folders of a known shape.
-const STORES: &str = "Proxmox Backup Server or Longhorn";
+const STORES: &str = "Proxmox Backup Server, Xen Orchestra, Longhorn or Benji";
 
 /// The points in the folder at `path`, by machine and age; an error where it is no store.
 pub(crate) fn list(path: &Path) -> Result<Vec<StorePoint>> {
     let label = path.display().to_string();
     let folder = fs::canonicalize(path).map_err(|e| Fail::io(&label, "open", &e))?;
-    let mut points = match pbs::datastore_holding(&folder) {
-        Some(datastore) => of_datastore(&datastore, &folder)?,
-        None => match longhorn::volumes_in(&folder) {
-            Some(volumes) => of_longhorn(&volumes)?,
-            None => of_backup_files(&folder)?,
-        },
+    let mut points = if let Some(datastore) = pbs::datastore_holding(&folder) {
+        of_datastore(&datastore, &folder)?
+    } else if let Some(machines) = xo::machines_in(&folder) {
+        of_remote(&machines)?
+    } else if let Some(volumes) = longhorn::volumes_in(&folder) {
+        of_longhorn(&volumes)?
+    } else if let Some(versions) = benji::versions(&folder)? {
+        versions.into_iter().flat_map(of_benji).collect()
+    } else {
+        of_backup_files(&folder)?
     };
     if points.is_empty() {
         let what = format!("{label} holds no backups that are listed here: files of Veeam, or a store of {STORES}");
@@ -106,6 +111,58 @@ fn of_datastore(datastore: &Path, folder: &Path) -> Result<Vec<StorePoint>> {
         points.push(point);
     }
     Ok(points)
+}
+
+fn of_remote(machines: &[PathBuf]) -> Result<Vec<StorePoint>> {
+    let mut points = Vec::new();
+    for stored in xo::points(machines)? {
+        let point = match stored.point {
+            Ok(point) => point,
+            Err(error) => {
+                points.push(unreadable(&stored.path, error.to_string()));
+                continue;
+            }
+        };
+        let (name, id) = point.machine();
+        // Names are not unique there.
+        let machine = if name.is_empty() { id.to_owned() } else { format!("{name} ({id})") };
+        let export = point.export().and_then(|export| Some(stored.path.parent()?.join(export)));
+        points.push(StorePoint {
+            machine,
+            id: stored.path.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+            created: point.created(),
+            kind: match (&export, point.is_increment()) {
+                (Some(_), _) | (None, Some(false)) => StoreKind::Full,
+                (None, Some(true)) => StoreKind::Increment,
+                (None, None) => StoreKind::Unknown,
+            },
+            parent: None,
+            state: stored.refusal.map_or(StoreState::Complete, StoreState::Missing),
+            disks: point.disks().unwrap_or_default().into_iter().map(|disk| (disk.name, disk.size)).collect(),
+            source: export.unwrap_or(stored.path),
+        });
+    }
+    Ok(points)
+}
+
+fn of_benji(stored: benji::Stored) -> Vec<StorePoint> {
+    let point = |version: &benji::Version| StorePoint {
+        machine: version.volume().to_owned(),
+        id: version.uid().to_owned(),
+        created: version.created(),
+        kind: StoreKind::Full,
+        parent: None,
+        state: match version.refusal() {
+            None => StoreState::Complete,
+            Some(why) => StoreState::Corrupted(why.to_owned()),
+        },
+        source: stored.path.clone(),
+        disks: vec![(version.volume().to_owned(), version.size())],
+    };
+    match &stored.versions {
+        Ok(versions) => versions.iter().map(point).collect(),
+        Err(error) => vec![unreadable(&stored.path, error.to_string())],
+    }
 }
 
 fn of_longhorn(volumes: &Path) -> Result<Vec<StorePoint>> {

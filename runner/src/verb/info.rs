@@ -83,9 +83,7 @@ pub(crate) fn kind_of(selected: &SelectedDisk) -> Result<String> {
     Ok(match &selected.spec {
         ChainSpec::Image { format: Some(format), .. } => format.to_string(),
         ChainSpec::Image { path, format: None, .. } | ChainSpec::Member { path, .. } => {
-            let passage = aquifer_formats::gate::Gate::default().enter(path)?;
-            let found = aquifer_formats::probe::probe(&*passage.storage())?;
-            found.map_or_else(|| "unknown".to_owned(), |format| format.to_string())
+            aquifer_vdisk::format_of(path)?.map_or_else(|| "unknown".to_owned(), |format| format.to_string())
         }
         ChainSpec::Snapshot { .. } => "fidx".into(),
         ChainSpec::Native { .. } | ChainSpec::Mixed { .. } => "aql".into(),
