@@ -70,7 +70,14 @@ pub struct Folder {
 /// The right to serve a session; held until dropped or until the process ends.
 #[derive(Debug)]
 pub struct OwnerLock {
-    _file: File,
+    file: File,
+}
+
+impl Drop for OwnerLock {
+    fn drop(&mut self) {
+        // Not left to closing alone: a child that another thread has just forked holds the open file a moment longer.
+        let _ = self.file.unlock();
+    }
 }
 
 impl Folder {
@@ -245,7 +252,7 @@ impl Folder {
         let text = format!("{}\n", std::process::id());
         let written = file.set_len(0).and_then(|()| file.write_all(text.as_bytes()));
         written.map_err(|e| Error::io(&path, "write", e))?;
-        Ok(OwnerLock { _file: file })
+        Ok(OwnerLock { file })
     }
 
     /// Process that holds the session, if one does.
@@ -273,7 +280,7 @@ impl Folder {
         let start = Instant::now();
         loop {
             match file.try_lock() {
-                Ok(()) => return Ok(OwnerLock { _file: file }),
+                Ok(()) => return Ok(OwnerLock { file }),
                 Err(TryLockError::WouldBlock) if start.elapsed() < EDIT_WAIT => {
                     std::thread::sleep(Duration::from_millis(5));
                 }

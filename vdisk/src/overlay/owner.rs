@@ -1,7 +1,9 @@
 //! One owner at a time for the folder of an overlay.
 //!
-//! Invariant: the lock lives as long as the open file, so it ends with the process however that ends;
-//! the process id inside is for messages only.
+//! Invariants
+//! - The lock lives no longer than the process, however that ends; the process id inside is for messages only.
+//! - It is given back by a call, not by closing: a child that another thread has just forked still holds the open file until it
+//!   becomes another program.
 
 use std::{
     fs::{File, OpenOptions},
@@ -18,7 +20,14 @@ use crate::{Error, Result};
 /// The lock, held.
 #[derive(Debug)]
 pub(super) struct Owner {
-    _file: File,
+    file: File,
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        // Closing, which follows, gives it back a moment later.
+        let _ = flock(&self.file, FlockOperation::Unlock);
+    }
 }
 
 impl Owner {
@@ -47,6 +56,23 @@ impl Owner {
         // Shorter than before only in text; the file holds nothing but this line.
         file.set_len(0).and_then(|()| file.rewind()).map_err(failed("write"))?;
         writeln!(file, "{}", std::process::id()).map_err(failed("write"))?;
-        Ok(Self { _file: file })
+        Ok(Self { file })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As in a child between `fork` and `exec`.
+    #[test]
+    fn who_gives_it_back_has_given_it_back_whoever_still_has_the_file() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let owner = Owner::take(dir.path()).expect("free");
+        assert!(matches!(Owner::take(dir.path()), Err(Error::Busy { .. })));
+        let of_a_child = owner.file.try_clone().expect("a second descriptor");
+        drop(owner);
+        Owner::take(dir.path()).expect("free again");
+        drop(of_a_child);
     }
 }
