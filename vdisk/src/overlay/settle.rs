@@ -108,9 +108,8 @@ impl Core {
                 if self.is_plain() {
                     return Ok(());
                 }
-                let step: BTreeSet<u32> = owed.lock().iter().take(STEP_REGIONS.min(left)).copied().collect();
-                left -= step.len().max(1);
-                owed.lock().retain(|region| !step.contains(region));
+                let step = first_of(&mut owed.lock(), left);
+                left = if step.is_empty() { 0 } else { left - step.len() };
                 self.write_back(owed, step)?;
             }
         }
@@ -153,9 +152,8 @@ impl Core {
         let mut regions = std::mem::take(&mut *owed.lock());
         // In small steps, so that a flush that comes between has one of them before it on the device, and not all.
         while self.ahead.is_asked() && regions.len() > STEP_REGIONS {
-            let rest = regions.iter().nth(STEP_REGIONS).copied().map(|first| regions.split_off(&first));
-            let done = self.write_back(owed, std::mem::replace(&mut regions, rest.unwrap_or_default()));
-            if let Err(e) = done.and_then(|()| self.sync_raw(Delta::new)) {
+            let step = first_of(&mut regions, STEP_REGIONS);
+            if let Err(e) = self.write_back(owed, step).and_then(|()| self.sync_raw(Delta::new)) {
                 owed.lock().append(&mut regions);
                 return Err(e);
             }
@@ -277,4 +275,9 @@ impl Core {
         self.unswept.store(false, Ordering::Release);
         Ok(())
     }
+}
+
+/// Takes the first regions out of a set: as many as are written back at once, and no more than `most`.
+fn first_of(regions: &mut BTreeSet<u32>, most: usize) -> BTreeSet<u32> {
+    std::iter::from_fn(|| regions.pop_first()).take(STEP_REGIONS.min(most)).collect()
 }
