@@ -134,7 +134,9 @@ fn is_in_hands(catalogue: &Catalogue, id: SessionId) -> Result<bool> {
 
 /// Works on a session and shows what happens, until it has ended or somebody asks to stop.
 pub(super) fn follow(context: &Context, catalogue: &Catalogue, id: SessionId, stop: Stop) -> Result<()> {
-    let tasks = context.site()?.proxy.max_tasks;
+    // A thread for each piece of work there is: one that has none looks again and again, and whoever works waits for it.
+    let works = u32::try_from(catalogue.work_of(id)?.len()).unwrap_or(u32::MAX);
+    let tasks = context.site()?.proxy.max_tasks.min(works);
     let worker = Worker {
         context,
         catalogue,
