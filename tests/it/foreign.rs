@@ -4,6 +4,7 @@
 mod archive;
 mod hyperv;
 mod mixed;
+mod stores;
 mod streams;
 mod veeam;
 mod verbs;
@@ -118,7 +119,7 @@ const TITLES: &str = "| format | sample | oracle | result |\n|---|---|---|---|\n
 /// Every sample, in the order of the table.
 fn all() -> Vec<Sample> {
     let samples = vmdk::SAMPLES.into_iter().chain(hyperv::SAMPLES).chain(archive::SAMPLES).chain(veeam::SAMPLES);
-    samples.chain(streams::SAMPLES).collect()
+    samples.chain(streams::SAMPLES).chain(stores::REMOTES).chain(stores::BACKUPS).chain(stores::VERSIONS).collect()
 }
 
 /// The row of a sample up to what was found.
@@ -183,6 +184,21 @@ fn veeam_reads_as_its_oracles_say() {
 #[test]
 fn streams_read_as_their_oracles_say() {
     run(&streams::SAMPLES);
+}
+
+#[test]
+fn remotes_read_as_their_oracles_say() {
+    run(&stores::REMOTES);
+}
+
+#[test]
+fn backup_stores_read_as_their_oracles_say() {
+    run(&stores::BACKUPS);
+}
+
+#[test]
+fn storages_read_as_their_oracles_say() {
+    run(&stores::VERSIONS);
 }
 
 #[test]

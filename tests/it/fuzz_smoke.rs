@@ -191,5 +191,7 @@ survive! {
     file_systems_with_unused_space: "unused",
     backup_files: "vbk",
     memories_of_guests: "vhost_user",
+    files_of_stores: "store",
+    streams_of_lzop: "lzop",
     vmware_disks: "vmdk",
 }

@@ -1,14 +1,18 @@
 //! Disks of other products: writers for what no tool here makes, and a comparison with an oracle that
 //! does not take a disk's whole size in memory.
 
+pub mod benji;
 pub mod deep;
 pub mod hyperv;
+pub mod longhorn;
 pub mod pbs;
+pub mod peers;
 pub mod pypi;
 pub mod vbk;
 pub mod virtnbd;
 pub mod vma;
 pub mod vmdk;
+pub mod xo;
 pub mod xva;
 
 use std::{path::Path, sync::Arc};

@@ -7,6 +7,7 @@ mod overlay;
 mod runner;
 mod seeds;
 mod sparse;
+mod store;
 mod vhost_user;
 
 use std::{path::Path, sync::Arc};
@@ -31,6 +32,7 @@ use aquifer_formats::{
 pub use self::{
     overlay::overlay,
     runner::{control, machine, partitions, qmp},
+    store::store,
     vhost_user::vhost_user,
 };
 use crate::{door, mend, rng::Rng};
@@ -52,7 +54,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 19] = {
+pub const TARGETS: [Target; 21] = {
     const fn target(name: &'static str, run: fn(&[u8]), seeds: fn(&Path), mutations: u32) -> Target {
         Target { name, run, seeds, mutations }
     }
@@ -62,6 +64,7 @@ pub const TARGETS: [Target; 19] = {
         target("codec", codec, seeds::codec, 7_500),
         target("control", control, seeds::control, 15_000),
         target("hyperv", hyperv, seeds::hyperv, 600),
+        target("lzop", lzop, seeds::lzop, 4_000),
         target("machine", machine, seeds::machine, 10_000),
         target("nbd_client", |data| _ = nbd_client(data), seeds::nbd_client, 15_000),
         target("nbd_server", |data| _ = nbd_server(data), seeds::nbd_server, 20_000),
@@ -71,6 +74,7 @@ pub const TARGETS: [Target; 19] = {
         target("qmp", qmp, seeds::qmp, 10_000),
         target("record", record, seeds::record, 20_000),
         target("session", session, seeds::session, 10_000),
+        target("store", store, seeds::store, 1_500),
         target("trace", trace, seeds::trace, 20_000),
         target("unused", unused, seeds::unused, 1_000),
         target("vbk", vbk, seeds::vbk, 500),
@@ -200,6 +204,21 @@ pub fn archive(data: &[u8]) {
                 walk_layer(&layer, 16);
             }
         }
+    }
+}
+
+/// Any bytes as a stream of lzop: as they are, and as one block of it, whose lengths are honest.
+pub fn lzop(data: &[u8]) {
+    use std::io::Read as _;
+    let mut out = Vec::new();
+    if let Ok(stream) = aquifer_formats::lzop::Lzop::new(data) {
+        let _ = stream.take(4 << 20).read_to_end(&mut out);
+    }
+    let Some((len, block)) = data.split_first_chunk::<2>() else { return };
+    let len = usize::from(u16::from_le_bytes(*len));
+    match aquifer_formats::lzop::decode(block, len, &mut out) {
+        Ok(()) => assert_eq!(out.len(), len),
+        Err(_) => assert!(out.capacity() < (8 << 20), "{} allocated for {len}", out.capacity()),
     }
 }
 

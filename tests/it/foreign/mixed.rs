@@ -20,7 +20,7 @@ use aquifer_tests::{
 };
 use aquifer_vdisk::{BlockCache, open_below};
 
-use super::verbs::{MIB, every_verb, states};
+use super::verbs::{MIB, every_verb, states, vmware_chain};
 
 /// `disk` with a few places changed, none of them where the boot sector looks.
 fn later(disk: &[u8], round: u8) -> Vec<u8> {
@@ -109,14 +109,9 @@ fn whole_life(source: &[&str], full: &[u8], site: &Site, own_files: &[&Path]) {
 
 #[test]
 fn two_points_on_a_vmware_chain() {
-    let (site, [first, _]) = (Site::new(), states());
-    fs::write(site.path("content.raw"), first).expect("write");
-    let [raw, base, top, flat] = ["content.raw", "base.vmdk", "top.vmdk", "flat.raw"].map(|name| site.word(name));
-    qemu::from_raw(Path::new(&raw), Path::new(&base), "vmdk", "subformat=streamOptimized");
-    qemu::img(&["create", "-q", "-f", "vmdk", "-F", "vmdk", "-b", &base, &top]);
-    qemu::io(Path::new(&top), "vmdk", &["write -P 90 9M 300k".into()]);
-    qemu::img(&["convert", "-f", "vmdk", "-O", "raw", &top, &flat]);
-    whole_life(&[&top], &fs::read(&flat).expect("read"), &site, &[Path::new(&base), Path::new(&top)]);
+    let site = Site::new();
+    let ([base, top], bytes) = vmware_chain(&site);
+    whole_life(&[&top], &bytes, &site, &[Path::new(&base), Path::new(&top)]);
 }
 
 #[test]

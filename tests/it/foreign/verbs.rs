@@ -6,9 +6,9 @@ use std::{fs, path::Path, process::Command};
 use aquifer_tests::{
     boot_sector,
     foreign::{
-        pbs,
+        benji, longhorn, pbs,
         vbk::{Body, Encoding, File, Machine, changes},
-        vma, xva,
+        vma, xo, xva,
     },
     qemu,
     rng::Rng,
@@ -57,16 +57,23 @@ pub(super) fn every_verb(site: &Site, source: &[&str], format: &str, expected: &
     });
 }
 
-#[test]
-fn a_vmware_chain_boots_and_becomes_local() {
-    let (site, [first, _]) = (Site::new(), states());
+/// A disk that boots as a chain of two files, base first, and its bytes.
+pub(super) fn vmware_chain(site: &Site) -> ([String; 2], Vec<u8>) {
+    let [first, _] = states();
     fs::write(site.path("content.raw"), first).expect("write");
     let [raw, base, top, flat] = ["content.raw", "base.vmdk", "top.vmdk", "flat.raw"].map(|name| site.word(name));
     qemu::from_raw(Path::new(&raw), Path::new(&base), "vmdk", "subformat=streamOptimized");
     qemu::img(&["create", "-q", "-f", "vmdk", "-F", "vmdk", "-b", &base, &top]);
     qemu::io(Path::new(&top), "vmdk", &["write -P 90 9M 300k".into()]);
     qemu::img(&["convert", "-f", "vmdk", "-O", "raw", &top, &flat]);
-    every_verb(&site, &[&top], "vmdk", &fs::read(&flat).expect("read"));
+    ([base, top], fs::read(&flat).expect("read"))
+}
+
+#[test]
+fn a_vmware_chain_boots_and_becomes_local() {
+    let site = Site::new();
+    let ([_, top], bytes) = vmware_chain(&site);
+    every_verb(&site, &[&top], "vmdk", &bytes);
 }
 
 #[test]
@@ -91,6 +98,69 @@ fn an_export_of_xenserver_boots_and_becomes_local() {
     let (site, [_, second]) = (Site::new(), states());
     xva::export(&site.path("members"), &site.path("m.xva"), &[("xvda", &second)]);
     every_verb(&site, &[&site.word("m.xva")], "xva", &second);
+}
+
+/// The points that a store lists: machine, point, kind, state; and what to name as SOURCE.
+fn listed(site: &Site, store: &str) -> (Vec<[String; 4]>, Vec<String>) {
+    let points = site.json(&["points", store]).records("stored_point");
+    let word = |point: &serde_json::Value, field: &str| point[field].as_str().expect("text").to_owned();
+    let rows = points.iter().map(|point| ["machine", "point", "kind", "state"].map(|field| word(point, field)));
+    (rows.collect(), points.iter().map(|point| word(point, "source")).collect())
+}
+
+#[test]
+fn a_point_of_xen_orchestra_boots_and_becomes_local() {
+    let (site, [first, second]) = (Site::new(), states());
+    xo::chain(&site.path("remote"), &[&first, &second], xo::Filter::Gzip);
+    let (rows, sources) = listed(&site, &format!("xo:{}", site.word("remote")));
+    let machine = format!("db01 ({})", xo::MACHINE);
+    let row = |point: &str, kind: &str| [&machine[..], point, kind, "complete"].map(str::to_owned);
+    assert_eq!(rows, [row("20261101T000000Z", "full"), row("20261102T000000Z", "increment")]);
+    every_verb(&site, &[&sources[1]], "xo", &second);
+    let older = site.json(&["info", &sources[0]]).record("disk");
+    assert_eq!((older["disk"].as_str(), older["kind"].as_str()), (Some("xvda"), Some("xo")));
+    // A folder of parts, and an alias, by themselves.
+    let folder = xo::machine(&site.path("remote")).join("vdis/job/xvda");
+    for path in [folder.join("data/1.vhd"), folder.join(xo::alias(1))] {
+        let said = site.json(&["info", path.to_str().expect("text")]).record("disk");
+        assert_eq!((said["kind"].as_str(), said["size"].as_u64()), (Some("xo"), Some(first.len() as u64)), "{said}");
+    }
+    fs::remove_file(folder.join(xo::alias(1))).expect("remove");
+    let (rows, _) = listed(&site, &site.word("remote"));
+    assert_eq!([&rows[0][3], &rows[1][3]], ["missing", "complete"], "what stands on it says so when it is opened");
+}
+
+#[test]
+fn a_backup_of_longhorn_boots_and_becomes_local() {
+    let (site, [first, second]) = (Site::new(), states());
+    let store = site.path("store");
+    longhorn::backup(&store, "b1", 1, "gzip", 2 << 20, &first);
+    longhorn::backup(&store, "b2", 2, "lz4", 2 << 20, &second);
+    let (rows, sources) = listed(&site, &format!("longhorn:{}", site.word("store")));
+    let row = |point: &str| ["pvc-1", point, "full", "complete"].map(str::to_owned);
+    assert_eq!(rows, [row("b1"), row("b2")]);
+    every_verb(&site, &[&sources[1]], "longhorn", &second);
+}
+
+#[test]
+fn versions_of_benji_are_listed_and_read() {
+    let (site, [first, second]) = (Site::new(), states());
+    for (number, disk) in [(1, &first), (2, &second)] {
+        benji::version(&site.path("data"), number, disk);
+    }
+    let (rows, sources) = listed(&site, &format!("benji:{}", site.word("data")));
+    let row = |point: &str| ["vol", point, "full", "complete"].map(str::to_owned);
+    assert_eq!(rows, [row("vol-1"), row("vol-2")]);
+    for (source, disk) in sources.iter().zip([&first, &second]) {
+        let said = site.json(&["info", source]).record("disk");
+        assert_eq!((said["kind"].as_str(), said["disk"].as_str()), (Some("benji"), Some("vol")));
+        let copy = site.word("copy.raw");
+        site.json(&["export", source, &copy]);
+        assert!(fs::read(&copy).expect("the copy") == *disk);
+        fs::remove_file(copy).expect("remove");
+        assert_eq!(site.json(&["verify", source]).code, 0);
+    }
+    every_verb(&site, &[&sources[1]], "benji", &second);
 }
 
 /// As `vzdump` leaves them. The first command takes the compression off, the others find that done.

@@ -516,3 +516,39 @@ pub(super) fn vhost_user(folder: &Path) {
         fs::write(folder.join(number.to_string()), seed).expect("write");
     }
 }
+
+/// A file of each kind of store.
+pub(super) fn store(folder: &Path) {
+    for (number, seed) in super::store::store_seeds().iter().enumerate() {
+        fs::write(folder.join(number.to_string()), seed).expect("write");
+    }
+}
+
+/// A stream of two blocks, and a block behind its length: literals, then a copy of them.
+pub(super) fn lzop(folder: &Path) {
+    let block = [21, b'a', b'b', b'c', b'd', 0x20 | 28, 12, 0, 17, 0, 0];
+    fs::write(folder.join("block"), [&34u16.to_le_bytes()[..], &block].concat()).expect("write");
+    let mut stream = b"\x89LZO\0\r\n\x1a\n".to_vec();
+    let mut header = vec![0x10, 0x40, 0x20, 0xa0, 0x09, 0x40, 1, 3];
+    header.extend(1u32.to_be_bytes());
+    header.extend([0; 12]);
+    header.extend([1, b'x']);
+    let adler = |bytes: &[u8]| {
+        let (a, b) = bytes.iter().fold((1u32, 0u32), |(a, b), byte| {
+            let a = (a + u32::from(*byte)) % 65_521;
+            (a, (b + a) % 65_521)
+        });
+        b << 16 | a
+    };
+    let sum = adler(&header);
+    header.extend(sum.to_be_bytes());
+    stream.extend(header);
+    for plain in [&b"stored as it is"[..], b"and again"] {
+        let len = (plain.len() as u32).to_be_bytes();
+        stream.extend([len, len].concat());
+        stream.extend(adler(plain).to_be_bytes());
+        stream.extend(plain);
+    }
+    stream.extend([0; 4]);
+    fs::write(folder.join("stream"), stream).expect("write");
+}
