@@ -13,7 +13,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use aquifer_formats::repo::{
@@ -278,6 +278,9 @@ fn set_free(context: &Context, repo: &Repository, machine: &Machine, merge: Merg
         context.out.warn(Code::WarnSkipped, what, None);
         return Ok(rebased);
     }
+    // One that was killed in the middle of this may have left its lease: whoever can be seen to be gone is not waited for.
+    let tell = repository::tell(context)?;
+    repository::observing(context, |observer| Ok(keeper::reclaim(repo, machine, observer, &tell, Duration::ZERO)?))?;
     keeper::clear(repo, machine, repository::holder("retention"))?;
     let without: BTreeSet<Uuid> = burdens.iter().map(|burden| burden.point).collect();
     let carriers: BTreeSet<Uuid> = burdens.iter().flat_map(|burden| burden.drawn.keys().copied()).collect();
