@@ -152,8 +152,8 @@ use super::object::description_of;
 fn what_is_not_served_is_refused_by_name() {
     let (made, a) = (Made::new(), [1; BLOCK]);
     let plain = made.block(0, &a, &a, "");
-    assert!(is_unsupported(made.open(r#""status":"incomplete","#, BLOCK, &[plain.clone()])));
-    assert!(is_unsupported(made.open(r#""status":"invalid","#, BLOCK, &[plain.clone()])));
+    assert!(is_unsupported(made.open(r#""status":"incomplete","#, BLOCK, std::slice::from_ref(&plain))));
+    assert!(is_unsupported(made.open(r#""status":"invalid","#, BLOCK, std::slice::from_ref(&plain))));
     assert!(is_unsupported(made.open(r#""valid":false,"#, BLOCK, &[plain])));
     for module in ["aes_256_gcm", "aes_256_gcm_ecc", "other"] {
         let transforms = format!(r#","transforms":[{{"name":"k","module":"{module}","materials":{{}}}}]"#);
