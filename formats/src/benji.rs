@@ -7,7 +7,8 @@
 //! ```
 //!
 //! Invariants
-//! - Every version lists all its blocks, so it stands on nothing; what it does not list is zeros.
+//! - Every version lists all its blocks, so it stands on nothing; what it does not list is zeros, and so is an entry that
+//!   has neither a name nor a checksum.
 //! - A block's checksum holds, or its range is an error; one that is not there is an error, never zeros.
 //! - What an object was transformed by is undone in the order its description gives; encryption is refused by name.
 //! - A version whose backup never ended is refused.
@@ -16,6 +17,7 @@
 
 mod blake2b;
 mod layer;
+mod list;
 mod object;
 mod store;
 mod version;
@@ -29,6 +31,8 @@ use std::{
     sync::Arc,
 };
 
+use list::Blocks;
+
 use crate::{Error, Result, Storage};
 
 /// Versions that one document lists: an object of a storage has one, an export any number.
@@ -37,7 +41,7 @@ pub struct Versions {
     label: String,
     storage: Arc<dyn Storage>,
     folder: PathBuf,
-    versions: Vec<Version>,
+    versions: Vec<(Version, Arc<Blocks>)>,
 }
 
 impl Versions {
@@ -51,15 +55,16 @@ impl Versions {
             path: label.clone(),
             what: "it lies in no storage: no folder above it has blocks/".into(),
         })?;
-        let versions = version::read(&storage, path)?;
+        let versions = version::read::<Blocks>(&*storage, path)?;
+        let versions = versions.into_iter().map(|(version, blocks)| (version, Arc::new(blocks))).collect();
         Ok(Self { label, storage, folder, versions })
     }
 
     /// What its disks are called: the volume's name where the document has one version, else that of the version.
     pub fn disks(&self) -> Vec<&str> {
         match self.versions.as_slice() {
-            [only] => vec![only.volume()],
-            several => several.iter().map(Version::uid).collect(),
+            [(only, _)] => vec![only.volume()],
+            several => several.iter().map(|(version, _)| version.uid()).collect(),
         }
     }
 
@@ -71,7 +76,8 @@ impl Versions {
     pub fn disk(&self, name: &str) -> Result<BenjiLayer> {
         let found = self.disks().iter().position(|disk| *disk == name).and_then(|index| self.versions.get(index));
         let missing = || Error::ChainBroken { path: self.label.clone(), what: format!("has no disk {name:?}") };
-        BenjiLayer::new(self.storage.clone(), &self.folder, found.ok_or_else(missing)?)
+        let (version, blocks) = found.ok_or_else(missing)?;
+        BenjiLayer::new(self.storage.clone(), &self.folder, version, blocks.clone())
     }
 }
 

@@ -30,14 +30,16 @@ pub use layer::LonghornLayer;
 pub use store::{Stored, backups, volumes_in};
 
 use crate::{
-    Error, Result, SECTOR_BYTES, Storage, document, objects,
-    storage::{Access, FileStorage},
+    Error, Result, SECTOR_BYTES, Storage, document,
+    objects::{self, VOLUME_BYTES_MAX},
 };
 
 /// Longest list of a backup, in bytes: a volume of 8 TiB.
 const BACKUP_BYTES_MAX: u64 = 512 << 20;
+/// What describes a volume, in its folder.
+const DESCRIPTION: &str = "volume.cfg";
 /// Longest description of a volume, in bytes.
-const VOLUME_BYTES_MAX: u64 = 1 << 20;
+const DESCRIPTION_BYTES_MAX: u64 = 1 << 20;
 /// Sizes that blocks have: before 1.10 always the first.
 const BLOCK_BYTES: [u64; 2] = [2 << 20, 16 << 20];
 
@@ -98,7 +100,7 @@ struct Volume {
 
 impl Volume {
     fn read(folder: &Path) -> Result<Self> {
-        document::read(&FileStorage::open(&folder.join("volume.cfg"), Access::ReadOnly)?, VOLUME_BYTES_MAX)
+        document::read(&objects::listed(&folder.join(DESCRIPTION))?, DESCRIPTION_BYTES_MAX)
     }
 }
 
@@ -205,6 +207,9 @@ impl Backup {
             .value()
             .filter(|size| *size > 0 && i64::try_from(*size).is_ok() && size.is_multiple_of(SECTOR_BYTES));
         let size = size.ok_or_else(|| Error::corrupt(&label, 0, format!("a volume of {:?} bytes", volume.size)))?;
+        if size > VOLUME_BYTES_MAX {
+            return Err(Error::unsupported(label, format!("a volume of {size} bytes (at most {VOLUME_BYTES_MAX})")));
+        }
         Ok(Self { storage, folder, config, size, method })
     }
 

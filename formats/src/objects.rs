@@ -12,6 +12,9 @@ use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 
 use crate::{Error, Result, Storage, codec, storage::FileStorage};
 
+/// Largest volume that is served from a store, in bytes: what VHDX, the largest of the image formats, allows.
+pub(crate) const VOLUME_BYTES_MAX: u64 = 64 << 40;
+
 /// An open folder.
 #[derive(Debug)]
 pub(crate) struct Folder {
@@ -34,8 +37,9 @@ impl Folder {
     }
 
     /// The object `name`; `None` where there is none.
-    pub(crate) fn find(&self, name: &str) -> Result<Option<FileStorage>> {
-        let label = format!("{}/{name}", self.path);
+    pub(crate) fn find(&self, name: impl AsRef<Path>) -> Result<Option<FileStorage>> {
+        let name = name.as_ref();
+        let label = format!("{}/{}", self.path, name.display());
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let fd = match rustix::fs::openat2(&self.fd, name, flags, Mode::empty(), resolve) {
@@ -54,13 +58,23 @@ impl Folder {
     ///
     /// # Errors
     /// [`Error::ChainBroken`] where it is missing.
-    pub(crate) fn object(&self, name: &str, owner: &str) -> Result<FileStorage> {
+    pub(crate) fn object(&self, name: impl AsRef<Path>, owner: &str) -> Result<FileStorage> {
+        let name = name.as_ref();
         let missing = || Error::ChainBroken {
-            path: format!("{}/{name}", self.path),
+            path: format!("{}/{}", self.path, name.display()),
             what: format!("this part of {owner} is missing"),
         };
         self.find(name)?.ok_or_else(missing)
     }
+}
+
+/// The file at `path`, which a list of its folder named.
+///
+/// # Errors
+/// As [`Folder::object`]: one that is no regular file or a link is refused, and nobody waits for it.
+pub(crate) fn listed(path: &Path) -> Result<FileStorage> {
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    Folder::open(folder)?.object(path.file_name().unwrap_or_default(), &folder.display().to_string())
 }
 
 /// Hands all bytes of `object`, at most `bytes_max`, to `work`.

@@ -7,13 +7,14 @@ use sha2::{Sha256, Sha512};
 
 use super::{
     blake2b::blake2b,
+    list::{Block, Blocks, Sum},
     object::Meta,
-    version::{Block, Sum, Version},
+    version::Version,
 };
 use crate::{
     BlockRef, Codec, Content, Error, Layer, Result, SECTOR_BYTES, Storage,
     codec::BLOCK_BYTES_MAX,
-    objects::{self, Folder, from_hexadecimal, hexadecimal},
+    objects::{self, Folder, VOLUME_BYTES_MAX, from_hexadecimal, hexadecimal},
     tables::TableFile,
 };
 
@@ -26,7 +27,7 @@ pub struct BenjiLayer {
     size: u64,
     block_bytes: u64,
     /// By index, each once and inside the volume.
-    blocks: Vec<Block>,
+    blocks: Arc<Blocks>,
 }
 
 impl Sum {
@@ -48,7 +49,12 @@ impl Sum {
 }
 
 impl BenjiLayer {
-    pub(super) fn new(storage: Arc<dyn Storage>, folder: &Path, version: &Version) -> Result<Self> {
+    pub(super) fn new(
+        storage: Arc<dyn Storage>,
+        folder: &Path,
+        version: &Version,
+        blocks: Arc<Blocks>,
+    ) -> Result<Self> {
         let file = TableFile::open(storage)?;
         let label = format!("{} ({})", file.label(), version.uid());
         if let Some(why) = version.refusal() {
@@ -58,24 +64,28 @@ impl BenjiLayer {
         if size == 0 || i64::try_from(size).is_err() || !size.is_multiple_of(SECTOR_BYTES) {
             return Err(Error::corrupt(label, 0, format!("a volume of {size} bytes")));
         }
+        if size > VOLUME_BYTES_MAX {
+            return Err(Error::unsupported(label, format!("a volume of {size} bytes (at most {VOLUME_BYTES_MAX})")));
+        }
         let is_grid = block_bytes.is_power_of_two() && block_bytes >= 4096;
         if !is_grid || block_bytes > BLOCK_BYTES_MAX as u64 {
             return Err(Error::unsupported(label, format!("blocks of {block_bytes} bytes")));
         }
-        let mut last = None;
-        for block in &version.blocks {
+        // Where the document says its sizes only behind the list.
+        if blocks.entries > size.div_ceil(block_bytes) {
+            return Err(Error::corrupt(label, 0, format!("{} blocks in a volume of {size} bytes", blocks.entries)));
+        }
+        for block in &blocks.stored {
             let start = block.index.checked_mul(block_bytes).filter(|start| *start < size);
             let due = start.map(|start| (size - start).min(block_bytes));
-            if due != Some(block.len.into()) || last >= Some(block.index) {
+            if due != Some(block.len.into()) {
                 let what = format!("block {} of {} bytes in a volume of {size}", block.index, block.len);
                 return Err(Error::corrupt(label, 0, what));
             }
-            last = Some(block.index);
         }
-        let layer =
-            Self { file, label, folder: Folder::open(folder)?, size, block_bytes, blocks: version.blocks.clone() };
+        let layer = Self { file, label, folder: Folder::open(folder)?, size, block_bytes, blocks };
         // Encryption is said now, not when a guest first reads.
-        if let Some(first) = layer.blocks.first()
+        if let Some(first) = layer.blocks.stored.first()
             && let Some(description) = layer.folder.find(&format!("{}.meta", name_of(first)))?
         {
             Meta::read(&description)?;
@@ -85,8 +95,8 @@ impl BenjiLayer {
 
     fn piece(&self, at: u64, end: u64) -> Result<(Content, u64)> {
         let (index, skip) = (at / self.block_bytes, at % self.block_bytes);
-        let found = self.blocks.partition_point(|block| block.index < index);
-        let Some(block) = self.blocks.get(found) else { return Ok((Content::Zero, end - at)) };
+        let found = self.blocks.stored.partition_point(|block| block.index < index);
+        let Some(block) = self.blocks.stored.get(found) else { return Ok((Content::Zero, end - at)) };
         let start = block.index * self.block_bytes;
         if block.index > index {
             return Ok((Content::Zero, start.min(end) - at));
@@ -132,7 +142,7 @@ impl Layer for BenjiLayer {
     /// The list names every byte of the volume by its checksum.
     fn fingerprint(&self) -> Result<[u8; 32]> {
         let mut hash = self.file.fingerprint("benji", self.size);
-        for block in &self.blocks {
+        for block in &self.blocks.stored {
             hash.update(&block.index.to_le_bytes()).update(block.sum.bytes());
         }
         Ok(*hash.finalize().as_bytes())
@@ -140,9 +150,9 @@ impl Layer for BenjiLayer {
 
     fn unpack(&self, block: &BlockRef, _need: usize, out: &mut Vec<u8>) -> Result<()> {
         out.clear();
-        let known = self.blocks.binary_search_by_key(&block.logical, |known| known.index).ok();
+        let known = self.blocks.stored.binary_search_by_key(&block.logical, |known| known.index).ok();
         let missing = || Error::corrupt(&self.label, block.offset, "the version has no block there");
-        let known = known.and_then(|index| self.blocks.get(index)).ok_or_else(missing)?;
+        let known = known.and_then(|index| self.blocks.stored.get(index)).ok_or_else(missing)?;
         let name = name_of(known);
         let object = self.folder.object(&name, &self.label)?;
         let meta = Meta::read(&self.folder.object(&format!("{name}.meta"), &self.label)?)?;

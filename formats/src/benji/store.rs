@@ -3,14 +3,12 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::Arc,
 };
 
+use serde::de::IgnoredAny;
+
 use super::{Version, version};
-use crate::{
-    Error, Result, Storage,
-    storage::{Access, FileStorage},
-};
+use crate::{Error, Result, objects};
 
 /// Most files and folders that are looked at.
 const ENTRIES_MAX: usize = 1 << 20;
@@ -57,8 +55,9 @@ pub fn versions(folder: &Path) -> Result<Option<Vec<Stored>>> {
             if kind.is_dir() && depth < 2 {
                 open.push((path, depth + 1));
             } else if kind.is_file() && depth == 2 && !is_description {
-                let versions = FileStorage::open(&path, Access::ReadOnly)
-                    .and_then(|storage| version::read(&(Arc::new(storage) as Arc<dyn Storage>), &path));
+                let versions = objects::listed(&path)
+                    .and_then(|storage| version::read::<IgnoredAny>(&storage, &path))
+                    .map(|read| read.into_iter().map(|(version, _)| version).collect());
                 found.push(Stored { path, versions });
             }
         }

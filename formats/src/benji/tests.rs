@@ -124,7 +124,7 @@ fn documents_of_older_releases_and_of_several_versions_read() {
     };
     let one = made.all(&format!(r#"{{"metadata_version":"1.1.0","versions":[{}]}}"#, version(1))).expect("reads");
     assert_eq!(one.disks(), ["v"]);
-    assert_eq!(one.versions[0].created().expect("a time").to_string(), "2019-01-01T00:00:00Z");
+    assert_eq!(one.versions[0].0.created().expect("a time").to_string(), "2019-01-01T00:00:00Z");
     let layer = one.disk("v").expect("opens");
     assert_eq!((read(&layer, 0).expect("bytes"), layer.lookup(4096, 1).expect("zeros").0), (a.into(), Content::Zero));
     let two = made.all(&format!(r#"{{"metadata_version":"2.0.0","versions":[{},{}]}}"#, version(1), version(2)));
@@ -184,6 +184,73 @@ fn lists_that_do_not_fit_together_are_damage() {
     for size in ["0", "512", "5000", "8388608"] {
         assert!(is_unsupported(made.raw(&sizes.replace("BS", size))), "{size}");
     }
+}
+
+#[test]
+fn only_an_entry_that_says_so_is_zeros() {
+    let (made, a) = (Made::new(), [1; BLOCK]);
+    let block = made.block(0, &a, &a, "");
+    let (name, sum) = (r#""uid":{"left":0,"right":1}"#, block.split(r#","checksum""#).nth(1).expect("a checksum"));
+    let bare = block.replace(&format!(r#","checksum"{sum}"#), "}");
+    assert!(block.contains(name) && !bare.contains("checksum"));
+    for zeros in [r#""uid":null"#, r#""uid":{"left":null,"right":null}"#] {
+        for checksum in ["}", r#","checksum":null}"#] {
+            let entry = bare.replace(name, zeros).replace("true}", &format!("true{checksum}"));
+            let layer = made.open("", BLOCK, &[entry]).expect("opens");
+            assert_eq!(layer.lookup(0, 1).expect("zeros").0, Content::Zero);
+        }
+        assert!(is_corrupt(made.open("", BLOCK, &[block.replace(name, zeros)])), "{zeros} and a checksum");
+    }
+    assert!(is_corrupt(made.open("", BLOCK, std::slice::from_ref(&bare))), "no checksum");
+    for damaged in [
+        r#""uid":{"left":0,"right":null}"#,
+        r#""uid":{"left":null,"right":1}"#,
+        r#""uid":{"Left":0,"Right":1}"#,
+        r#""uid":{"left":null}"#,
+        r#""uid":{}"#,
+        r#""UID":null"#,
+        r#""uid":7"#,
+    ] {
+        for entry in [&block, &bare] {
+            assert!(is_corrupt(made.open("", BLOCK, &[entry.replace(name, damaged)])), "{damaged}");
+        }
+    }
+    // Twice, once or each time as zeros.
+    let zeros = bare.replace(name, r#""uid":null"#);
+    let last = zeros.replace(r#""idx":0"#, r#""idx":1"#);
+    for twice in [[&block, &zeros], [&zeros, &block], [&zeros, &zeros], [&block, &block]] {
+        assert!(is_corrupt(made.open("", 2 * BLOCK, &twice.map(Clone::clone))), "{twice:?}");
+    }
+    assert!(made.open("", 2 * BLOCK, &[last.clone(), block.clone()]).is_ok());
+    // More entries than blocks, wherever the document says its sizes.
+    assert!(is_corrupt(made.open("", BLOCK, &[last.clone(), block.clone()])));
+    for (sizes, is_read) in [((4096, 4096), false), ((8192, 4096), true), ((70_368_744_181_760u64, 4096), false)] {
+        let text = format!(
+            r#"{{"metadata_version":"3.0.0","versions":[{{"uid":"V1","volume":"v","blocks":[{last},{block}],"size":{},"block_size":{}}}]}}"#,
+            sizes.0, sizes.1
+        );
+        assert_eq!(made.raw(&text).is_ok(), is_read, "{sizes:?}");
+    }
+}
+
+#[test]
+fn a_list_of_versions_keeps_no_blocks_and_waits_for_no_pipe() {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    let made = Made::new();
+    // What a list of blocks would stumble over shows that it is not read.
+    let text = r#"{"metadata_version":"3.0.0","versions":[{"uid":"V1","volume":"v","size":4096,"block_size":4096,"blocks":[7,7,7]}]}"#;
+    assert!(is_corrupt(made.all(text)));
+    let state = || {
+        let listed = versions(made.dir.path()).expect("lists").expect("a storage");
+        listed.into_iter().map(|stored| stored.versions.map(|versions| versions.len())).next()
+    };
+    assert!(matches!(state(), Some(Ok(1))));
+    let path = made.dir.path().join("versions/9c/5e/V1");
+    mknodat(CWD, description_of(&path), FileType::Fifo, Mode::RUSR, 0).expect("a pipe");
+    assert!(matches!(state(), Some(Err(Error::Refused { .. }))));
+    fs::remove_file(description_of(&path)).expect("remove");
+    std::os::unix::fs::symlink(made.dir.path().join("none"), description_of(&path)).expect("a link");
+    assert!(matches!(state(), Some(Err(Error::Io { .. }))));
 }
 
 #[test]

@@ -8,11 +8,8 @@ use std::{
 use jiff::Timestamp;
 use serde::de::IgnoredAny;
 
-use super::{BACKUP_BYTES_MAX, Config, Volume};
-use crate::{
-    Error, Result, document,
-    storage::{Access, FileStorage},
-};
+use super::{BACKUP_BYTES_MAX, Config, DESCRIPTION, Volume};
+use crate::{Error, Result, document, objects};
 
 /// Most files and folders that are looked at.
 const ENTRIES_MAX: usize = 1 << 20;
@@ -53,7 +50,8 @@ pub fn backups(volumes: &Path) -> Result<Vec<Stored>> {
     for first in entries(volumes, &mut budget)? {
         for second in entries(&first, &mut budget)? {
             for volume in entries(&second, &mut budget)? {
-                if volume.join("volume.cfg").is_file() {
+                // Whatever it is: that it cannot be read is said of the backups.
+                if is_folder(&volume) && volume.join(DESCRIPTION).symlink_metadata().is_ok() {
                     of_volume(&volume, &mut budget, &mut found)?;
                 }
             }
@@ -65,15 +63,12 @@ pub fn backups(volumes: &Path) -> Result<Vec<Stored>> {
 fn of_volume(folder: &Path, budget: &mut usize, found: &mut Vec<Stored>) -> Result<()> {
     let volume = Volume::read(folder);
     let lists = folder.join("backups");
-    if !lists.is_dir() {
-        return Ok(());
-    }
     let called = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
     for path in entries(&lists, budget)? {
         let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let Some(name) = file.strip_prefix("backup_").and_then(|name| name.strip_suffix(".cfg")) else { continue };
-        let config = FileStorage::open(&path, Access::ReadOnly)
-            .and_then(|storage| document::read::<Config<IgnoredAny>>(&storage, BACKUP_BYTES_MAX));
+        let config =
+            objects::listed(&path).and_then(|storage| document::read::<Config<IgnoredAny>>(&storage, BACKUP_BYTES_MAX));
         let mut stored = Stored {
             volume: called.clone(),
             name: name.to_owned(),
@@ -99,11 +94,16 @@ fn of_volume(folder: &Path, budget: &mut usize, found: &mut Vec<Stored>) -> Resu
     Ok(())
 }
 
-/// What lies in `folder`, without what is hidden; nothing where it is no folder.
+/// Whether `path` is a folder, and no link to one.
+fn is_folder(path: &Path) -> bool {
+    path.symlink_metadata().is_ok_and(|stat| stat.is_dir())
+}
+
+/// What lies in `folder`, without what is hidden; nothing where it is no folder, or a link to one.
 fn entries(folder: &Path, budget: &mut usize) -> Result<Vec<PathBuf>> {
     let failed = |e| Error::io(folder.display().to_string(), "list", 0, e);
     let mut found = Vec::new();
-    if !folder.is_dir() {
+    if !is_folder(folder) {
         return Ok(found);
     }
     for entry in fs::read_dir(folder).map_err(failed)? {

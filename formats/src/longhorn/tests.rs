@@ -9,6 +9,7 @@ use crate::{
     Content, Layer as _,
     made::{is_corrupt, is_unsupported},
     objects::hexadecimal,
+    storage::{Access, FileStorage},
 };
 
 const BLOCK: usize = 2 << 20;
@@ -135,6 +136,10 @@ fn lists_that_do_not_fit_together_are_damage() {
     }
     assert!(is_corrupt(made.raw("{")) && is_corrupt(made.raw("[]")) && is_corrupt(made.raw("{} {}")));
     assert!(is_corrupt(made.raw(&"[".repeat(100_000))), "no depth that the stack has to hold");
+    for size in [r#""9223372036854771712""#, r#""70368744178176""#] {
+        made.volume(&format!(r#"{{"Name":"v","Size":{size}}}"#));
+        assert!(is_unsupported(made.open("", &[(0, &name)])), "{size}, which is walked for ever");
+    }
     for size in [r#""0""#, r#""-1""#, r#""1000""#, r#""18446744073709551104""#, "null", r#""""#] {
         made.volume(&format!(r#"{{"Name":"v","Size":{size}}}"#));
         assert!(is_corrupt(made.open("", &[(0, &name)])), "{size}");
@@ -181,4 +186,34 @@ fn a_store_lists_every_backup_and_says_what_is_wrong() {
     let expected = [("b1", false, true), ("b2", true, false), ("b3", true, true)];
     assert_eq!(states, expected.map(|(name, refused, complete)| (name.to_owned(), refused, complete)));
     assert_eq!((found[0].size, found[0].volume.as_str(), found[0].created.is_some()), (4 << 20, "v", true));
+}
+
+#[test]
+fn pipes_and_links_in_a_store_are_damage_and_nobody_waits_for_them() {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    let pipe = |path: &Path| mknodat(CWD, path, FileType::Fifo, Mode::RUSR, 0).expect("a pipe");
+    let made = Made::new();
+    let volumes = made.dir.path().join("volumes");
+    let [folder, other] = ["6a/ff/v", "6a/ff/w"].map(|name| volumes.join(name));
+    for folder in [&folder, &other] {
+        fs::create_dir_all(folder.join("backups")).expect("folders");
+    }
+    let text = r#"{"Name":"b1","VolumeName":"v","CreatedTime":"2026-11-01T00:00:00Z"}"#;
+    let backup = |name: &str| folder.join("backups").join(format!("backup_{name}.cfg"));
+    fs::write(folder.join("volume.cfg"), r#"{"Name":"v","Size":"4194304"}"#).expect("write");
+    fs::write(backup("b1"), text).expect("write");
+    pipe(&backup("b2"));
+    std::os::unix::fs::symlink(backup("b1"), backup("b3")).expect("a link");
+    // A volume whose description is a pipe, and one that lies elsewhere.
+    pipe(&other.join("volume.cfg"));
+    fs::write(other.join("backups/backup_b4.cfg"), text).expect("write");
+    std::os::unix::fs::symlink(&folder, volumes.join("6a/ff/x")).expect("a link");
+    let mut found = backups(&volumes).expect("lists");
+    found.sort_by(|a, b| a.path.cmp(&b.path));
+    let states: Vec<_> =
+        found.iter().map(|stored| (stored.volume.as_str(), stored.name.as_str(), stored.refusal.is_some())).collect();
+    assert_eq!(states, [("v", "b1", false), ("v", "b2", true), ("v", "b3", true), ("w", "b1", true)]);
+    fs::remove_file(made.dir.path().join("volume.cfg")).expect("remove");
+    pipe(&made.dir.path().join("volume.cfg"));
+    assert!(matches!(made.open("", &[]), Err(Error::Refused { .. })));
 }

@@ -16,7 +16,7 @@ use std::{
 use super::refuse_merge;
 use crate::{
     BlockRef, Codec, Content, Error, Layer, Result, SECTOR_BYTES, Storage, document,
-    objects::{self, Folder},
+    objects::{self, Folder, VOLUME_BYTES_MAX},
     storage::FileStorage,
     tables::TableFile,
     unzip,
@@ -147,6 +147,12 @@ impl VhdFolder {
             return Err(Error::unsupported(label, "a fixed VHD in parts"));
         }
         let dynamic = Dynamic::alone(&header_bytes, &label, &footer, footer.kind)?;
+        if footer.size > VOLUME_BYTES_MAX {
+            return Err(Error::unsupported(
+                label,
+                format!("a disk of {} bytes (at most {VOLUME_BYTES_MAX})", footer.size),
+            ));
+        }
         if dynamic.block_bytes > BLOCK_BYTES_MAX {
             return Err(Error::unsupported(label, format!("blocks of {} bytes", dynamic.block_bytes)));
         }

@@ -1,6 +1,10 @@
 //! What a point says of itself: `20261101T000000Z.json`.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    path::{Component, Path},
+    sync::Arc,
+};
 
 use jiff::Timestamp;
 use serde::Deserialize;
@@ -68,6 +72,15 @@ pub struct Disk {
     pub size: u64,
 }
 
+/// How many folders and files `name` goes down from where it counts; `None` for one that may lead out of there.
+fn depth(name: &str) -> Option<usize> {
+    Path::new(name).components().try_fold(0, |depth, part| match part {
+        Component::Normal(_) => Some(depth + 1),
+        Component::CurDir => Some(depth),
+        Component::ParentDir | Component::RootDir | Component::Prefix(_) => None,
+    })
+}
+
 /// One point of a machine.
 #[derive(Debug)]
 pub struct Point {
@@ -79,9 +92,18 @@ impl Point {
     /// Reads the description that `storage` is.
     ///
     /// # Errors
-    /// [`Error::Corrupt`], [`Error::Unsupported`] for one that is too long, [`Error::Io`].
+    /// [`Error::Corrupt`], also for one that names files outside its own folder; [`Error::Unsupported`] for one that is too
+    /// long, [`Error::Io`].
     pub fn read(storage: &Arc<dyn Storage>) -> Result<Self> {
-        Ok(Self { label: storage.label().into(), metadata: document::read(&**storage, BYTES_MAX)? })
+        let point = Self { label: storage.label().into(), metadata: document::read(&**storage, BYTES_MAX)? };
+        let bad = |what: String| Err(Error::corrupt(&point.label, 0, what));
+        if let Some(export) = point.export().filter(|export| !matches!(depth(export), Some(1))) {
+            return bad(format!("its export {export:?} is no name of a file beside it"));
+        }
+        if let Some(path) = point.metadata.vhds.values().find(|path| depth(path).is_none()) {
+            return bad(format!("its disk {path:?} is no name of a file beneath its folder"));
+        }
+        Ok(point)
     }
 
     /// Name and id of the machine.

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use super::{Point, refuse_merge};
 use crate::{
     Error, Result, Storage, document,
-    storage::{Access, FileStorage},
+    objects::{Folder, listed},
 };
 
 /// The folder of machines in a remote.
@@ -47,8 +47,10 @@ pub fn machines_in(folder: &Path) -> Option<Vec<PathBuf>> {
             return is_machine.then(|| vec![folder.to_path_buf()]);
         }
     };
+    // Links to folders elsewhere are none of the remote's machines.
+    let is_folder = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
     let mut folders: Vec<PathBuf> =
-        fs::read_dir(machines).ok()?.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
+        fs::read_dir(machines).ok()?.flatten().filter(is_folder).map(|entry| entry.path()).collect();
     folders.sort_unstable();
     Some(folders)
 }
@@ -71,8 +73,7 @@ pub fn points(machines: &[PathBuf]) -> Result<Vec<Stored>> {
                 return Err(Error::unsupported(label, "a remote with that many files"));
             }
             if is_point(&path) {
-                let point = FileStorage::open(&path, Access::ReadOnly)
-                    .and_then(|storage| Point::read(&(Arc::new(storage) as Arc<dyn Storage>)));
+                let point = listed(&path).and_then(|storage| Point::read(&(Arc::new(storage) as Arc<dyn Storage>)));
                 let refusal = point.as_ref().ok().and_then(|point| refusal(folder, point));
                 found.push(Stored { path, point, refusal });
             }
@@ -89,32 +90,37 @@ fn is_point(path: &Path) -> bool {
 
 /// What is missing of a point, or in the way.
 fn refusal(folder: &Path, point: &Point) -> Option<String> {
+    let parts = match Folder::open(folder) {
+        Ok(parts) => parts,
+        Err(error) => return Some(error.to_string()),
+    };
+    let missing = |path: &str, what: String| match parts.find(path) {
+        Ok(Some(_)) => None,
+        Ok(None) => Some(format!("{what} is not there")),
+        Err(error) => Some(format!("{what}: {error}")),
+    };
     if let Some(export) = point.export() {
-        let is_there = folder.join(export).is_file();
-        return (!is_there).then(|| format!("its export {export} is not there"));
+        return missing(export, format!("its export {export}"));
     }
     let disks = match point.disks() {
         Ok(disks) => disks,
         Err(error) => return Some(error.to_string()),
     };
     disks.iter().find_map(|disk| {
-        let path = folder.join(&disk.path);
-        if !path.exists() {
-            return Some(format!("{} of disk {} is not there", disk.path, disk.name));
-        }
-        refuse_merge(&path).err().map(|error| error.to_string())
+        missing(&disk.path, format!("{} of disk {}", disk.path, disk.name))
+            .or_else(|| refuse_merge(&folder.join(&disk.path)).err().map(|error| error.to_string()))
     })
 }
 
 fn refuse_encryption(machine: &Path) -> Result<()> {
     let Some(root) = machine.parent().and_then(Path::parent) else { return Ok(()) };
-    let path = root.join("encryption.json");
-    if !path.is_file() || !root.join(MACHINES).is_dir() {
+    if !root.join(MACHINES).is_dir() {
         return Ok(());
     }
-    let told: Encryption = document::read(&FileStorage::open(&path, Access::ReadOnly)?, 64 << 10)?;
+    let Some(file) = Folder::open(root)?.find("encryption.json")? else { return Ok(()) };
+    let told: Encryption = document::read(&file, 64 << 10)?;
     match told.algorithm.as_deref() {
         None | Some("none") => Ok(()),
-        Some(other) => Err(Error::unsupported(path.display().to_string(), format!("a remote encrypted by {other}"))),
+        Some(other) => Err(Error::unsupported(file.label(), format!("a remote encrypted by {other}"))),
     }
 }

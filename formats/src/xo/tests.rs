@@ -220,6 +220,13 @@ fn a_point_names_its_disks() {
     let full = point(r#"{"mode":"full","xva":"./t.xva"}"#).expect("reads");
     assert!(is_unsupported(full.disks()) && full.export() == Some("./t.xva"));
     assert!(is_corrupt(point("{}").expect("reads").disks()));
+    // Files of the whole machine are none of the remote's.
+    for name in ["/etc/passwd", "../t.xva", "a/../../t.xva", "a/t.xva", "..", ".", ""] {
+        assert!(is_corrupt(point(&format!(r#"{{"mode":"full","xva":"{name}"}}"#))), "{name}");
+    }
+    for name in ["/etc/passwd", "../t.vhd", "vdis/../../t.vhd"] {
+        assert!(is_corrupt(point(&format!(r#"{{"mode":"delta","vhds":{{"r":"{name}"}}}}"#))), "{name}");
+    }
     for text in ["", "[", r#"{"vhds":[]}"#, &"[".repeat(100_000)] {
         assert!(is_corrupt(point(text)), "{text:.20}");
     }
@@ -254,4 +261,30 @@ fn a_remote_lists_what_it_holds() {
     assert!(points(&folders).is_ok());
     fs::write(dir.path().join("encryption.json"), r#"{"algorithm":"aes-256-gcm"}"#).expect("write");
     assert!(is_unsupported(points(&folders)));
+}
+
+#[test]
+fn pipes_and_links_in_a_remote_are_damage_and_nobody_waits_for_them() {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    let pipe = |path: &Path| mknodat(CWD, path, FileType::Fifo, Mode::RUSR, 0).expect("a pipe");
+    let dir = tempfile::tempdir().expect("a folder");
+    let machine = dir.path().join("xo-vm-backups/u");
+    fs::create_dir_all(machine.join("vdis")).expect("folders");
+    let write = |name: &str, text: &str| fs::write(machine.join(name), text).expect("write");
+    let link = |to: &Path, name: &str| std::os::unix::fs::symlink(to, machine.join(name)).expect("a link");
+    pipe(&machine.join("1.json"));
+    write("2.json", r#"{"mode":"full","xva":"2.xva"}"#);
+    pipe(&machine.join("2.xva"));
+    write("3.json", r#"{"mode":"full","xva":"3.xva"}"#);
+    link("/etc/passwd".as_ref(), "3.xva");
+    write("4.json", r#"{"mode":"delta","vhds":{"r":"vdis/t.vhd"}}"#);
+    link("/etc/passwd".as_ref(), "vdis/t.vhd");
+    link(&machine.join("2.json"), "5.json");
+    link(dir.path(), "../v");
+    let mut found = points(&machines_in(dir.path()).expect("a remote")).expect("lists");
+    found.sort_by(|a, b| a.path.cmp(&b.path));
+    let states: Vec<_> = found.iter().map(|stored| (stored.point.is_ok(), stored.refusal.is_some())).collect();
+    assert_eq!(states, [(false, false), (true, true), (true, true), (true, true), (false, false)]);
+    pipe(&dir.path().join("encryption.json"));
+    assert!(points(&[machine]).is_err());
 }
