@@ -86,10 +86,12 @@ impl Storage for Yielding {
 }
 
 /// One block, as the one thread that writes it knows it: everything it ever held, and from when on
-/// (things told to the files) at least which of it was flushed.
+/// (things told to the files) at least which of it was flushed, by whomever.
 #[derive(Clone, Debug)]
 struct Known {
     held: Vec<[u64; BLOCK / SECTOR]>,
+    /// Which of it was acknowledged last.
+    acknowledged: usize,
     flushed: Vec<(usize, usize)>,
 }
 
@@ -119,7 +121,7 @@ impl Play {
         let disk = Arc::new(Disk::writable("d", Arc::clone(&rig.chain), overlay).expect("a disk"));
         let known = origin
             .chunks_exact(BLOCK / SECTOR)
-            .map(|held| Known { held: vec![held.try_into().expect("a block")], flushed: vec![(0, 0)] })
+            .map(|held| Known { held: vec![held.try_into().expect("a block")], acknowledged: 0, flushed: vec![(0, 0)] })
             .collect();
         Self { rig, base, world, disk, known: Arc::new(Mutex::new(known)) }
     }
@@ -148,15 +150,22 @@ impl Play {
                 } else {
                     disk.write(at, &sector(number).repeat(BLOCK / SECTOR)).expect("write");
                 }
+                {
+                    let own = &mut known.lock().expect("known")[block];
+                    own.acknowledged = own.held.len() - 1;
+                }
                 let mut found = vec![0; BLOCK];
                 disk.read(at, &mut found).expect("read");
                 assert_eq!(numbers(&found), now, "block {block}: read what was written");
                 if dice.once_in(flush_in) {
+                    // It covers what was acknowledged to anybody before it began.
+                    let covered: Vec<usize> =
+                        known.lock().expect("known").iter().map(|known| known.acknowledged).collect();
                     disk.flush().expect("flush");
                     let told = world.told_len();
-                    let mut known = known.lock().expect("known");
-                    let held = known[block].held.len() - 1;
-                    known[block].flushed.push((told, held));
+                    for (known, held) in known.lock().expect("known").iter_mut().zip(covered) {
+                        known.flushed.push((told, held));
+                    }
                 }
             }
         })
@@ -203,7 +212,7 @@ impl Play {
         for (block, known) in self.known.lock().expect("known").iter().enumerate() {
             let mut found = vec![0; BLOCK];
             disk.read((block * BLOCK) as u64, &mut found).expect("read");
-            let from = known.flushed.iter().rev().find(|(told, _)| *told <= at).map_or(0, |(_, held)| *held);
+            let from = known.flushed.iter().filter(|(told, _)| *told <= at).map(|(_, held)| *held).max().unwrap_or(0);
             for (sector, number) in numbers(&found).iter().enumerate() {
                 let allowed: Vec<u64> = known.held[from..].iter().map(|held| held[sector]).collect();
                 assert!(allowed.contains(number), "block {block}, sector {sector}: {number}, allowed {allowed:?}");

@@ -3,7 +3,8 @@
 //! Invariants
 //! - One thread leads at a time; who arrives meanwhile waits for the next group, or for the running one
 //!   if nothing new is pending.
-//! - Blocks that went in place are synced in `disk.raw` *before* the record that marks them is written.
+//! - Blocks that went in place are synced in `disk.raw` *before* the record that marks them is written, unless each is known to be
+//!   durable there already; what is put back is not known to be any more.
 //!   (Both syncs at once, with checksums in the marks, cannot work: after the flush a later write may
 //!   change the block in place, and recovery could not tell that from bytes that never arrived.)
 //! - What is taken from `pending` and does not become durable goes back.
@@ -30,11 +31,13 @@ struct Taken {
     pages: Vec<(usize, Arc<Page>)>,
     in_place: Bits,
     trimmed: Bits,
+    /// Of what is in place something is not known to be durable there.
+    unsynced: bool,
 }
 
 impl Taken {
     fn new(region: u32) -> Self {
-        Self { region, pages: Vec::new(), in_place: Bits::default(), trimmed: Bits::default() }
+        Self { region, pages: Vec::new(), in_place: Bits::default(), trimmed: Bits::default(), unsynced: false }
     }
 
     fn is_empty(&self) -> bool {
@@ -94,7 +97,6 @@ impl Core {
     fn commit(&self) -> Result<()> {
         self.check()?;
         let mut taken = self.take_intents();
-        let intended = !taken.is_empty();
         let mut regions = std::mem::take(&mut *self.pending.lock());
         self.unflushed.store(0, Ordering::Relaxed);
         self.ahead.taken();
@@ -108,10 +110,8 @@ impl Core {
         if taken.is_empty() {
             return Ok(());
         }
-        // After the last of it was taken: whatever is in place by now is either synced, or counted here.
-        let unsynced = self.unsynced.swap(false, Ordering::AcqRel) || intended;
         let mut run = Committing { core: self, rest: taken, unsynced: Vec::new() };
-        let result = run.persist(unsynced);
+        let result = run.persist();
         let left = std::mem::take(&mut run.rest).into_iter().chain(std::mem::take(&mut run.unsynced));
         if !planted(Bug::FailedFlushForgets) {
             left.for_each(|taken| self.put_back(&taken));
@@ -124,12 +124,16 @@ impl Core {
         let mut taken = Taken::new(region);
         let mut stripe = self.stripe(region).write();
         let Some(target) = stripe.mixed(region) else { return taken };
+        let synced = std::mem::take(&mut target.synced);
         for at in std::mem::take(&mut target.pending).iter() {
             match (target.page(at), target.ram.get(at)) {
                 (Some(page), _) => taken.pages.push((at, Arc::clone(page))),
                 (None, BlockState::Trimmed) if planted(Bug::TrimNotRecorded) => {}
                 (None, BlockState::Trimmed) => taken.trimmed.insert(at),
-                (None, _) => taken.in_place.insert(at),
+                (None, _) => {
+                    taken.in_place.insert(at);
+                    taken.unsynced |= !synced.get(at) && !planted(Bug::InPlaceUncounted);
+                }
             }
         }
         taken
@@ -154,6 +158,7 @@ impl Core {
                         self.set_durable(region, target, at, BlockState::Written);
                     } else if let Some(last) = out.last_mut() {
                         last.in_place.insert(at);
+                        last.unsynced = true;
                     }
                 }
                 stripe.fold(region);
@@ -209,8 +214,8 @@ struct Committing<'a> {
 }
 
 impl Committing<'_> {
-    /// `in_place`: something that is there may not be synced.
-    fn persist(&mut self, in_place: bool) -> Result<()> {
+    fn persist(&mut self) -> Result<()> {
+        let in_place = self.rest.iter().any(|t| t.unsynced);
         if in_place && !planted(Bug::InPlaceNotSynced) && !planted(Bug::InPlaceSyncedLate) {
             self.core.sync_raw(|| self.core.ranges(&self.rest))?;
         }

@@ -45,8 +45,6 @@ pub(super) struct Core {
     pub(super) unflushed: AtomicU64,
     /// What waits for a flush.
     pub(super) ahead: Ahead,
-    /// Something that is in place and pending, or may be, is not synced.
-    pub(super) unsynced: AtomicBool,
     /// Held by the one write that pays.
     pub(super) paying: Mutex<u64>,
     /// Regions with pending blocks.
@@ -127,7 +125,6 @@ impl Core {
             page_bytes: AtomicU64::new(0),
             unflushed: AtomicU64::new(0),
             ahead: Ahead::new(options.ahead_bytes),
-            unsynced: AtomicBool::new(true),
             paying: Mutex::new(0),
             pending: Mutex::new(Vec::new()),
             intents: Mutex::new(Vec::new()),
@@ -204,6 +201,8 @@ impl Core {
             self.pending.lock().push(region);
         }
         target.pending.insert(at);
+        // Whoever knows better says so afterwards.
+        target.synced.remove(at);
     }
 
     /// Changes what recovery may find of a block.

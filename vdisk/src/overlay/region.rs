@@ -168,6 +168,8 @@ pub(super) struct Region {
     pub(super) durable: Line,
     /// Blocks whose newest change no journal record carries.
     pub(super) pending: Bits,
+    /// Those of them that are in place and known to be durable there; see `paid`.
+    pub(super) synced: Bits,
     /// Trimmed blocks of which `disk.raw` may still hold bytes.
     pub(super) unpunched: Bits,
     /// Trimmed blocks whose space is to stay reserved.
@@ -184,6 +186,7 @@ impl Region {
             ram: Line::uniform(ram),
             durable: Line::uniform(durable),
             pending: Bits::default(),
+            synced: Bits::default(),
             unpunched: Bits::default(),
             keep: Bits::default(),
             paid_by: 0,

@@ -161,7 +161,8 @@ impl Core {
         paid: &mut Option<&mut Paid>,
     ) -> Result<usize> {
         let first = offset / OVERLAY_BLOCK_BYTES;
-        let through = self.through.load(Ordering::Acquire);
+        // Who pays has been let in before; a drain waits for him.
+        let through = paid.is_none() && self.through.load(Ordering::Acquire);
         let mut len = 0;
         let mut end = first;
         while len < bytes.len() {
@@ -290,9 +291,6 @@ impl Core {
 
     fn note_written(&self, target: &mut Region, region: u32, block: u64) {
         let at = in_region(block);
-        if target.page(at).is_none() && !planted(Bug::InPlaceUncounted) {
-            self.unsynced.store(true, Ordering::Release);
-        }
         self.set_ram(target, block, BlockState::Written);
         self.set_pending(region, target, at);
         target.unpunched.remove(at);
