@@ -6,7 +6,7 @@ use serde_json::json;
 use crate::{
     catalogue::{NewWork, Retries},
     fail::{Code, Fail, Result},
-    host::Network,
+    host::{Network, Process},
     replica::{
         desk::object,
         model::ReplicaRecord,
@@ -50,6 +50,9 @@ pub enum Act {
 struct Spec {
     replica: String,
     act: Act,
+    /// The processes that whoever asked has seen and given up: no other is ended.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    confirmed: Vec<Process>,
 }
 
 impl Act {
@@ -90,8 +93,8 @@ impl Act {
     }
 }
 
-/// The work.
-pub fn work(replica: &str, act: Act) -> NewWork {
+/// The work; `confirmed` are the processes that [`Act::Park`] may end.
+pub fn work(replica: &str, act: Act, confirmed: &[Process]) -> NewWork {
     NewWork {
         kind: KIND.to_owned(),
         object: object(replica),
@@ -101,7 +104,7 @@ pub fn work(replica: &str, act: Act) -> NewWork {
         run_at: jiff::Timestamp::UNIX_EPOCH,
         needs: Vec::new(),
         retries: Retries::default(),
-        spec: json!({ "replica": replica, "act": act }),
+        spec: json!({ "replica": replica, "act": act, "confirmed": confirmed }),
     }
 }
 
@@ -119,7 +122,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
         Act::Readmit => remove::readmit(desk, &spec.replica),
         Act::Drop => recall::drop_foreign(desk, &spec.replica),
         Act::TakeBack => recall::take_back(desk, &there(task, &spec.replica)?),
-        Act::Park => stray::park(desk, task.context.site()?, &spec.replica).map(drop),
+        Act::Park => stray::park(desk, task.context.site()?, &spec.replica, &spec.confirmed),
     });
     done?;
     let report = json!({ "replica": spec.replica, "act": spec.act });

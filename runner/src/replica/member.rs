@@ -26,6 +26,7 @@ use super::{
     model::ReplicaRecord,
     run::ReplicaSpec,
     state::State,
+    stray,
 };
 use crate::{
     catalogue::Event,
@@ -194,10 +195,11 @@ pub fn settle(desk: &Desk<'_>, site: &Site, name: &str) -> Result<()> {
             let what = format!(
                 "the machine of {name} still runs on {member}, as process {pid}: it is not started anywhere else"
             );
-            let help = format!(
-                "aquifer replicas {name} --park    # turns it off, or mount {} again and it goes on",
-                folder.display()
-            );
+            let strays = stray::find(desk.host, desk.rooms, site, &row.record);
+            let is_parked = strays.iter().any(|stray| stray.is_ours() && stray.process() == running.process);
+            let (word, way) = if is_parked { (" --park", "turns it off, or") } else { ("", "shows it;") };
+            let folder = folder.display();
+            let help = format!("aquifer replicas {name}{word}    # {way} mount {folder} again and it goes on");
             return Err(Fail::new(Code::State, what).at(object(name)).help(help));
         }
     }

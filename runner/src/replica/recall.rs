@@ -20,6 +20,7 @@ use super::{
     model::{ReplicaRecord, Top},
     run::{ReplicaSpec, store_fresh},
     state::{Op, State},
+    stray::Shown,
     trust,
 };
 use crate::{
@@ -95,7 +96,7 @@ fn is_inside(top: &Top) -> bool {
 /// Drops a replica that is somebody else's by now: its folder is left alone.
 ///
 /// # Errors
-/// [`Code::State`] where it is ours; the catalogue's.
+/// [`Code::State`] where it is ours, or its machine still runs; the catalogue's.
 pub fn drop_foreign(desk: &Desk<'_>, name: &str) -> Result<()> {
     let mut row = desk.load(name)?;
     let before = row.record.state;
@@ -109,13 +110,7 @@ pub fn drop_foreign(desk: &Desk<'_>, name: &str) -> Result<()> {
         let way = if before.step(Op::Remove).is_ok() { " --remove" } else { "" };
         return Err(Fail::new(Code::State, what).help(format!("aquifer replicas {name}{way}")));
     }
-    // One that whoever has the folder now has started is theirs; ours would be left with nobody who knows it.
-    let ours = row.record.failover.as_ref().and_then(|failover| failover.running.as_ref());
-    if let Some(running) = ours.filter(|running| running.process.is_alive()) {
-        let pid = running.process.pid;
-        let what = format!("the machine of {name} runs, as process {pid}: it is not dropped");
-        return Err(Fail::new(Code::State, what).help(format!("aquifer replicas {name} --park")));
-    }
+    refuse_while_ours_runs(desk, &row.record)?;
     if let Some(open) = open {
         let open = desk.catalogue.adopt_operation(desk.fence, open.id)?;
         desk.catalogue.end_operation(desk.fence, open.id, &End::Failed("the replica was dropped".into()), &[])?;
@@ -133,6 +128,37 @@ pub fn drop_foreign(desk: &Desk<'_>, name: &str) -> Result<()> {
     (row.record.failover, row.record.failback) = (None, None);
     desk.store(row)?;
     tell(desk, name, before, State::Removed, "drop")
+}
+
+/// Refuses to forget a machine of ours: it would be left with nobody who knows it. One that whoever has the folder now has
+/// started is theirs.
+fn refuse_while_ours_runs(desk: &Desk<'_>, record: &ReplicaRecord) -> Result<()> {
+    let name = &record.name;
+    let recorded = record.failover.as_ref().and_then(|failover| failover.running.as_ref());
+    if let Some(running) = recorded.filter(|running| running.process.is_alive()) {
+        let shown = Shown::of(&record.folder, record);
+        let way = match shown {
+            Shown::Gone | Shown::Theirs(_) => format!("aquifer replicas {name} --park"),
+            Shown::Ours | Shown::Silent | Shown::Unreadable => by_hand(name),
+        };
+        return Err(runs(name, running.process.pid, way));
+    }
+    // Started by a worker that died before it could record that.
+    let Some(running) = desk.running(&record.folder) else { return Ok(()) };
+    let note = Stamp::read(&desk.places(&record.folder).runtime_dir)?;
+    if note.is_some_and(|note| note.lineage == record.lineage && note.owner == desk.me.id) {
+        return Err(runs(name, running.process.pid, by_hand(name)));
+    }
+    Ok(())
+}
+
+fn by_hand(name: &str) -> String {
+    format!("aquifer replicas {name}    # and turn that process off by hand, if it is not needed")
+}
+
+fn runs(name: &str, pid: u32, way: String) -> Fail {
+    let what = format!("the machine of {name} runs, as process {pid}: it is not dropped");
+    Fail::new(Code::State, what).help(way)
 }
 
 fn tell(desk: &Desk<'_>, name: &str, from: State, to: State, op: &str) -> Result<()> {

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::ops::{self, Manner, Starts, Wanted};
 use crate::{
-    catalogue::{Catalogue, NewSession, SessionResult, Stored},
+    catalogue::{Catalogue, NewSession, NewWork, SessionResult, Stored},
     cli::{Confirm, DryRun},
     confirm::confirm,
     context::{Context, quoted},
@@ -19,6 +19,7 @@ use crate::{
     host::qemu::Qemu,
     job::give_up::{self, Act},
     operate::Act as Ask,
+    output::plain,
     replica::{
         desk::object,
         model::{PointRecord, ReplicaRecord},
@@ -155,6 +156,7 @@ fn give_up(context: &Context, args: &Args, catalogue: Option<&Catalogue>, name: 
     let record = row.record.check()?;
     act.check(&record)?;
     let points = catalogue.points_of::<PointRecord>(name)?.len();
+    let mut confirmed = Vec::new();
     let loss = match act {
         Act::Delete => format!(
             "lost: {name} with {} and every file in {} ({})",
@@ -173,22 +175,30 @@ fn give_up(context: &Context, args: &Args, catalogue: Option<&Catalogue>, name: 
         ),
         Act::TakeBack => String::new(),
         Act::Park => {
-            let strays = strays(context, &record);
-            stray::none_is_refused(&record, &strays)?;
-            let each: Vec<_> = strays.iter().map(|stray| stray.told(name, record.epoch)).collect();
+            let strays = stray::to_park(catalogue, &record, strays(context, &record))?;
+            confirmed = strays.iter().map(Stray::process).collect();
+            let each: Vec<_> = strays.iter().map(|stray| plain(&stray.told(name, record.epoch)).into_owned()).collect();
             format!("lost: what these have not written to their disks yet\n{}", each.join("\n"))
         }
     };
     let plan = serde_json::json!({ "replica": name, "act": act, "points": points, "folder": record.folder });
     if args.dry.dry_run {
         context.out.record("plan", &plan);
-        context.out.line(loss);
+        if act == Act::Park {
+            context.out.lines(loss)
+        } else {
+            context.out.line(loss)
+        }
         return Ok(());
     }
     if matches!(act, Act::Delete | Act::Drop | Act::Park) {
         confirm(context, &args.confirm, &loss)?;
     }
-    work(context, args, catalogue, (name, act), &loss)
+    let told = match act {
+        Act::Park => format!("turned off: {} of {name}", units::count(confirmed.len(), "machine")),
+        _ => loss,
+    };
+    work(context, args, catalogue, &give_up::work(name, act, &confirmed), (act, &told))
 }
 
 /// Learns of a replica from its folder.
@@ -206,11 +216,12 @@ fn take_back(context: &Context, args: &Args, name: &str) -> Result<()> {
     }
     confirm(context, &args.confirm, &loss)?;
     let told = format!("{name} is known again");
-    work(context, args, &context.catalogue()?, (name, Act::TakeBack), &told)
+    let act = Act::TakeBack;
+    work(context, args, &context.catalogue()?, &give_up::work(name, act, &[]), (act, &told))
 }
 
 /// Carries it out, as work of the queue.
-fn work(context: &Context, args: &Args, catalogue: &Catalogue, (name, act): (&str, Act), told: &str) -> Result<()> {
+fn work(context: &Context, args: &Args, catalogue: &Catalogue, work: &NewWork, (act, told): (Act, &str)) -> Result<()> {
     let stop = context.stop()?;
     let session = NewSession {
         kind: act.name().to_owned(),
@@ -219,7 +230,7 @@ fn work(context: &Context, args: &Args, catalogue: &Catalogue, (name, act): (&st
         reason: args.starts.why.reason.clone(),
         retry_of: None,
     };
-    let id = catalogue.begin_work(&session, &[give_up::work(name, act)])?;
+    let id = catalogue.begin_work(&session, std::slice::from_ref(work))?;
     super::run::follow(context, catalogue, id, stop)?;
     let session = catalogue.session(id)?;
     context.out.record("session", &session);
@@ -286,7 +297,8 @@ fn show(context: &Context, catalogue: &Catalogue, record: &ReplicaRecord, with_p
     context.out.line(line(&listed));
     for stray in &listed.strays {
         let help = format!("aquifer replicas {} --park", quoted(&record.name));
-        context.out.warn(Code::WarnHost, stray.told(&record.name, record.epoch), Some(&help));
+        let help = stray.is_ours().then_some(help.as_str());
+        context.out.warn(Code::WarnHost, stray.told(&record.name, record.epoch), help);
     }
     tell_of_changes(context, record, &points);
     if with_points {
