@@ -5,7 +5,11 @@ use std::{path::PathBuf, process::Command};
 
 use serde_json::{Value, json};
 
-use crate::{recall::as_printed, replication::Site};
+use crate::{
+    carrier::{Process, wait},
+    recall::as_printed,
+    replication::Site,
+};
 
 /// The members' folder as one of them has it mounted; gone with the test.
 struct Mounted {
@@ -254,4 +258,36 @@ fn another_target_is_for_new_replicas() {
     assert!(told.contains("stays on dr"), "{told}");
     assert_on(&site, "dr", 2);
     assert!(!site.room.path("elsewhere/db01_replica").exists());
+}
+
+#[test]
+fn a_machine_that_only_has_its_name_is_shown_and_never_parked() {
+    let (site, _one, two) = cluster("");
+    site.back_up("r1", false);
+    site.replicate();
+    two.is_lost();
+    let folder = site.room.path("m2/db01_replica");
+    std::fs::create_dir_all(&folder).expect("a folder");
+    std::fs::write(folder.join("machine.toml"), "an ordinary machine").expect("a file");
+    let number = folder.join("qemu.pid");
+    let mut command = Command::new("qemu-system-x86_64");
+    command.args(["-accel", "tcg", "-nodefaults", "-display", "none", "-S", "-m", "16", "-pidfile"]).arg(&number);
+    let mut machine = Process::start(command);
+    wait("it does not start", || std::fs::read_to_string(&number).is_ok_and(|text| text.ends_with('\n')));
+    let is_left_alone = |machine: &mut Process, how: &str| {
+        let listed = site.json(&["replicas"]);
+        let now = listed.one("replica");
+        let stray = &now["strays"][0];
+        assert_eq!((&stray["member"], &stray["why"]), (&json!("m2"), &json!("stranger")), "{how}: {now}");
+        assert!(listed.kind("warning").iter().all(|warned| warned.get("do").is_none()), "{how}: {}", listed.stdout);
+        let refused = site.json(&["replicas", "db01_replica", "--park", "--yes"]).one("error");
+        assert_eq!(refused["code"], "E_STATE", "{how}: {refused}");
+        assert!(machine.runs(), "{how}");
+    };
+    is_left_alone(&mut machine, "no note");
+    // The note of a machine of ours that ran there before.
+    let runtime = site.room.path("run-m2/db01_replica");
+    std::fs::create_dir_all(&runtime).expect("a folder");
+    std::fs::copy(site.room.path("dr/db01_replica/replica.json"), runtime.join("replica.json")).expect("a note");
+    is_left_alone(&mut machine, "the note of another one");
 }

@@ -5,8 +5,13 @@
 use std::{fs, path::Path, process::Command};
 
 use aquifer_runner::{
-    catalogue::{NewWork, Outcome as Ended, Retries},
-    replica::model::PointRecord,
+    catalogue::{Catalogue, End, Fence, NewSession, NewWork, Outcome as Ended, Retries},
+    host::{Host, Process, qemu::Qemu},
+    job::give_up::{self, Act},
+    replica::{
+        model::{PointRecord, ReplicaRecord},
+        state::State,
+    },
 };
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -60,8 +65,8 @@ fn tool(program: &str, args: &[&str]) {
     assert!(output.status.success() && !said.contains("failed"), "{program} {args:?}: {said}");
 }
 
-/// The catalogue loses a replica, as one that was made anew.
-fn lose(site: &Site) {
+/// Changes the catalogue as a worker does.
+fn as_worker(site: &Site, change: impl FnOnce(&Catalogue, &Fence)) {
     let catalogue = site.room.catalogue();
     let new = NewWork {
         kind: "test".into(),
@@ -76,12 +81,29 @@ fn lose(site: &Site) {
     };
     catalogue.enqueue(&new).expect("enqueue");
     let (_, fence) = catalogue.claim("test", &["test"], Timestamp::now()).expect("claim").expect("work");
-    for row in catalogue.points_of::<PointRecord>(REPLICA).expect("points") {
-        catalogue.drop_point(&fence, REPLICA, &row.id).expect("drop");
-    }
-    let row = catalogue.replica::<Value>(REPLICA).expect("read").expect("a replica");
-    catalogue.drop_replica(&fence, REPLICA, row.revision).expect("drop");
+    change(&catalogue, &fence);
     catalogue.finish(&fence, &Ended::Success(Value::Null), None).expect("done");
+}
+
+/// The catalogue loses a replica, as one that was made anew.
+fn lose(site: &Site) {
+    as_worker(site, |catalogue, fence| {
+        for row in catalogue.points_of::<PointRecord>(REPLICA).expect("points") {
+            catalogue.drop_point(fence, REPLICA, &row.id).expect("drop");
+        }
+        let row = catalogue.replica::<Value>(REPLICA).expect("read").expect("a replica");
+        catalogue.drop_replica(fence, REPLICA, row.revision).expect("drop");
+    });
+}
+
+/// A machine was started, and whoever did that died before it was recorded.
+fn unrecorded(site: &Site, epoch: u64) {
+    as_worker(site, |catalogue, fence| {
+        let mut row = catalogue.replica::<ReplicaRecord>(REPLICA).expect("read").expect("a replica");
+        (row.record.state, row.record.failover, row.record.epoch) = (State::Ready, None, epoch);
+        row.state = row.record.state.name().to_owned();
+        catalogue.put_replica(fence, &row).expect("put");
+    });
 }
 
 /// Somebody else takes the folder over.
@@ -237,9 +259,15 @@ fn a_machine_whose_replica_is_somebody_elses_by_now_is_shown_and_parked_by_a_wor
     let asks = as_printed(&site.room, &held).one("error");
     assert_eq!(asks["code"], "E_CONFIRM", "{held}: {asks}");
     assert_eq!(site.running("dr").expect("it runs").process, process, "neither has an effect");
+    let seen = site.room.ok(["-c", "site.toml", "replicas", REPLICA, "--park", "-n"]).stdout;
+    assert!(seen.lines().count() >= 2 && !seen.contains("\\n"), "one line each: {seen}");
     let parked = site.json(&["replicas", REPLICA, "--park", "--yes"]);
     assert_eq!(parked.code, 0, "{}", parked.stdout);
     assert!(site.running("dr").is_none());
+    let events = site.json(&["events"]).kind("transition");
+    let off = format!("process {} is off", process.pid);
+    let told = |event: &&Value| event["op"] == "park" && event["reason"].as_str().is_some_and(|why| why.contains(&off));
+    assert!(events.iter().any(|event| told(&event)), "how it ended: {events:?}");
     let dropped = site.json(&["replicas", REPLICA, "--remove", "--force", "--yes"]);
     assert_eq!(dropped.code, 0, "{}", dropped.stdout);
 }
@@ -259,4 +287,79 @@ fn a_layer_that_is_changed_below_a_machine_that_serves_is_told_before_it_comes_h
     assert_eq!(told["code"], "W_RESYNC", "{told}");
     assert!(told["what"].as_str().is_some_and(|what| what.contains("vda/1.qcow2")), "{told}");
     site.does(&["undo", REPLICA, "--yes"]);
+}
+
+#[test]
+fn the_machine_that_serves_is_not_parked_because_its_stamp_cannot_be_read() {
+    let site = Site::new(1);
+    site.does(&["failover", REPLICA]);
+    let process = site.running("dr").expect("it runs").process;
+    let folder = site.room.path("dr").join(REPLICA);
+    let (stamp, ledger) = (folder.join("replica.json"), folder.join("layers.json"));
+    let (held, known) = (fs::read(&stamp).expect("stamp"), fs::read(&ledger).expect("ledger"));
+    let is_spared = |how: &str| {
+        let listed = site.json(&["replicas"]).one("replica");
+        assert!(listed.get("strays").is_none(), "{how}: {listed}");
+        site.refused(&["replicas", REPLICA, "--park", "--yes"], "E_STATE");
+        assert_eq!(site.running("dr").expect("it runs").process, process, "{how}");
+    };
+    fs::write(&stamp, "").expect("cut off");
+    is_spared("a stamp that is cut off");
+    fs::remove_file(&stamp).expect("gone");
+    is_spared("no stamp, and a ledger");
+    fs::remove_file(&ledger).expect("gone");
+    is_spared("neither");
+    fs::write(&ledger, known).expect("ledger");
+    fs::write(&stamp, held).expect("stamp");
+    site.does(&["undo", REPLICA, "--yes"]);
+}
+
+#[test]
+fn nothing_is_parked_that_was_not_confirmed_or_while_an_operation_is_open() {
+    let site = Site::new(1);
+    site.does(&["failover", REPLICA]);
+    let running = site.running("dr").expect("it runs");
+    unrecorded(&site, site.record().epoch);
+    let park = ["replicas", REPLICA, "--park", "--yes"];
+    let mut open = None;
+    as_worker(&site, |catalogue, fence| {
+        let begun = catalogue.begin_operation(fence, &format!("replica/{REPLICA}"), "failover", &Value::Null);
+        open = Some(begun.expect("an operation"));
+    });
+    let busy = site.refused(&park, "E_BUSY");
+    assert_eq!(as_printed(&site.room, &busy).code, 0, "{busy}");
+    assert!(site.running("dr").is_some(), "it may be the one that is to serve");
+    as_worker(&site, |catalogue, fence| {
+        let open = catalogue.adopt_operation(fence, open.expect("open")).expect("adopt");
+        catalogue.end_operation(fence, open.id, &End::Failed("a test".into()), &[]).expect("end");
+    });
+    // Another machine was confirmed, which has ended since and whose number came again.
+    let mut other = running.process;
+    other.started += 1;
+    let own = Process::of(std::process::id()).expect("a process");
+    let session = NewSession { kind: "park".into(), job: None, initiator: "test".into(), reason: None, retry_of: None };
+    let work = give_up::work(REPLICA, Act::Park, &[other, own]);
+    site.room.catalogue().begin_work(&session, &[work]).expect("work");
+    site.json(&["worker", "--until-idle"]);
+    assert_eq!(site.running("dr").expect("it runs").process, running.process, "nobody confirmed that one");
+    let parked = site.json(&park);
+    assert!(parked.code <= 1, "{}", parked.stdout);
+    assert!(site.running("dr").is_none());
+}
+
+#[test]
+fn a_replica_is_not_dropped_while_a_machine_runs_that_was_started_and_not_recorded() {
+    let site = Site::new(1);
+    let before = site.record().epoch;
+    site.does(&["failover", REPLICA]);
+    let running = site.running("dr").expect("it runs");
+    unrecorded(&site, before);
+    give_to_another(&site);
+    let drop = ["replicas", REPLICA, "--remove", "--force", "--yes"];
+    let held = site.refused(&drop, "E_STATE");
+    assert!(held["what"].as_str().is_some_and(|what| what.contains(&running.process.pid.to_string())), "{held}");
+    assert_eq!(as_printed(&site.room, &held).code, 0, "{held}");
+    assert_eq!((site.state().as_str(), site.running("dr").map(|now| now.process)), ("ready", Some(running.process)));
+    Qemu.power_off(&running, std::time::Duration::ZERO).expect("off");
+    assert_eq!(site.json(&drop).code, 0);
 }
