@@ -86,7 +86,7 @@ impl BenjiLayer {
         let layer = Self { file, label, folder: Folder::open(folder)?, size, block_bytes, blocks };
         // Encryption is said now, not when a guest first reads.
         if let Some(first) = layer.blocks.stored.first()
-            && let Some(description) = layer.folder.find(&format!("{}.meta", name_of(first)))?
+            && let Some(description) = layer.folder.find(format!("{}.meta", name_of(first)))?
         {
             Meta::read(&description)?;
         }
@@ -155,7 +155,7 @@ impl Layer for BenjiLayer {
         let known = known.and_then(|index| self.blocks.stored.get(index)).ok_or_else(missing)?;
         let name = name_of(known);
         let object = self.folder.object(&name, &self.label)?;
-        let meta = Meta::read(&self.folder.object(&format!("{name}.meta"), &self.label)?)?;
+        let meta = Meta::read(&self.folder.object(format!("{name}.meta"), &self.label)?)?;
         let whole = usize::try_from(self.block_bytes).unwrap_or(usize::MAX);
         meta.undo(&object, whole, out)?;
         // The description may be of another object that was put in this one's place: the version's own word counts.

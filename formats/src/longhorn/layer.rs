@@ -83,7 +83,7 @@ impl LonghornLayer {
     fn object(&self, digest: &Digest) -> Result<FileStorage> {
         let name = hexadecimal(digest);
         let (a, b) = (name.get(..2).unwrap_or_default(), name.get(2..4).unwrap_or_default());
-        self.folder.object(&format!("blocks/{a}/{b}/{name}.blk"), &self.label)
+        self.folder.object(format!("blocks/{a}/{b}/{name}.blk"), &self.label)
     }
 
     /// A block's bytes into `out`, proven by its digest; at most `bytes_max`.

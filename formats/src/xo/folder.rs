@@ -288,7 +288,7 @@ impl Layer for VhdFolderLayer {
         if !self.is_here(logical) {
             return Err(Error::corrupt(&self.label, block.offset, format!("the disk has no block {logical}")));
         }
-        let object = self.folder.object(&format!("blocks/{}/{}", logical / 1000, logical % 1000), &self.label)?;
+        let object = self.folder.object(format!("blocks/{}/{}", logical / 1000, logical % 1000), &self.label)?;
         let (head, body) = (self.bitmap_bytes(), usize::try_from(self.block_bytes).unwrap_or(usize::MAX));
         let mut stored = Vec::new();
         self.filter.part(&object, head.saturating_add(body), &mut stored)?;
