@@ -168,6 +168,11 @@ fn volume_folder(path: &Path) -> Option<PathBuf> {
     path.parent()?.parent().map(Path::to_path_buf)
 }
 
+/// The volume that the file at `path` is a backup of: where its blocks lie.
+pub fn volume_of(path: &Path) -> Option<PathBuf> {
+    volume_folder(path).filter(|folder| folder.join(DESCRIPTION).is_file())
+}
+
 /// One backup of a volume.
 #[derive(Debug)]
 pub struct Backup {

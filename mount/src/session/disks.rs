@@ -15,7 +15,7 @@ use std::{
 };
 
 use aquifer_formats::{
-    Storage,
+    Storage, benji, longhorn,
     pbs::datastore_of,
     storage::{Access as FileAccess, FileStorage},
 };
@@ -185,8 +185,10 @@ pub(super) fn source_folders(chain: &ChainSpec) -> Vec<PathBuf> {
         // The points of a repository's machine stand on each other, in folders side by side.
         let repository = folder.ancestors().take(8).find(|a| a.join("aquifer.json").is_file());
         out.push(repository.unwrap_or(folder).to_path_buf());
-        // The chunks of a datastore lie above its snapshots.
+        // Blocks of a store lie above what lists them.
         out.extend(datastore_of(file));
+        out.extend(longhorn::volume_of(file));
+        out.extend(benji::storage_of(file).filter(|_| benji::is_object(file)));
     }
     out
 }
