@@ -204,6 +204,7 @@ impl VhostDoor {
         if ended {
             // Only then: a queue at work must not find them closed.
             self.pools.slow.close();
+            self.devices.iter().for_each(|(line, _)| line.device.large.close());
             self.pools.sync.close();
         }
         ended

@@ -10,11 +10,13 @@ use std::{
 
 use aquifer_formats::{Content, Layer};
 use aquifer_tests::{
+    door,
+    foreign::pbs,
     oracle::{Oracle, cases},
     rng::Rng,
     synthetic::{Kind, Plan, Synthetic, Write},
 };
-use aquifer_vdisk::{BlockCache, Chain, Delta, Extent, ExtentKind, delta_between};
+use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Delta, Extent, ExtentKind, delta_between, open_chain};
 use proptest::prelude::*;
 
 fn write_plan(size_max: u64) -> impl Strategy<Value = Write> {
@@ -473,4 +475,23 @@ fn a_read_that_must_not_wait_decodes_only_what_is_in_memory() {
     assert!(chain.read_now(3 * BLOCK + 4096, &mut page).expect("in range"), "it was kept");
     assert!(chain.read_soon(3 * BLOCK + 40_960, &mut page).expect("in range"), "past what was kept");
     assert_eq!(page, disk.read(3 * BLOCK as usize + 40_960, 4096));
+}
+
+#[test]
+fn a_large_block_is_decoded_once_however_small_the_reads_also_where_the_cache_is_full() {
+    const CHUNK: usize = 4 << 20;
+    let folder = tempfile::tempdir().expect("a folder");
+    let bytes = door::pattern(18 * CHUNK, 5);
+    pbs::snapshot(folder.path(), "2026-11-01T00:00:00Z", 9, CHUNK, &[("d", &bytes)]);
+    let path = folder.path().join("vm/100/2026-11-01T00:00:00Z/d.img.fidx");
+    // Room for eight of them at most.
+    let cache = Arc::new(BlockCache::new(32 << 20));
+    let nobody = |uri: &str| panic!("{uri}");
+    let chain = open_chain(&ChainSpec::Snapshot { path, key: None }, Arc::clone(&cache), &nobody).expect("a snapshot");
+    let mut part = vec![0; 256 << 10];
+    for at in (0..bytes.len()).step_by(part.len()) {
+        chain.read(at as u64, &mut part).expect("read");
+        assert!(part == bytes[at..at + part.len()], "at {at}");
+    }
+    assert_eq!(cache.stats().decodes, 18);
 }

@@ -50,6 +50,12 @@ fn what_a_door_needs_still_works() {
         // A source that went away is opened again.
         fs::read(source.join("image")).expect("again");
 
+        // Stepping back behind others, and nothing else, for itself and nobody else.
+        let step = |whose, nice| rustix::process::setpriority_process(whose, nice);
+        step(None, aquifer_vdisk::YIELDING).expect("a thread that copies makes way");
+        assert_eq!(step(None, 0), Err(rustix::io::Errno::PERM));
+        assert_eq!(step(Some(rustix::process::getpid()), aquifer_vdisk::YIELDING), Err(rustix::io::Errno::PERM));
+
         let listener = UnixListener::bind(own.join("sock")).expect("bind");
         let client = std::thread::spawn({
             let path = own.join("sock");

@@ -142,6 +142,63 @@ fn pause_holds_and_a_rate_slows() {
     assert_eq!(hydrator.wait(LONG), HydrateState::Done);
 }
 
+/// Set in the process of a test that looks at what all of it uses.
+const ALONE: &str = "AQUIFER_TEST_ALONE";
+
+/// Processor time of this process so far.
+fn used() -> Duration {
+    let stat = std::fs::read_to_string("/proc/self/stat").expect("what it used");
+    let fields = stat.rsplit(')').next().expect("fields").split_whitespace().skip(11);
+    Duration::from_millis(fields.take(2).map(|ticks| ticks.parse::<u64>().expect("ticks") * 10).sum())
+}
+
+#[test]
+fn what_may_not_be_copied_keeps_nobody_awake() {
+    const REST: Duration = Duration::from_millis(600);
+    if std::env::var_os(ALONE).is_none() {
+        let mut command = std::process::Command::new(std::env::current_exe().expect("this program"));
+        command.args(["--exact", "hydrate::what_may_not_be_copied_keeps_nobody_awake"]).env(ALONE, "1");
+        let done = command.output().expect("run");
+        let said = String::from_utf8_lossy(&done.stdout);
+        assert!(done.status.success() && said.contains("1 passed"), "{said}");
+        return;
+    }
+    for paused in [true, false] {
+        let (rig, world) = (rig(16), Rig::world());
+        let disk = disk(&rig, &world);
+        let hydrator = Hydrator::start(Arc::clone(&disk), Pace { rate_bytes: Some(1), ..Pace::default() });
+        let hydrator = hydrator.expect("start");
+        if paused {
+            hydrator.pause();
+            // What was on its way when it was paused ends first.
+            std::thread::sleep(Duration::from_millis(100));
+        } else {
+            rig.source.fail_from_now(Failing::Io);
+        }
+        let waiting: Vec<_> = [9u64, 11, 13]
+            .map(|at| {
+                let disk = Arc::clone(&disk);
+                std::thread::spawn(move || disk.read(at << 20, &mut [0; 4096]))
+            })
+            .into();
+        let started = Instant::now();
+        let known = || {
+            if paused { disk.demand_stats().misses > 0 } else { hydrator.progress().state == HydrateState::SourceAway }
+        };
+        while !known() {
+            assert!(started.elapsed() < Duration::from_secs(10), "{:?}", hydrator.progress());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let before = used();
+        std::thread::sleep(REST);
+        let used = used() - before;
+        assert!(used < REST / 4, "paused: {paused}, used {used:?} of {REST:?}");
+        rig.source.heal();
+        hydrator.resume();
+        waiting.into_iter().for_each(|read| read.join().expect("a reader").expect("a read"));
+    }
+}
+
 #[test]
 fn what_the_guest_waits_for_comes_first() {
     let (rig, world) = (rig(64), Rig::world());

@@ -1,5 +1,5 @@
 //! Promise: what hydration calls unused is unused. The judge is e2fsprogs: what `dumpe2fs` calls free, in runs long enough, is exactly what is found; for a file system that
-//! was not unmounted it may be less, and never anything else.
+//! was not unmounted it may be less, and never anything else. Where anybody else may own the bytes, or no file system lives any more, nothing is unused.
 
 use std::{
     fs::{self, File},
@@ -14,6 +14,10 @@ use aquifer_vdisk::{
 };
 
 const MIB: u64 = 1 << 20;
+
+/// Type of a GPT partition with a file system of Linux, 0FC63DAF-8483-4772-8E79-3D69D8477DE4, as it is stored.
+const LINUX: [u8; 16] =
+    [0xaf, 0x3d, 0xc6, 0x0f, 0x83, 0x84, 0x72, 0x47, 0x8e, 0x79, 0x3d, 0x69, 0xd8, 0x47, 0x7d, 0xe4];
 
 fn tool(program: &str, args: &[&str]) -> String {
     let output = Command::new(program).args(args).output().unwrap_or_else(|e| panic!("{program}: {e}"));
@@ -229,7 +233,8 @@ fn partitions_of_every_table_are_found_and_doubts_skip_nothing() {
         mbr(path, 0, &[(0xee, 1, u32::MAX)]);
         let mut table = vec![0u8; 128 * 128];
         for (entry, (start, sectors)) in table.chunks_exact_mut(128).zip(partitions) {
-            entry[..32].fill(7);
+            entry[..16].copy_from_slice(&LINUX);
+            entry[16..32].fill(7);
             entry[32..40].copy_from_slice(&start.to_le_bytes());
             entry[40..48].copy_from_slice(&(start + sectors - 1).to_le_bytes());
         }
@@ -334,4 +339,253 @@ fn a_journal_that_is_to_be_replayed_is_heeded() {
         tool("umount", &[text(&mount)]);
     }
     assert!(believed * 3 >= replayed * 2, "{believed} of {replayed} could be read");
+}
+
+/// Puts `bytes` at a place of an image, and hands back what was there.
+fn swap(path: &Path, at: u64, bytes: &[u8]) -> Vec<u8> {
+    let file = File::options().read(true).write(true).open(path).expect("image");
+    let mut before = vec![0; bytes.len()];
+    file.read_exact_at(&mut before, at).and_then(|()| file.write_all_at(bytes, at)).expect("swap");
+    before
+}
+
+/// Marks that arrays, pools, containers and other file systems leave; places count from the start or, negative, the end.
+const MARKS: &[(i64, &[u8], &str)] = &[
+    (0, b"\xfc\x4e\x2b\xa9", "it is a member of a RAID"),
+    (4096, b"\xfc\x4e\x2b\xa9", "it is a member of a RAID"),
+    (-8192, b"\xfc\x4e\x2b\xa9", "it is a member of a RAID"),
+    (-65_536, b"\xfc\x4e\x2b\xa9", "it is a member of a RAID"),
+    (-65_536, b"\xa9\x2b\x4e\xfc", "it is a member of a RAID"),
+    (-1024, b"Intel Raid ISM Cfg Sig. ", "it is a member of a RAID"),
+    (-512, b"\xde\x11\xde\x11", "it is a member of a RAID"),
+    (4120, b"\xc6\x85\x73\xf6\x4e\x1a\x45\xca", "it is a device of bcache"),
+    (0, b"LABELONE", "it is a volume of LVM"),
+    (512, b"LABELONE", "it is a volume of LVM"),
+    (1024, b"LABELONE", "it is a volume of LVM"),
+    (1536, b"LABELONE", "it is a volume of LVM"),
+    (0, b"LUKS\xba\xbe\0\x02", "it is encrypted by LUKS"),
+    (16 << 10, b"SKUL\xba\xbe\0\x02", "it is encrypted by LUKS"),
+    (4 << 20, b"SKUL\xba\xbe\0\x02", "it is encrypted by LUKS"),
+    (3, b"-FVE-FS-", "it is encrypted by BitLocker"),
+    (3, b"NTFS    ", "it has a boot sector of NTFS"),
+    (54, b"FAT16   ", "it has a boot sector of FAT"),
+    (82, b"FAT32   ", "it has a boot sector of FAT"),
+    (3, b"EXFAT   ", "it has a boot sector of FAT"),
+    (0, b"XFSB", "it has a superblock of XFS"),
+    ((64 << 10) + 64, b"_BHRfS_M", "it has a superblock of Btrfs"),
+    ((64 << 20) + 64, b"_BHRfS_M", "it has a superblock of Btrfs"),
+    ((64 << 10) + 1372, b"\x19\x01\x54\x19", "it has a superblock of UFS"),
+    ((64 << 10) + 1372, b"\x19\x54\x01\x19", "it has a superblock of UFS"),
+    (1024, b"\x10\x20\xf5\xf2", "it has a superblock of F2FS"),
+    (0, b"SnAp\x01\0\0\0", "it is a part of a mapped device"),
+    (0, b"HM\x01\0", "it is a volume of LVM"),
+    (2048, b"OCFSV2", "it has a superblock of OCFS2"),
+    (8192, b"OCFSV2", "it has a superblock of OCFS2"),
+    (8192, b"\x49\xe8\x95\xf9", "it has a superblock of HPFS"),
+    (8192, b"\x22\x11\x19\x68", "it has a superblock of QNX"),
+    (64 << 10, b"ReIsEr4", "it has a superblock of Reiser4"),
+    (32_769, b"BEA01\x01", "it has a file system of optical discs"),
+    (32_769, b"CD001\x01", "it has a file system of optical discs"),
+    (4086, b"SWAPSPACE2", "it is swap space"),
+    (65_526, b"SWAPSPACE2", "it is swap space"),
+    (4086, b"S1SUSPEND\0", "it is swap space"),
+    (-4096 + 60, b"\x83\x74\x02\x6d", "it is a device of DRBD"),
+    (128 << 10, b"\x0c\xb1\xba\0\0\0\0\0", "it is a device of ZFS"),
+    ((512 << 10) - 1024, b"\0\0\0\0\0\xba\xb1\x0c", "it is a device of ZFS"),
+    (-(384 << 10), b"\x0c\xb1\xba\0\0\0\0\0", "it is a device of ZFS"),
+    (-8192, b"\x0c\xb1\xba\0\0\0\0\0", "it is a device of ZFS"),
+];
+
+#[test]
+fn a_mark_of_another_owner_is_a_doubt() {
+    let dir = in_memory();
+    let path = make(dir.path(), "fs", 80, &["-b", "1024"]);
+    let good = find_in(&path);
+    assert!(only(&good).unused > 30 * MIB, "{good:?}");
+    for (place, mark, whose) in MARKS {
+        let at = if *place < 0 { 80 * MIB - place.unsigned_abs() } else { place.unsigned_abs() };
+        let before = swap(&path, at, mark);
+        let found = find_in(&path);
+        assert!(found.ranges.is_empty(), "{whose} at {place}");
+        assert!(only(&found).doubt == Some(whose), "{whose} at {place}: {found:?}");
+        swap(&path, at, &before);
+    }
+    assert_eq!(find_in(&path), good, "without the marks");
+}
+
+/// An old superblock with intact bitmaps proves nothing where no file system lives any more.
+#[test]
+fn a_superblock_that_outlived_its_file_system_is_not_believed() {
+    let dir = in_memory();
+    for options in
+        [&["-b", "1024"][..], &["-b", "1024", "-O", "^metadata_csum,^uninit_bg,^has_journal"], &["-b", "4096"]]
+    {
+        let path = make(dir.path(), "fs", 160, options);
+        let good = find_in(&path);
+        assert!(good.ranges.bytes() > 60 * MIB, "{good:?}");
+        let said = tool("dumpe2fs", &[text(&path)]);
+        let block: u64 = if options[1] == "1024" { 1024 } else { 4096 };
+        // A copy that is another file system's, one that is gone.
+        let backups = said.lines().filter_map(|line| line.trim().strip_prefix("Backup superblock at "));
+        let backups: Vec<u64> =
+            backups.filter_map(|rest| rest.split([',', ' ']).next()?.parse().ok()).map(|b: u64| b * block).collect();
+        assert!(!backups.is_empty(), "{said}");
+        for backup in backups {
+            for (at, bytes) in [(backup + 0x68, &[0x77; 16][..]), (backup + 0x38, &[0; 2])] {
+                let before = swap(&path, at, bytes);
+                let found = find_in(&path);
+                assert_eq!(only(&found).doubt, Some("a copy of its superblock is another's"), "{options:?}");
+                assert!(found.ranges.is_empty());
+                swap(&path, at, &before);
+            }
+        }
+        // The root folder's block, then its inode.
+        let stat = tool("debugfs", &["-R", "blocks <2>", text(&path)]);
+        let root: u64 = stat.split_whitespace().next().and_then(|b| b.parse().ok()).expect("a block");
+        let place = tool("debugfs", &["-R", "imap <2>", text(&path)]);
+        let inode: u64 = place
+            .split_once("located at block ")
+            .expect("a place")
+            .1
+            .split([',', ' '])
+            .next()
+            .and_then(|b| b.parse().ok())
+            .expect("a block");
+        let offset = place.split_once("offset 0x").expect("an offset").1.trim();
+        let inode = inode * block + u64::from_str_radix(offset, 16).expect("an offset");
+        for (at, doubt) in [(root * block, "its root folder is damaged"), (inode, "it has no root folder")] {
+            let before = swap(&path, at, &[0x5a; 64]);
+            let found = find_in(&path);
+            assert_eq!((only(&found).doubt, found.ranges.is_empty()), (Some(doubt), true), "{options:?}");
+            swap(&path, at, &before);
+        }
+        assert_eq!(find_in(&path), good);
+        // All that a member of an array writes, were its own mark not known: data from 1 MiB on.
+        let file = File::options().write(true).open(&path).expect("image");
+        for mib in 1..160 {
+            file.write_all_at(&vec![0x5a; 1 << 20], mib * MIB).expect("write");
+        }
+        let found = find_in(&path);
+        assert!(only(&found).doubt.is_some() && found.ranges.is_empty(), "{options:?}: {found:?}");
+    }
+}
+
+/// An MBR with one partition of a kind at 1 MiB.
+fn one_partition(path: &Path, kind: u8, sectors: u32) {
+    let mut sector = [0; 512];
+    sector[450] = kind;
+    sector[454..458].copy_from_slice(&2048u32.to_le_bytes());
+    sector[458..462].copy_from_slice(&sectors.to_le_bytes());
+    sector[510..].copy_from_slice(&[0x55, 0xaa]);
+    swap(path, 0, &sector);
+}
+
+#[test]
+fn only_partitions_of_linux_file_systems_are_believed() {
+    let dir = in_memory();
+    let fs_bytes = fs::read(make(dir.path(), "fs", 60, &[])).expect("fs");
+    let path = dir.path().join("disk");
+    let size = 64 * MIB;
+    File::create(&path).and_then(|f| f.set_len(size)).expect("disk");
+    swap(&path, MIB, &fs_bytes);
+    // RAID, LVM, swap, NTFS, FreeBSD, Solaris, a firmware's.
+    for kind in [0xfd, 0x8e, 0x82, 0x07, 0xa5, 0xbf, 0xef] {
+        one_partition(&path, kind, 60 << 11);
+        let found = find_in(&path);
+        assert!(found.ranges.is_empty(), "{kind:#x}");
+        assert_eq!(only(&found).doubt, Some("its partition is meant for something else"), "{kind:#x}");
+    }
+    one_partition(&path, 0x83, 60 << 11);
+    let good = find_in(&path);
+    assert!(only(&good).doubt.is_none() && good.ranges.bytes() > 30 * MIB, "{good:?}");
+    // The disk as a whole is somebody's, with its table.
+    for (at, mark, doubt) in [
+        (size - 8192, &b"\xfc\x4e\x2b\xa9"[..], "it is a member of a RAID"),
+        (size - 65_536, b"\xfc\x4e\x2b\xa9", "it is a member of a RAID"),
+        (512, b"LABELONE", "it is a volume of LVM"),
+        (size - (64 << 10), b"\x0c\xb1\xba\0\0\0\0\0", "it is a device of ZFS"),
+    ] {
+        let before = swap(&path, at, mark);
+        let found = find_in(&path);
+        assert_eq!((found.doubt, found.ranges.is_empty()), (Some(doubt), true));
+        swap(&path, at, &before);
+    }
+    assert_eq!(find_in(&path), good);
+
+    // Each call syncs the whole computer: a few are enough.
+    let types = [("8300", true), ("8304", true), ("8306", true), ("8310", true), ("fd00", false), ("8200", false)];
+    for (kind, believed) in types {
+        // Both copies of the table before.
+        for at in [0, size - 34 * 512] {
+            swap(&path, at, &[0; 34 * 512]);
+        }
+        tool("sgdisk", &["-n", &format!("1:2048:{}", 2047 + (60 << 11)), "-t", &format!("1:{kind}"), text(&path)]);
+        let found = find_in(&path);
+        assert_eq!((only(&found).doubt.is_none(), found.ranges.is_empty()), (believed, !believed), "{kind}: {found:?}");
+    }
+}
+
+/// A partition that became the disk of a nested machine: its table leaves the old superblock where it was.
+#[test]
+fn a_partition_that_is_a_disk_itself_is_not_believed() {
+    let dir = in_memory();
+    let fs = make(dir.path(), "fs", 80, &["-b", "4096"]);
+    let path = dir.path().join("disk");
+    let size = 82 * MIB;
+    let disk = File::create(&path).and_then(|file| file.set_len(size).map(|()| file)).expect("disk");
+    disk.write_all_at(&fs::read(&fs).expect("read"), MIB).expect("write");
+    one_partition(&path, 0x83, 80 * 2048);
+    let good = find_in(&path);
+    assert!(only(&good).unused > 30 * MIB && only(&good).doubt.is_none(), "{good:?}");
+    let table = |flag: u8, kind: u8, start: u32, sectors: u32| {
+        let mut sector = vec![0; 512];
+        sector[446] = flag;
+        sector[450] = kind;
+        sector[454..458].copy_from_slice(&start.to_le_bytes());
+        sector[458..462].copy_from_slice(&sectors.to_le_bytes());
+        sector[510..].copy_from_slice(&[0x55, 0xaa]);
+        sector
+    };
+    let inside = [
+        (0, table(0x80, 0x07, 2048, 70 * 2048)),
+        (0, table(0, 0x83, 63, 1000)),
+        (0, table(0, 0xee, 1, u32::MAX)),
+        (0, table(0, 0x83, 2048, u32::MAX)),
+        (512, b"EFI PART".to_vec()),
+        (4096, b"EFI PART".to_vec()),
+    ];
+    for (at, bytes) in inside {
+        let before = swap(&path, MIB + at, &bytes);
+        let found = find_in(&path);
+        assert_eq!(only(&found).doubt, Some("it has a partition table of its own"), "{at}: {found:?}");
+        assert!(found.ranges.is_empty());
+        swap(&path, MIB + at, &before);
+    }
+    // Boot code of a file system ends with the same two bytes, and is no table.
+    for code in [table(0x90, 0x90, 0x9090_9090, 0x9090_9090), table(0, 0x83, u32::MAX, 8), table(0, 0, 0, 0)] {
+        let before = swap(&path, MIB, &code);
+        assert_eq!(find_in(&path), good);
+        swap(&path, MIB, &before);
+    }
+}
+
+/// The copies of a superblock follow when a file system grows or shrinks, and when it gets another identity.
+#[test]
+fn a_file_system_that_was_resized_is_believed() {
+    let dir = in_memory();
+    for options in [&["-b", "4096"][..], &["-b", "1024", "-O", "^metadata_csum,^uninit_bg"]] {
+        let path = make(dir.path(), "fs", 200, options);
+        for mib in [600, 300] {
+            if mib == 600 {
+                File::options().write(true).open(&path).and_then(|f| f.set_len(mib * MIB)).expect("grown");
+            }
+            tool("e2fsck", &["-fy", text(&path)]);
+            tool("resize2fs", &[text(&path), &format!("{mib}M")]);
+            let found = find_in(&path);
+            assert_eq!((only(&found).doubt, &found.ranges), (None, &runs(free(&path))), "{mib} MiB, {options:?}");
+        }
+        tool("e2fsck", &["-fy", text(&path)]);
+        tool("tune2fs", &["-U", "random", text(&path)]);
+        assert_eq!(only(&find_in(&path)).doubt, None, "{options:?}");
+    }
 }

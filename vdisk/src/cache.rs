@@ -42,6 +42,9 @@ const BLOCK_BYTES_MAX: u32 = 64 * 1024 * 1024;
 /// Smallest share of the budget a shard may have: eight of the largest native blocks.
 const SHARD_BYTES_MIN: u64 = 32 * 1024 * 1024;
 const SHARDS_MAX: u64 = 64;
+/// Part of a shard for blocks that were read more than once. The rest has to hold two of the largest native blocks: what does not
+/// fit there is gone before it is read a second time, and each part of such a block that is read is a decode of all of it.
+const AGAIN_SHARE: f64 = 0.75;
 /// What an entry takes beside its bytes: key, reference, list and table places.
 const ENTRY_BYTES: u64 = 256;
 
@@ -146,8 +149,12 @@ impl BlockCache {
         // Rounded down to a power of two: the cache would round up, and shares would shrink below a block.
         let shards = usize::try_from(1u64 << shards.ilog2()).unwrap_or(1);
         let items = usize::try_from(bytes_max / PAGE_BYTES as u64).unwrap_or(usize::MAX).max(32 * shards);
-        let options =
-            OptionsBuilder::new().shards(shards).estimated_items_capacity(items).weight_capacity(bytes_max).build();
+        let options = OptionsBuilder::new()
+            .shards(shards)
+            .estimated_items_capacity(items)
+            .weight_capacity(bytes_max)
+            .hot_allocation(AGAIN_SHARE)
+            .build();
         let blocks = match options {
             Ok(options) => {
                 Cache::with_options(options, Weigh, DefaultHashBuilder::default(), DefaultLifecycle::default())

@@ -346,6 +346,12 @@ impl Disk {
         self.perform(Operation::Write(offset, bytes))
     }
 
+    /// Whether a write of `len` bytes would be durable before it is acknowledged, and so wait for the device: a door that has
+    /// other requests to answer hands such a one off. May be otherwise at the next moment.
+    pub fn pays(&self, len: u64) -> bool {
+        self.overlay.as_ref().is_some_and(|overlay| overlay.pays(len))
+    }
+
     /// Makes a range read as zeros, exactly; durable after the next [`Disk::flush`].
     ///
     /// # Errors

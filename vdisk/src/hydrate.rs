@@ -6,7 +6,7 @@
 //!   last seal (128 MiB, 10 s) is copied again.
 //! - The guest comes first: its faults and their neighbours before everything else, and the bulk copy
 //!   yields while the guest's reads are slow, down to a floor.
-//! - Threads run at the lowest scheduling priority a thread can give itself.
+//! - Threads run at a lower scheduling priority than those that serve, and wait asleep while nothing may be copied.
 //!
 //! Not here: how blocks are stored (`Overlay`), where they come from (`Chain`).
 
@@ -18,6 +18,7 @@ mod step;
 mod worker;
 
 use std::{
+    ffi::CStr,
     sync::Arc,
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -35,6 +36,9 @@ pub(crate) use self::worker::is_transient;
 use crate::{Disk, Result, Trace, unused::Unused};
 
 const WORKERS_MAX: usize = 64;
+
+/// The nice value of the threads: the only one that a jailed process need be able to give itself.
+pub const YIELDING: i32 = 10;
 
 /// How long [`Hydrator::stop`] waits for steps that a source holds up.
 pub const STOP_MAX: Duration = Duration::from_secs(2);
@@ -63,7 +67,7 @@ impl Hydrator {
             .map(|_| {
                 let shared = Arc::clone(&shared);
                 std::thread::spawn(move || {
-                    yield_to_guests();
+                    begin(c"hydrate");
                     shared.run();
                     shared.leave();
                 })
@@ -71,7 +75,7 @@ impl Hydrator {
             .collect();
         let surveyed = Arc::clone(&shared);
         threads.push(std::thread::spawn(move || {
-            yield_to_guests();
+            begin(c"hydrate-survey");
             surveyed.survey();
             surveyed.leave();
         }));
@@ -198,9 +202,11 @@ impl Drop for Hydrator {
     }
 }
 
-/// Lowers the priority of the calling thread: a guest's read should not wait for a copy's decode.
-fn yield_to_guests() {
-    // On Linux the priority of a "process" id that is a thread's is the thread's. A refusal changes
-    // only who waits for whom.
-    let _refused = rustix::process::setpriority_process(Some(rustix::thread::gettid()), 10);
+/// Names the calling thread for profiles, in 15 bytes at most, and lowers its priority: a guest's read should not wait for a
+/// copy's decode.
+fn begin(name: &CStr) {
+    let _unnamed = rustix::thread::set_name(name);
+    // On Linux this is the calling thread's alone, and a jail can tell it from another's. A refusal changes only who waits
+    // for whom.
+    let _refused = rustix::process::setpriority_process(None, YIELDING);
 }

@@ -38,7 +38,9 @@ pub use delta::{Delta, delta_between};
 pub use disk::{Disk, Parked, Zeroing};
 pub use error::{Error, Result};
 pub use extent::{Extent, ExtentKind};
-pub use hydrate::{Blocks, Bucket, DemandStats, HydrateProgress, HydrateState, Hydrated, Hydrator, Pace, Replay};
+pub use hydrate::{
+    Blocks, Bucket, DemandStats, HydrateProgress, HydrateState, Hydrated, Hydrator, Pace, Replay, YIELDING,
+};
 pub use inside::ChainStorage;
 pub use linked::{Linkable, open_below};
 pub use open::{ChainSpec, Connect, KeyPlace, format_of, members, open_chain};

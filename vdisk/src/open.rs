@@ -32,7 +32,7 @@ use aquifer_formats::{
     vbk::Vbk,
     vdi::VdiLayer,
     vhdx::Vhdx,
-    virtnbd::VirtnbdLayer,
+    virtnbd::{Fit, VirtnbdLayer},
     vma::Vma,
     vmdk::Vmdk,
     xo,
@@ -369,29 +369,49 @@ fn vhdx_layers(gate: &Gate, first: Passage, layers: &mut Vec<Arc<dyn Layer>>) ->
     }
 }
 
-/// A stream of virtnbdbackup and those below it, which lie in the same folder under names that tell nothing sure.
+/// A stream of virtnbdbackup and those below it.
 fn virtnbd_layers(gate: &Gate, first: Passage, layers: &mut Vec<Arc<dyn Layer>>) -> Result<()> {
     let mut at = first;
     loop {
-        let layer = VirtnbdLayer::open(at.storage())?;
-        let wanted = layer.below()?.map(|below| (layer.disk().to_owned(), Some(below.to_owned())));
-        layers.push(Arc::new(layer));
-        let Some(wanted) = wanted else { return Ok(()) };
-        let holds = |name: &OsString| {
-            let other = gate.follow(&at, name).ok()?;
-            (VirtnbdLayer::names(other.storage()).ok()? == wanted).then_some(other)
-        };
-        let found = beside(&at, &["data"])?.iter().find_map(holds);
-        let missing = || {
-            let what = format!(
-                "it stands on the checkpoint {}, which no file beside it holds for disk {}",
-                wanted.1.as_deref().unwrap_or_default(),
-                wanted.0
-            );
-            FormatError::ChainBroken { path: label(&at), what }
-        };
-        at = found.ok_or_else(missing)?;
+        let layer = Arc::new(VirtnbdLayer::open(at.storage())?);
+        layers.push(Arc::clone(&layer) as _);
+        let Some(wanted) = layer.below()? else { return Ok(()) };
+        at = virtnbd_below(gate, &at, &layer, wanted)?;
     }
+}
+
+/// The stream that `layer` in `at` stands on. It lies in the same folder under a name that tells nothing sure; where two may
+/// be meant, neither is. The date is a local clock's: it never speaks against the only one.
+fn virtnbd_below(gate: &Gate, at: &Passage, layer: &VirtnbdLayer, wanted: &str) -> Result<Passage> {
+    // What is made against the last full, or by itself, makes no checkpoint, whatever it calls itself.
+    let makes_one = |name: &OsString| {
+        let name = name.to_string_lossy();
+        ![".diff.", ".copy."].iter().any(|level| name.contains(level))
+    };
+    let mut found = Vec::new();
+    for name in beside(at, &["data"])?.into_iter().filter(makes_one) {
+        match gate.follow(at, &name).and_then(|other| Ok((layer.stands_on(other.storage())?, other))) {
+            Ok((Fit::No, _)) => {}
+            Ok((fit, other)) => found.push((fit, name, other)),
+            // It may be the one that is meant.
+            Err(error @ FormatError::Io { .. }) => return Err(error.into()),
+            Err(_) => {}
+        }
+    }
+    if found.len() > 1 && found.iter().any(|(fit, ..)| *fit == Fit::Yes) {
+        found.retain(|(fit, ..)| *fit == Fit::Yes);
+    }
+    let disk = layer.disk();
+    let names = found.iter().map(|(_, name, _)| name.to_string_lossy().into_owned()).collect::<Vec<_>>().join(", ");
+    let what = match (found.pop(), found.is_empty()) {
+        (Some((.., below)), true) => return Ok(below),
+        (None, _) => format!("it stands on the checkpoint {wanted}, which no file beside it holds for disk {disk}"),
+        (Some(_), false) => format!(
+            "it stands on the checkpoint {wanted} of disk {disk}, which several files beside it hold ({names}): move \
+             those of other chains away"
+        ),
+    };
+    Err(FormatError::ChainBroken { path: label(at), what }.into())
 }
 
 /// Names of the other files in the folder of `file` that end in one of `ends`, in order.

@@ -298,6 +298,10 @@ impl Overlay {
         self.core.zero(offset, len, zeroing, below)
     }
 
+    pub(crate) fn pays(&self, len: u64) -> bool {
+        self.core.pays(len)
+    }
+
     pub(crate) fn flush(&self) -> Result<()> {
         self.core.ahead.asked();
         self.core.flush()
@@ -366,6 +370,9 @@ fn files(dir: &Path, access: Access) -> Result<OverlayFiles> {
 
 /// Settles early, so that callers need not. Errors are left to the caller who meets them next.
 fn run_settler(core: &Core) {
+    // For profiles. The schedule test's threads are none of the system's.
+    #[cfg(not(feature = "schedule"))]
+    let _unnamed = rustix::thread::set_name(c"settle");
     loop {
         let mut wake = core.wake.lock();
         while !wake.wanted && !wake.stop {

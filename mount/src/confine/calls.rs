@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 
+use aquifer_vdisk::YIELDING;
 use libc as c;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
@@ -205,6 +206,11 @@ fn rules() -> Result<BTreeMap<c::c_long, Vec<SeccompRule>>, seccompiler::Backend
     out.insert(c::SYS_socket, any_of(0, &families.map(|f| u64::from(f.unsigned_abs())))?);
     // Names of threads, and of memory in the kernel's listings.
     out.insert(c::SYS_prctl, any_of(0, &[u64::from(c::PR_SET_NAME.unsigned_abs()), 0x5356_4d41])?);
+    // A thread that copies may step back behind those that serve, and none may do more than that.
+    let own = |argument, value| SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value);
+    let back = own(2, u64::from(YIELDING.unsigned_abs()))?;
+    let steps_back = SeccompRule::new(vec![own(0, u64::from(c::PRIO_PROCESS))?, own(1, 0)?, back])?;
+    out.insert(c::SYS_setpriority, vec![steps_back]);
     // Whether a process is there.
     out.insert(c::SYS_kill, any_of(1, &[0])?);
     let thread = u64::from(c::CLONE_THREAD.unsigned_abs());

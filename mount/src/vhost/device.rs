@@ -18,7 +18,7 @@ use super::{
 };
 use crate::nbd::server::pool::Pool;
 
-/// Threads for what may wait.
+/// Threads for what may wait, of all disks of a door.
 #[derive(Debug)]
 pub(super) struct Pools {
     /// Decodes, slow reads, long changes.
@@ -60,6 +60,9 @@ pub(super) struct Device {
     /// What `VIRTIO_BLK_T_GET_ID` answers.
     pub(super) id: [u8; ID_LEN],
     pub(super) pools: Arc<Pools>,
+    /// Writes of whole blocks that pay for themselves: a disk takes one at a time, and those of another are not to wait
+    /// for it.
+    pub(super) large: Pool,
     pub(super) stats: Counters,
     features: AtomicU64,
     /// What the guest wants, where it may choose.
@@ -78,6 +81,7 @@ impl Device {
             dir,
             id,
             pools,
+            large: Pool::for_large_writes("vhost-large"),
             stats: Counters::default(),
             features: AtomicU64::new(0),
             writeback: AtomicBool::new(true),

@@ -16,7 +16,7 @@ use super::{
     request::{HEADER_LEN, ID_LEN, Request, Status, ZeroRange},
     ring::RingError,
 };
-use crate::nbd::server::pool::{Pool, Scratch};
+use crate::nbd::server::pool::{Pool, Scratch, is_of_whole_blocks};
 
 /// Longest READ answered in place.
 const READ_INLINE_MAX: u64 = 256 << 10;
@@ -24,8 +24,6 @@ const READ_INLINE_MAX: u64 = 256 << 10;
 const DECODE_INLINE_MAX: u64 = 64 << 10;
 /// Longest WRITE done in place.
 const WRITE_INLINE_MAX: u64 = 1 << 20;
-/// Granularity of overlays in bytes: a write of whole blocks never reads the source.
-const WRITE_GRAIN: u64 = 4096;
 /// Bytes that pass through a pool's buffer at once.
 const PIECE: u64 = 1 << 20;
 /// Bytes that are made zero before others have a turn.
@@ -143,11 +141,12 @@ fn read_pieces(air: &Air, scratch: &mut Scratch, offset: u64, len: u64) -> Statu
     Status::Ok
 }
 
-/// Whole blocks are taken in place. What may read the source, or has to be durable, is handed off.
+/// Whole blocks are taken in place. What may read the source, or is to be durable at once, is handed off.
 fn write(queue: &Arc<Queue>, state: &mut State, taken: Taken, offset: u64, len: u64) -> Result<(), RingError> {
     let device = &queue.device;
-    let aligned = offset.is_multiple_of(WRITE_GRAIN) && len.is_multiple_of(WRITE_GRAIN);
-    if aligned && len <= WRITE_INLINE_MAX && device.caching() == Caching::WriteBack {
+    let aligned = is_of_whole_blocks(offset, len);
+    let pays = device.disk.pays(len);
+    if aligned && len <= WRITE_INLINE_MAX && !pays && device.caching() == Caching::WriteBack {
         let n = usize::try_from(len).unwrap_or(0);
         let mut buffer = std::mem::take(&mut state.buffer);
         if buffer.len() < n {
@@ -166,7 +165,9 @@ fn write(queue: &Arc<Queue>, state: &mut State, taken: Taken, offset: u64, len: 
         return queue.finish(state, &taken, 0, status);
     }
     let air = queue.hand_off(state, taken, Effect::Changes);
-    submit(&device.pools.slow, air, move |air, scratch| match write_pieces(&air, scratch, offset, len) {
+    // Whatever may wait for the source stays away from those that need none.
+    let pool = if pays && aligned { &device.large } else { &device.pools.slow };
+    submit(pool, air, move |air, scratch| match write_pieces(&air, scratch, offset, len) {
         Status::Ok => settle(air),
         status => air.land(0, status),
     });

@@ -43,7 +43,13 @@ struct Lists {
     faults: VecDeque<Range<u64>>,
     neighbours: VecDeque<Range<u64>>,
     windows: Windows,
+    /// How often everybody has been woken.
+    wakes: u64,
 }
+
+/// A moment before which nothing that woke anybody matters: it is taken before deciding to wait.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Seen(u64);
 
 /// Faults and latencies of one disk's guest.
 #[derive(Debug)]
@@ -52,6 +58,8 @@ pub(crate) struct Demand {
     lists: Mutex<Lists>,
     /// Told when there is something to take, or something else has changed.
     changed: Condvar,
+    /// Told when what keeps threads from taking anything may have changed.
+    allowed: Condvar,
     started: Instant,
     /// Nanoseconds after `started` until which reads count as slow.
     slow_until: AtomicU64,
@@ -77,6 +85,7 @@ impl Demand {
             size,
             lists: Mutex::new(Lists::default()),
             changed: Condvar::new(),
+            allowed: Condvar::new(),
             started: Instant::now(),
             slow_until: AtomicU64::new(0),
             target: AtomicU64::new(0),
@@ -214,19 +223,34 @@ impl Demand {
         (recorder.bytes() > known || recorder.trace().complete).then(|| recorder.trace().clone())
     }
 
-    /// Waits for a fault, for [`Demand::wake`] or for `limit`.
-    pub(crate) fn wait(&self, limit: Duration) {
+    /// What to hand to [`Demand::wait`] or [`Demand::hold`], from before what they depend on was looked at.
+    pub(crate) fn seen(&self) -> Seen {
+        Seen(self.lists.lock().wakes)
+    }
+
+    /// Waits for a fault, for a [`Demand::wake`] after `seen` or for `limit`.
+    pub(crate) fn wait(&self, seen: Seen, limit: Duration) {
         let mut lists = self.lists.lock();
-        if lists.faults.is_empty() && lists.neighbours.is_empty() {
+        if lists.wakes == seen.0 && lists.faults.is_empty() && lists.neighbours.is_empty() {
             self.changed.wait_for(&mut lists, limit);
         }
     }
 
-    /// Wakes everybody who waits.
+    /// Waits for a [`Demand::wake`] after `seen` or for `limit`, whatever faults there are: for who may not take them now.
+    pub(crate) fn hold(&self, seen: Seen, limit: Duration) {
+        let mut lists = self.lists.lock();
+        if lists.wakes == seen.0 {
+            self.allowed.wait_for(&mut lists, limit);
+        }
+    }
+
+    /// Wakes everybody who waits, and who has decided to.
     pub(crate) fn wake(&self) {
-        // Whoever decides to wait does so under this lock, so none can miss it in between.
-        let _lists = self.lists.lock();
+        // Whoever waits looks at the count under this lock, so none can miss it in between.
+        let mut lists = self.lists.lock();
+        lists.wakes = lists.wakes.wrapping_add(1);
         self.changed.notify_all();
+        self.allowed.notify_all();
     }
 }
 
@@ -258,6 +282,29 @@ mod tests {
             taken += 1;
         }
         assert!(taken <= 2 * FAULTS_MAX);
+    }
+
+    #[test]
+    fn who_may_not_take_a_fault_is_not_kept_awake_by_it() {
+        let demand = Demand::new(1 << 30);
+        demand.note_fault(0, 4096);
+        let began = Instant::now();
+        demand.wait(demand.seen(), Duration::from_secs(60));
+        assert!(began.elapsed() < Duration::from_secs(30), "there is something to take");
+        let began = Instant::now();
+        demand.hold(demand.seen(), Duration::from_millis(50));
+        assert!(began.elapsed() >= Duration::from_millis(40), "there is nothing to do");
+    }
+
+    #[test]
+    fn who_is_woken_between_deciding_to_wait_and_waiting_does_not_wait() {
+        let demand = Demand::new(1 << 30);
+        let seen = demand.seen();
+        demand.wake();
+        let began = Instant::now();
+        demand.hold(seen, Duration::from_secs(60));
+        demand.wait(seen, Duration::from_secs(60));
+        assert!(began.elapsed() < Duration::from_secs(30), "it has been woken");
     }
 
     #[test]

@@ -58,6 +58,7 @@ impl Shared {
 
     fn try_to_find(&self) -> Option<Unused> {
         loop {
+            let seen = self.demand.seen();
             if self.wait_while_held() {
                 return None;
             }
@@ -65,7 +66,7 @@ impl Shared {
             let attempt = catch_unwind(AssertUnwindSafe(|| self.disk.find_unused()));
             match attempt {
                 Ok(Ok(found)) => return found,
-                Ok(Err(Error::Format(e))) if is_transient(&e) => self.demand.wait(RETRY.end),
+                Ok(Err(Error::Format(e))) if is_transient(&e) => self.demand.hold(seen, RETRY.end),
                 Ok(Err(_)) => return None,
                 Err(_) => return Some(Unused { doubt: Some("its reader failed"), ..Unused::default() }),
             }

@@ -101,7 +101,10 @@ struct Desk {
 enum Next {
     Copy(Range<u64>, Class),
     Seal,
+    /// For something to take, for so long at most.
     Wait(Duration),
+    /// Whatever there is to take: nothing may be taken for so long, or until that has changed.
+    Hold(Duration),
     /// Nothing is absent any more, or what is cannot be copied.
     Finish,
     Quit,
@@ -145,10 +148,12 @@ impl Shared {
     pub(super) fn run(&self) {
         let mut desk = Desk::default();
         loop {
+            let seen = self.demand.seen();
             match self.next() {
                 Next::Copy(range, class) => self.copy(range, class, &mut desk),
                 Next::Seal => self.seal(),
-                Next::Wait(limit) => self.demand.wait(limit),
+                Next::Wait(limit) => self.demand.wait(seen, limit),
+                Next::Hold(limit) => self.demand.hold(seen, limit),
                 Next::Finish => self.finish(),
                 Next::Quit => return,
             }
@@ -181,7 +186,7 @@ impl Shared {
         }
         if let Some(at) = state.retry_at {
             if now < at {
-                return Next::Wait(at - now);
+                return Next::Hold(at - now);
             }
             state.retry_at = None;
         }
@@ -192,7 +197,7 @@ impl Shared {
             return Next::Seal;
         }
         if state.paused {
-            return Next::Wait(Duration::from_secs(1));
+            return Next::Hold(Duration::from_secs(1));
         }
         if state.room == 0 {
             // The machine is served from its source; what it asks for is not kept.
@@ -412,12 +417,13 @@ impl Shared {
     fn count_used(&self) -> Option<u64> {
         let (mut used, mut at) = (0, 0);
         while at < self.disk.size() {
+            let seen = self.demand.seen();
             if self.wait_while_held() {
                 return None;
             }
             match self.disk.survey(at, SURVEY_BYTES) {
                 Ok(data) => (used, at) = (used + self.wanted_of(&data?), at.saturating_add(SURVEY_BYTES)),
-                Err(Error::Format(e)) if is_transient(&e) => self.demand.wait(RETRY.end),
+                Err(Error::Format(e)) if is_transient(&e) => self.demand.hold(seen, RETRY.end),
                 Err(_) => return None,
             }
         }
@@ -427,6 +433,7 @@ impl Shared {
     /// Waits while paused; `true` if it is over.
     pub(super) fn wait_while_held(&self) -> bool {
         loop {
+            let seen = self.demand.seen();
             let state = self.state.lock();
             if state.stopping.is_some() || state.phase.is_final() {
                 return true;
@@ -435,7 +442,7 @@ impl Shared {
                 return false;
             }
             drop(state);
-            self.demand.wait(Duration::from_secs(1));
+            self.demand.hold(seen, Duration::from_secs(1));
         }
     }
 

@@ -32,12 +32,12 @@ struct Taken {
     in_place: Bits,
     trimmed: Bits,
     /// Of what is in place something is not known to be durable there.
-    unsynced: bool,
+    to_sync: bool,
 }
 
 impl Taken {
     fn new(region: u32) -> Self {
-        Self { region, pages: Vec::new(), in_place: Bits::default(), trimmed: Bits::default(), unsynced: false }
+        Self { region, pages: Vec::new(), in_place: Bits::default(), trimmed: Bits::default(), to_sync: false }
     }
 
     fn is_empty(&self) -> bool {
@@ -132,7 +132,7 @@ impl Core {
                 (None, BlockState::Trimmed) => taken.trimmed.insert(at),
                 (None, _) => {
                     taken.in_place.insert(at);
-                    taken.unsynced |= !synced.get(at) && !planted(Bug::InPlaceUncounted);
+                    taken.to_sync |= !synced.get(at) && !planted(Bug::InPlaceUncounted);
                 }
             }
         }
@@ -158,7 +158,7 @@ impl Core {
                         self.set_durable(region, target, at, BlockState::Written);
                     } else if let Some(last) = out.last_mut() {
                         last.in_place.insert(at);
-                        last.unsynced = true;
+                        last.to_sync = true;
                     }
                 }
                 stripe.fold(region);
@@ -215,7 +215,7 @@ struct Committing<'a> {
 
 impl Committing<'_> {
     fn persist(&mut self) -> Result<()> {
-        let in_place = self.rest.iter().any(|t| t.unsynced);
+        let in_place = self.rest.iter().any(|t| t.to_sync);
         if in_place && !planted(Bug::InPlaceNotSynced) && !planted(Bug::InPlaceSyncedLate) {
             self.core.sync_raw(|| self.core.ranges(&self.rest))?;
         }

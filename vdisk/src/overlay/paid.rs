@@ -32,8 +32,8 @@ pub(super) struct Paid {
 
 impl Core {
     /// Whether a piece of so many bytes is to be durable before it is acknowledged.
-    pub(super) fn pays(&self, len: usize) -> bool {
-        self.ahead.pays(len as u64) && !self.through.load(Ordering::Acquire)
+    pub(super) fn pays(&self, len: u64) -> bool {
+        self.ahead.pays(len) && !self.through.load(Ordering::Acquire)
     }
 
     /// One attempt to store a piece that lies in one region, and to make it durable.

@@ -64,7 +64,7 @@ impl Core {
             }
             self.check()?;
             self.make_room()?;
-            let outcome = if self.pays(bytes.len()) {
+            let outcome = if self.pays(bytes.len() as u64) {
                 self.store_paid(region, offset, bytes, &edges)
             } else {
                 let mut stripe = self.stripe(region).write();

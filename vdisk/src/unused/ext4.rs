@@ -8,10 +8,12 @@
 //! - With checksums each bitmap and descriptor that is believed has matched one; without them the number of free blocks has.
 //! - Features that are not known here, clusters (bigalloc), snapshots, shared blocks, errors noted by the system itself:
 //!   doubt.
+//! - It has to be alive: copies of its superblock that agree, a root folder that is one (`alive`).
 //! - Descriptors, bitmaps and inode tables of all groups are used, whatever a bitmap says.
 //!
 //! Not here: files, names, repair.
 
+mod alive;
 mod group;
 mod journal;
 mod superblock;
@@ -32,6 +34,7 @@ use crate::Delta;
 /// Reads the file system in `volume`; returns what it does not use, in bytes of the disk.
 pub(super) fn unused(source: &mut Source<'_>, volume: &Range<u64>) -> Result<Delta, Stop> {
     let mut fs = Fs::open(source, volume)?;
+    alive::proven(&mut fs)?;
     let mut runs = Runs::default();
     let mut metadata: Vec<(u64, u64)> = Vec::new();
     let per_block = fs.sb.descriptors_per_block();
@@ -84,6 +87,24 @@ impl<'s, 'a> Fs<'s, 'a> {
     fn block(&mut self, block: u64) -> Result<Vec<u8>, Stop> {
         let (at, len) = self.bytes(block, 1).ok_or(Stop::Doubt("a block lies outside of it"))?;
         self.source.vec(at, usize::try_from(len).unwrap_or(0))
+    }
+
+    /// The first 128 bytes of an inode, as it lies in its place.
+    fn inode(&mut self, number: u32) -> Result<Vec<u8>, Stop> {
+        let number = u64::from(number).checked_sub(1).ok_or(Stop::Doubt("an inode that is nowhere"))?;
+        let (group, index) = (number / self.sb.inodes_per_group.max(1), number % self.sb.inodes_per_group.max(1));
+        ensure(group < self.sb.groups, "an inode that is nowhere")?;
+        let per_block = self.sb.descriptors_per_block();
+        let table = self.sb.table_place(group / per_block).ok_or(Stop::Doubt("its descriptors leave it"))?;
+        let table = self.block(table)?;
+        let size = self.sb.descriptor_bytes;
+        let at = usize::try_from(group % per_block).unwrap_or(0) * size;
+        let bytes = table.get(at..at + size).ok_or(Stop::Doubt("a descriptor cut short"))?;
+        let descriptor = Descriptor::parse(&self.sb, group, bytes)?;
+        let offset = index * self.sb.inode_bytes;
+        let block = self.block(descriptor.inode_table() + offset / self.sb.block_bytes)?;
+        let at = usize::try_from(offset % self.sb.block_bytes).unwrap_or(0);
+        Ok(block.get(at..at + 128).ok_or(Stop::Doubt("an inode cut short"))?.to_vec())
     }
 
     /// A block in its place, and every copy of it in the log.

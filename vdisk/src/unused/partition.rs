@@ -8,21 +8,56 @@
 
 use std::ops::Range;
 
-use super::source::{Source, Stop, ensure, le32, le64};
+use super::source::{Source, Stop, ensure, le16, le32, le64};
 
 const GPT_ENTRIES_MAX: u32 = 1024;
 const GPT_ENTRY_BYTES_MAX: u32 = 4096;
 const LOGICAL_MAX: usize = 128;
 const PROTECTIVE: u8 = 0xee;
 const EXTENDED: [u8; 3] = [0x05, 0x0f, 0x85];
+const LINUX: u8 = 0x83;
+
+/// Types of partitions that hold a file system of Linux, first fields as numbers: any, root (x86-64, x86, ARM64, ARM,
+/// RISC-V 64), /usr (x86-64), /home, /srv, /var.
+const LINUX_TYPES: [(u32, u16, u16, u64); 10] = [
+    (0x0fc6_3daf, 0x8483, 0x4772, 0x8e79_3d69_d847_7de4),
+    (0x4f68_bce3, 0xe8cd, 0x4db1, 0x96e7_fbca_f984_b709),
+    (0x4447_9540, 0xf297, 0x41b2, 0x9af7_d131_d5f0_458a),
+    (0xb921_b045, 0x1df0, 0x41c3, 0xaf44_4c6f_280d_3fae),
+    (0x69da_d710, 0x2ce4, 0x4e3c, 0xb16c_21a1_d49a_bed3),
+    (0x72ec_70a6, 0xcf74, 0x40e6, 0xbd49_4bda_08e8_f224),
+    (0x8484_680c, 0x9521, 0x48c6, 0x9c11_b072_0656_f69e),
+    (0x933a_c7e1, 0x2eb4, 0x4f13, 0xb844_0e14_e2ae_f915),
+    (0x3b8f_8425, 0x20e0, 0x4f3b, 0x907f_1a25_a76f_98e8),
+    (0x4d21_b016, 0xb534, 0x45c2, 0xa9fb_5c16_e091_fd2d),
+];
+
+/// What a table says of a partition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Partition {
+    /// Where it lies on the disk, in bytes.
+    pub(super) range: Range<u64>,
+    pub(super) owner: Owner,
+}
+
+/// Who the table says uses a partition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Owner {
+    /// Nobody says: the disk has no table.
+    Unsaid,
+    /// A file system of Linux.
+    Linux,
+    /// Something else: RAID, LVM, swap, another system, a type that is not known here.
+    Other,
+}
 
 /// The partitions, in order of the disk; the whole disk where it has no table.
-pub(super) fn partitions(source: &mut Source<'_>) -> Result<Vec<Range<u64>>, Stop> {
+pub(super) fn partitions(source: &mut Source<'_>) -> Result<Vec<Partition>, Stop> {
     let size = source.size();
     let mbr = source.bytes::<512>(0)?;
     let signed = mbr.ends_with(&[0x55, 0xaa]);
     let entries = if signed { entries(&mbr) } else { Vec::new() };
-    let bare = || -> Range<u64> { 0..size };
+    let bare = || Partition { range: 0..size, owner: Owner::Unsaid };
     let protective = entries.iter().any(|e| e.kind == PROTECTIVE);
     let mut found = if protective {
         gpt(source)?
@@ -37,9 +72,10 @@ pub(super) fn partitions(source: &mut Source<'_>) -> Result<Vec<Range<u64>>, Sto
         ensure(source.bytes::<2>(1080)? != [0x53, 0xef], "a partition table and a file system in one place")?;
         mbr_partitions(source, &entries)?
     };
-    found.sort_unstable_by_key(|p| (p.start, p.end));
-    ensure(found.iter().all(|p| p.start < p.end && p.end <= size), "a partition leaves the disk")?;
-    let apart = found.iter().zip(found.iter().skip(1)).all(|(a, b)| a.end <= b.start);
+    found.sort_unstable_by_key(|p| (p.range.start, p.range.end));
+    let ranges = || found.iter().map(|p| &p.range);
+    ensure(ranges().all(|p| p.start < p.end && p.end <= size), "a partition leaves the disk")?;
+    let apart = ranges().zip(ranges().skip(1)).all(|(a, b)| a.end <= b.start);
     ensure(apart, "partitions overlap")?;
     Ok(found)
 }
@@ -59,24 +95,50 @@ fn entries(sector: &[u8; 512]) -> Vec<Entry> {
     entries.iter().map(entry).filter(|e| e.kind != 0 && e.sectors != 0).collect()
 }
 
-fn bytes(start: u64, sectors: u64) -> Range<u64> {
+/// A partition of an MBR that begins at sector `start`.
+fn of_kind(kind: u8, start: u64, sectors: u64) -> Partition {
     // Sectors have 32 bits.
-    start * 512..(start + sectors) * 512
+    let range = start * 512..(start + sectors) * 512;
+    Partition { range, owner: if kind == LINUX { Owner::Linux } else { Owner::Other } }
 }
 
-fn mbr_partitions(source: &mut Source<'_>, entries: &[Entry]) -> Result<Vec<Range<u64>>, Stop> {
+/// A doubt about a partition that is a whole disk itself: that of a nested machine, or one that was put there later. An MBR is
+/// one sector, and a GPT of large sectors lies apart, so both leave an old superblock behind them.
+pub(super) fn none_inside(source: &mut Source<'_>, volume: &Range<u64>) -> Result<(), Stop> {
+    let sectors = (volume.end - volume.start) / 512;
+    let head = source.bytes::<512>(volume.start)?;
+    // A file system's own boot code is hardly ever taken for one. Where an entry ends counts for nothing: that of a disk that
+    // was made smaller, or that is larger than this, ends behind the volume.
+    let (slots, _) = head.get(446..510).unwrap_or_default().as_chunks::<16>();
+    let is_entry = |slot: &[u8; 16]| {
+        let [flag, _, _, _, kind, ..] = *slot;
+        let inside = kind == PROTECTIVE || (1..sectors).contains(&le32(slot, 8).into());
+        matches!(flag, 0 | 0x80) && kind != 0 && inside
+    };
+    let is_table = head.ends_with(&[0x55, 0xaa]) && slots.iter().any(is_entry);
+    ensure(!is_table, "it has a partition table of its own")?;
+    for sector in [512, 4096] {
+        let at = volume.start.saturating_add(sector);
+        if at.saturating_add(8) <= volume.end {
+            ensure(source.bytes::<8>(at)? != *b"EFI PART", "it has a partition table of its own")?;
+        }
+    }
+    Ok(())
+}
+
+fn mbr_partitions(source: &mut Source<'_>, entries: &[Entry]) -> Result<Vec<Partition>, Stop> {
     let mut found = Vec::new();
     for entry in entries {
         if EXTENDED.contains(&entry.kind) {
             logical(source, entry, &mut found)?;
         } else {
-            found.push(bytes(entry.start, entry.sectors));
+            found.push(of_kind(entry.kind, entry.start, entry.sectors));
         }
     }
     Ok(found)
 }
 
-fn logical(source: &mut Source<'_>, extended: &Entry, found: &mut Vec<Range<u64>>) -> Result<(), Stop> {
+fn logical(source: &mut Source<'_>, extended: &Entry, found: &mut Vec<Partition>) -> Result<(), Stop> {
     let (base, end) = (extended.start, extended.start + extended.sectors);
     let mut at = base;
     for _ in 0..LOGICAL_MAX {
@@ -87,9 +149,9 @@ fn logical(source: &mut Source<'_>, extended: &Entry, found: &mut Vec<Range<u64>
             if EXTENDED.contains(&entry.kind) {
                 next = Some(base + entry.start);
             } else {
-                let partition = at + entry.start..at + entry.start + entry.sectors;
-                ensure(partition.end <= end, "a logical partition leaves its extended one")?;
-                found.push(partition.start * 512..partition.end * 512);
+                let start = at + entry.start;
+                ensure(start + entry.sectors <= end, "a logical partition leaves its extended one")?;
+                found.push(of_kind(entry.kind, start, entry.sectors));
             }
         }
         match next {
@@ -101,7 +163,7 @@ fn logical(source: &mut Source<'_>, extended: &Entry, found: &mut Vec<Range<u64>
     Err(Stop::Doubt("too many logical partitions"))
 }
 
-fn gpt(source: &mut Source<'_>) -> Result<Vec<Range<u64>>, Stop> {
+fn gpt(source: &mut Source<'_>) -> Result<Vec<Partition>, Stop> {
     for sector in [512, 4096] {
         let header = source.bytes::<92>(sector)?;
         if header.starts_with(b"EFI PART") {
@@ -111,7 +173,7 @@ fn gpt(source: &mut Source<'_>) -> Result<Vec<Range<u64>>, Stop> {
     Err(Stop::Doubt("a GPT whose header is gone"))
 }
 
-fn gpt_at(source: &mut Source<'_>, header: &[u8; 92], sector: u64) -> Result<Vec<Range<u64>>, Stop> {
+fn gpt_at(source: &mut Source<'_>, header: &[u8; 92], sector: u64) -> Result<Vec<Partition>, Stop> {
     ensure(le32(header, 12) == 92, "a GPT header of another length")?;
     let mut checked = *header;
     if let Some(field) = checked.get_mut(16..20) {
@@ -133,7 +195,9 @@ fn gpt_at(source: &mut Source<'_>, header: &[u8; 92], sector: u64) -> Result<Vec
         let first = le64(entry, 32).checked_mul(sector);
         let end = le64(entry, 40).checked_add(1).and_then(|end| end.checked_mul(sector));
         let (first, end) = first.zip(end).ok_or(Stop::Doubt("a partition leaves the disk"))?;
-        found.push(first..end);
+        let kind = (le32(entry, 0), le16(entry, 4), le16(entry, 6), le64(entry, 8).swap_bytes());
+        let owner = if LINUX_TYPES.contains(&kind) { Owner::Linux } else { Owner::Other };
+        found.push(Partition { range: first..end, owner });
     }
     Ok(found)
 }

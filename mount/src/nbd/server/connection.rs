@@ -21,7 +21,7 @@ use super::{
     Hub,
     flight::{Flight, Permit},
     outlet::Outlet,
-    pool::LaneId,
+    pool::{LaneId, Pool, is_of_whole_blocks},
     status, work,
 };
 use crate::{
@@ -46,8 +46,6 @@ const BATCH_BYTES: usize = 256 << 10;
 pub(super) const READ_INLINE_MAX: u64 = 256 << 10;
 /// Longest READ that is decoded in place, where it is the only one.
 const DECODE_INLINE_MAX: u64 = 64 << 10;
-/// Granularity of overlays in bytes: a write of whole blocks never reads the source.
-const WRITE_GRAIN: u64 = 4096;
 /// Longest WRITE done in place.
 const WRITE_INLINE_MAX: u64 = 1 << 20;
 /// How long to look for the next request before sleeping.
@@ -61,6 +59,8 @@ const BATCH_AGE: Duration = Duration::from_micros(50);
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) hub: Arc<Hub>,
+    /// Where the disk's writes of whole blocks wait that pay for themselves.
+    pub(super) large: Arc<Pool>,
     pub(super) export: Arc<Export>,
     pub(super) contexts: Vec<Context>,
     pub(super) rules: Rules,
@@ -401,12 +401,12 @@ impl Connection {
         Ok(())
     }
 
-    /// Whole blocks are taken in place: that is memory and journal work. What may read the source, or has to
-    /// be durable, is handed off.
+    /// Whole blocks are taken in place: that is memory and journal work. What may read the source, or is to
+    /// be durable at once, is handed off.
     fn write(&mut self, request: &Request) -> Result<(), End> {
         let Request { offset, len, .. } = *request;
-        let aligned = offset.is_multiple_of(WRITE_GRAIN) && len.is_multiple_of(WRITE_GRAIN);
-        if aligned && len <= WRITE_INLINE_MAX && !request.has(flag::FUA) {
+        let waits = request.has(flag::FUA) || self.shared.disk().pays(len);
+        if is_of_whole_blocks(offset, len) && len <= WRITE_INLINE_MAX && !waits {
             let mut payload = std::mem::take(&mut self.payload);
             let outcome = self.write_here(request, &mut payload);
             self.payload = payload;

@@ -15,6 +15,7 @@ use std::{
     time::Instant,
 };
 
+use aquifer_vdisk::Disk;
 use parking_lot::{Condvar, Mutex};
 
 use super::{
@@ -58,6 +59,9 @@ pub(super) struct Hub {
     limits: Limits,
     tls: Option<ServerTls>,
     pub(super) slow: Pool,
+    /// Large writes that pay for themselves, a pool for each disk, by its address: in a pool for all of them those of one
+    /// disk would be the ones that wait.
+    large: Mutex<HashMap<usize, Arc<Pool>>>,
     pub(super) sync: Pool,
     pub(super) stats: Counters,
     pub(super) stopping: AtomicBool,
@@ -88,6 +92,7 @@ impl Hub {
             limits,
             tls,
             slow: Pool::new("nbd-slow", limits.workers, SLOW_THREADS.max(limits.workers)),
+            large: Mutex::default(),
             // All that want a flush wait together: the overlay gives those that came meanwhile one sync.
             sync: Pool::new("nbd-sync", SYNC_THREADS, SYNC_THREADS),
             stats: Counters::default(),
@@ -118,14 +123,27 @@ impl Hub {
         self.active.load(Ordering::Relaxed) <= self.cores / 2
     }
 
+    /// Where large writes wait to `disk`, which is in the catalogue: its address is nobody else's.
+    fn large(&self, disk: &Arc<Disk>) -> Arc<Pool> {
+        let mut large = self.large.lock();
+        let pool = large.entry(Arc::as_ptr(disk).addr());
+        Arc::clone(pool.or_insert_with(|| Arc::new(Pool::for_large_writes("nbd-large"))))
+    }
+
+    fn for_each_pool(&self, mut what: impl FnMut(&Pool)) {
+        let large: Vec<_> = self.large.lock().values().cloned().collect();
+        [&self.slow, &self.sync].into_iter().chain(large.iter().map(|pool| &**pool)).for_each(&mut what);
+    }
+
     /// Drops the queued work of a connection.
     pub(super) fn cancel(&self, lane: LaneId) {
-        self.slow.cancel(lane);
-        self.sync.cancel(lane);
+        self.for_each_pool(|pool| pool.cancel(lane));
     }
 
     pub(super) fn stats(&self) -> Stats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let mut panics = get(&self.stats.panics);
+        self.for_each_pool(|pool| panics += pool.panics());
         Stats {
             accepted: get(&self.stats.accepted),
             turned_away: get(&self.stats.turned_away),
@@ -135,7 +153,7 @@ impl Hub {
             errors: get(&self.stats.errors),
             bytes_read: get(&self.stats.bytes_read),
             bytes_written: get(&self.stats.bytes_written),
-            panics: get(&self.stats.panics) + self.slow.panics() + self.sync.panics(),
+            panics,
         }
     }
 
@@ -204,6 +222,7 @@ impl Hub {
         };
         let shared = Shared {
             hub: Arc::clone(self),
+            large: self.large(&agreed.export.disk),
             export: agreed.export,
             contexts: agreed.contexts,
             rules,
@@ -281,8 +300,7 @@ impl Hub {
             }
             self.wait_until_left(deadline);
         }
-        self.slow.close();
-        self.sync.close();
+        self.for_each_pool(Pool::close);
         ended
     }
 

@@ -22,12 +22,20 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aquifer_vdisk::overlay::OVERLAY_BLOCK_BYTES;
 use parking_lot::{Condvar, Mutex};
 
 /// After this long a running job is taken to be waiting for something other than the processor.
 pub(crate) const STUCK_AFTER: Duration = Duration::from_millis(20);
 /// How long a thread beyond the base stays without work.
 const IDLE_MAX: Duration = Duration::from_secs(5);
+/// Threads for the large writes of one disk: it syncs one at a time, and the next is at hand.
+const LARGE_THREADS: usize = 2;
+
+/// Whether a write is of whole blocks of an overlay: such a one never reads the source.
+pub(crate) fn is_of_whole_blocks(offset: u64, len: u64) -> bool {
+    offset.is_multiple_of(OVERLAY_BLOCK_BYTES) && len.is_multiple_of(OVERLAY_BLOCK_BYTES)
+}
 
 /// What a thread keeps between jobs.
 #[derive(Debug, Default)]
@@ -125,6 +133,12 @@ impl Pool {
             panics: AtomicU64::new(0),
         };
         Self { shared: Arc::new(shared) }
+    }
+
+    /// For the writes of one disk that pay for themselves and are of whole blocks: it takes one at a time, so that more
+    /// threads would only wait for it. One that may wait for its source does not belong here, where others are behind it.
+    pub(crate) fn for_large_writes(name: &'static str) -> Self {
+        Self::new(name, 1, LARGE_THREADS)
     }
 
     /// Queues a job; never waits. After [`Pool::close`] it is dropped.

@@ -21,7 +21,7 @@ use parking_lot::Mutex;
 use super::{
     connection::{READ_INLINE_MAX, Shared},
     flight::Permit,
-    pool::{Pool, Scratch},
+    pool::{Pool, Scratch, is_of_whole_blocks},
     status,
 };
 use crate::{
@@ -163,9 +163,12 @@ impl Pieces {
     }
 }
 
-/// A WRITE that may read the source or has to be durable.
+/// A WRITE that may read the source or is to be durable at once.
 pub(super) fn submit_write(shared: &Arc<Shared>, request: Request, payload: Vec<u8>, permit: Permit) {
-    submit(&shared.hub.slow, shared, move |shared, _| {
+    // Whatever may wait for the source stays away from those that need none.
+    let large = shared.disk().pays(request.len) && is_of_whole_blocks(request.offset, request.len);
+    let pool = if large { &shared.large } else { &shared.hub.slow };
+    submit(pool, shared, move |shared, _| {
         let done = shared.disk().write(request.offset, &payload);
         drop(payload);
         shared.hub.stats.bytes_written.fetch_add(request.len, Ordering::Relaxed);

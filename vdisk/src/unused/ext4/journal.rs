@@ -12,7 +12,6 @@
 use super::{
     super::source::{Stop, be16, be32, ensure, le16, le32},
     Fs,
-    group::Descriptor,
 };
 
 pub(super) const MAGIC: u32 = 0xc03b_3998;
@@ -160,21 +159,9 @@ fn place(extents: &[(u32, u32, u64)], block: u32) -> Result<u64, Stop> {
 
 /// The journal's extents: first block of the log, count, place.
 fn extents(fs: &mut Fs<'_, '_>) -> Result<Vec<(u32, u32, u64)>, Stop> {
-    let number = u64::from(fs.sb.journal_inode).checked_sub(1).ok_or(Stop::Doubt("its journal is elsewhere"))?;
-    let (group, index) = (number / fs.sb.inodes_per_group.max(1), number % fs.sb.inodes_per_group.max(1));
-    ensure(group < fs.sb.groups, "its journal is nowhere")?;
-    let per_block = fs.sb.descriptors_per_block();
-    let table = fs.sb.table_place(group / per_block).ok_or(Stop::Doubt("its descriptors leave it"))?;
-    let table = fs.block(table)?;
-    let size = fs.sb.descriptor_bytes;
-    let at = usize::try_from(group % per_block).unwrap_or(0) * size;
-    let bytes = table.get(at..at + size).ok_or(Stop::Doubt("a descriptor cut short"))?;
-    let descriptor = Descriptor::parse(&fs.sb, group, bytes)?;
-    let offset = index * fs.sb.inode_bytes;
-    let block = fs.block(descriptor.inode_table() + offset / fs.sb.block_bytes)?;
-    let at = usize::try_from(offset % fs.sb.block_bytes).unwrap_or(0);
-    let inode = block.get(at..at + 128).ok_or(Stop::Doubt("an inode cut short"))?;
-    ensure(le32(inode, 0x20) & EXTENTS_FLAG != 0, "a journal without extents")?;
+    ensure(fs.sb.journal_inode != 0, "its journal is elsewhere")?;
+    let inode = fs.inode(fs.sb.journal_inode)?;
+    ensure(le32(&inode, 0x20) & EXTENTS_FLAG != 0, "a journal without extents")?;
     let mut out = Vec::new();
     // Nodes still to be read, the root first; each level must be one lower than the last, so this ends.
     let mut nodes = vec![(inode.get(0x28..0x64).unwrap_or_default().to_vec(), None)];

@@ -153,6 +153,19 @@ impl Superblock {
             && (self.first_meta_group.is_none_or(|first| u64::from(le32(raw, 0x104)) == first))
     }
 
+    /// Whether a copy of the superblock is one of this. Features are left out, for a kernel that begins to use one notes it
+    /// in the first only; and after growing, copies may say the old size and, of older kernels, the wrong group.
+    pub(super) fn is_copy(&self, raw: &[u8; 1024]) -> bool {
+        let high = if self.incompat & INCOMPAT_64BIT != 0 { u64::from(le32(raw, 0x150)) } else { 0 };
+        le16(raw, 0x38) == 0xef53
+            && (1..=self.blocks).contains(&(high << 32 | u64::from(le32(raw, 0x4))))
+            && u64::from(le32(raw, 0x14)) == self.first_block
+            && 1024u64.checked_shl(le32(raw, 0x18)) == Some(self.block_bytes)
+            && u64::from(le32(raw, 0x20)) == self.blocks_per_group
+            && u64::from(le32(raw, 0x28)) == self.inodes_per_group
+            && raw.get(0x68..0x78) == Some(&self.uuid[..])
+    }
+
     /// Whether the journal may hold changes that are no blocks.
     pub(super) fn has_fast_commits(&self) -> bool {
         self.compat & COMPAT_FAST_COMMIT != 0
