@@ -53,6 +53,7 @@ impl Ova {
         for member in &self.members {
             let lower = member.name.to_ascii_lowercase();
             if lower.ends_with(".vmdk") {
+                member.check_file(path)?;
                 if names.contains(&member.name.as_str()) {
                     return Err(Error::corrupt(
                         path,
@@ -80,6 +81,7 @@ impl Ova {
         let broken = |what: String| Error::ChainBroken { path: path.into(), what };
         let member = self.members.iter().find(|member| member.name == name);
         let member = member.ok_or_else(|| broken(format!("has no member {name:?}")))?;
+        member.check_file(path)?;
         let label = format!("{path} ({name})");
         let disk = Vmdk::open(Arc::new(View::part(self.file.storage.clone(), member.offset, member.len, label)))?;
         if disk.parent().is_some() {

@@ -45,7 +45,7 @@ pub use manifest::{Freshness, Seen};
 pub use name::DiskName;
 pub use open::{Access, LinkedOpener, Machine, Repository};
 pub use point::{Point, PointState};
-pub use query::PointQuery;
+pub use query::{Answer, PointQuery};
 pub use store::Store;
 pub use transaction::{DiskPlan, DiskWork, Interrupted, NewPoint, Transaction};
 pub use variables::{UefiVariables, VARIABLES_BYTES_MAX};

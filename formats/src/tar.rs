@@ -3,8 +3,12 @@
 //! Invariants
 //! - Every header's checksum holds, and every member lies inside the file, or the archive is refused.
 //! - Members are counted: a small file cannot describe an endless archive.
+//! - An archive ends with zeros and nothing behind them (POSIX.1 pax, "ustar Interchange Format"): one that was cut between two members, or whose rest
+//!   was lost, is refused.
+//! - What holds bytes and cannot be read where it lies (sparse members, parts of several volumes, kinds that are not known) is
+//!   refused by name: passed over it would read as zeros.
 //!
-//! Not here: sparse members, links and folders, which are passed over.
+//! Not here: folders, devices and labels, which are passed over; what a link leads to, which is its user's to refuse.
 
 use crate::{Error, Result, tables::TableFile};
 
@@ -12,10 +16,23 @@ const BLOCK: u64 = 512;
 /// Longest extended header, in bytes.
 const EXTENDED_MAX: u64 = 64 << 10;
 
+/// Most zeros at the end: records of 2048 blocks, the longest that `tar` is asked for.
+const END_BYTES_MAX: u64 = 1 << 20;
+
+/// What a member is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Its bytes lie where it says.
+    File,
+    /// Another name of a file.
+    Link,
+}
+
 /// One file of an archive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Member {
     pub(crate) name: String,
+    pub(crate) kind: Kind,
     pub(crate) offset: u64,
     pub(crate) len: u64,
 }
@@ -25,6 +42,17 @@ pub(crate) struct Member {
 struct Extended {
     name: Option<String>,
     len: Option<u64>,
+    is_sparse: bool,
+}
+
+impl Member {
+    /// Refuses a link, of which the archive at `path` needs the bytes.
+    pub(crate) fn check_file(&self, path: &str) -> Result<()> {
+        match self.kind {
+            Kind::File => Ok(()),
+            Kind::Link => Err(Error::unsupported(path, format!("the member {:?}, which is a link", self.name))),
+        }
+    }
 }
 
 /// Tells `each` the files of an archive, in its order. No member is read.
@@ -33,7 +61,7 @@ pub(crate) fn walk(file: &TableFile, members_max: usize, mut each: impl FnMut(Me
     while at < file.len {
         let header = file.read(at, BLOCK, "a header of the archive")?;
         if header.iter().all(|byte| *byte == 0) {
-            break;
+            return check_end(file, at);
         }
         seen += 1;
         if seen > members_max {
@@ -51,15 +79,37 @@ pub(crate) fn walk(file: &TableFile, members_max: usize, mut each: impl FnMut(Me
             b'L' | b'x' if len > EXTENDED_MAX => return Err(bad("an extended header that is too long")),
             b'L' => extended.name = Some(text(&file.read(offset, len, "a long name")?)),
             b'x' => extended.take(&file.read(offset, len, "an extended header")?),
-            b'0' | 0 => {
+            kind @ (b'0' | 0 | b'1' | b'2' | b'7') => {
                 let name = extended.name.take().unwrap_or_else(|| name_of(&header));
-                each(Member { name, offset, len })?;
+                if extended.is_sparse {
+                    return Err(Error::unsupported(file.label(), format!("the sparse member {name:?}")));
+                }
+                let kind = if matches!(kind, b'1' | b'2') { Kind::Link } else { Kind::File };
+                each(Member { name, kind, offset, len })?;
                 extended = Extended::default();
             }
-            _ => extended = Extended::default(),
+            // Character and block devices, folders, queues; comments, names of links, contents of folders, labels.
+            b'3'..=b'6' | b'g' | b'K' | b'D' | b'V' => extended = Extended::default(),
+            kind => {
+                let (kind, name) = (char::from(kind), name_of(&header));
+                return Err(Error::unsupported(file.label(), format!("the member {name:?} of the kind {kind:?}")));
+            }
         }
         let padded = len.checked_next_multiple_of(BLOCK).ok_or_else(|| bad("the length is impossible"))?;
         at = offset.saturating_add(padded);
+    }
+    file.check_inside(at, BLOCK, "the end of the archive")
+}
+
+/// Refuses an archive that ends at `at` although it goes on.
+fn check_end(file: &TableFile, at: u64) -> Result<()> {
+    let bad = |what: &str| Err(Error::corrupt(file.label(), at, format!("the archive ends here, but {what}")));
+    let rest = file.len.saturating_sub(at);
+    if rest > END_BYTES_MAX + BLOCK {
+        return bad("so much follows that its rest was lost");
+    }
+    if file.read(at, rest, "the end of the archive")?.iter().any(|byte| *byte != 0) {
+        return bad("more follows");
     }
     Ok(())
 }
@@ -70,6 +120,8 @@ impl Extended {
         while let Some((len, line)) = record(rest) {
             if let Some(name) = line.strip_prefix("path=") {
                 self.name = Some(name.into());
+            } else if line.starts_with("GNU.sparse.") || line.starts_with("SCHILY.realsize=") {
+                self.is_sparse = true;
             } else if let Some(size) = line.strip_prefix("size=") {
                 self.len = size.parse().ok();
             }

@@ -19,6 +19,7 @@
 
 use std::sync::Arc;
 
+use jiff::{SignedDuration, civil::DateTime};
 use serde::Deserialize;
 
 use crate::{BlockRef, Codec, Content, Error, Layer, Result, Storage, lz4_frame, tables::TableFile};
@@ -33,6 +34,8 @@ const PIECES_MAX: usize = 1 << 24;
 const LENGTHS_BYTES_MAX: u64 = 16 << 20;
 /// Most bytes of one compressed frame, decoded.
 const FRAME_BYTES_MAX: u64 = 64 << 20;
+/// No two local clocks are further apart, whatever their time zones and seasons.
+const CLOCKS_APART: SignedDuration = SignedDuration::from_hours(26);
 /// Stands for no place in the file.
 const ZEROS: u64 = u64::MAX;
 
@@ -44,16 +47,37 @@ struct Meta {
     disk_name: String,
     #[serde(default)]
     checkpoint_name: Option<String>,
+    /// When it was begun, by the local clock: `2026-11-21T10:00:00.123456`.
+    #[serde(default)]
+    date: Option<String>,
     /// `false`, or a name.
     #[serde(default)]
     parent_checkpoint: serde_json::Value,
-    #[serde(default)]
+    /// Nothing stands in for it: where it were lost, what an increment leaves out would be zeros.
     incremental: bool,
     /// `false`, `true`, or a level.
     #[serde(default)]
     compressed: serde_json::Value,
     #[serde(default)]
     compression_method: Option<String>,
+}
+
+impl Meta {
+    fn began(&self) -> Option<DateTime> {
+        self.date.as_deref()?.parse().ok()
+    }
+}
+
+/// Whether a file holds what an increment stands on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fit {
+    /// Another disk, or another checkpoint.
+    No,
+    /// It does, as far as the file tells.
+    Yes,
+    /// It bears the name, and was begun later than a clock that was set back explains: it may be of a later chain. Clocks can
+    /// be wrong by more than that, so this only decides between several.
+    Younger,
 }
 
 /// One piece: where on the disk, how long, where in the file.
@@ -104,13 +128,19 @@ impl VirtnbdLayer {
         Ok(Self { file, meta, pieces })
     }
 
-    /// The names of a file's disk and checkpoint, from its description alone.
+    /// Whether a file, by its description alone, holds the checkpoint that this increment stands on. A differential one
+    /// bears the name of a checkpoint that it does not make: its own name tells it, and it is for the caller to leave out.
     ///
     /// # Errors
     /// As [`VirtnbdLayer::open`].
-    pub fn names(storage: Arc<dyn Storage>) -> Result<(String, Option<String>)> {
-        let (_, meta, _) = described(storage)?;
-        Ok((meta.disk_name, meta.checkpoint_name))
+    pub fn stands_on(&self, storage: Arc<dyn Storage>) -> Result<Fit> {
+        let (_, other, _) = described(storage)?;
+        let is_meant = other.checkpoint_name.as_deref().is_some_and(|name| self.below().ok().flatten() == Some(name));
+        Ok(match (other.began(), self.meta.began()) {
+            _ if !is_meant || other.disk_name != self.meta.disk_name => Fit::No,
+            (Some(other), Some(own)) if other.duration_since(own) > CLOCKS_APART => Fit::Younger,
+            _ => Fit::Yes,
+        })
     }
 
     /// The disk's name.

@@ -6,12 +6,17 @@
 //! Ref:11/00000000.checksum    its SHA-1, in hexadecimal digits; or
 //! Ref:11/00000000.xxhash      its XXH64
 //! Ref:11/00000007             what is not there between is zeros
+//! Ref:11/00000009             an empty one says that the export goes on: it takes a number, and no place on the disk
+//! Ref:11/00000010             so this is what belongs at 9 MiB
 //! ```
 //!
 //! Invariants
 //! - One pass over the archive's headers tells where each block is; no block is read for it, and one costs 24 bytes.
-//! - A block with a checksum is checked whole on every read. One that lies twice, or past the end of its disk, or is
+//! - A block with a checksum is checked whole on every read. Where one block has a checksum, all have: the last bytes of an
+//!   archive may be lost, a checksum with them. One that lies twice, or past the end of its disk, or is
 //!   shorter than it must be, is damage.
+//! - A disk's first and last block are there, zeros too, as xapi writes them: an export that was cut short is told from one
+//!   whose rest is zeros.
 //! - Entities and document types in `ova.xml` are refused, its size and its nodes are bounded.
 //!
 //! Not here: compressed archives, which are refused by name; what `ova.xml` says of the machine besides its disks.
@@ -46,7 +51,45 @@ const DESCRIPTION_BYTES_MAX: u64 = 16 << 20;
 pub struct Xva {
     file: Arc<TableFile>,
     described: Vec<Described>,
-    blocks: BTreeMap<String, Vec<Block>>,
+    stored: BTreeMap<String, Stored>,
+}
+
+/// What there is of a disk.
+#[derive(Debug, Default)]
+struct Stored {
+    blocks: Vec<Block>,
+    /// Numbers of members that hold nothing.
+    empty: Vec<u32>,
+}
+
+/// A block that has no checksum although others of these disks have theirs.
+fn unproven(stored: &BTreeMap<String, Stored>) -> Option<(&str, &Block)> {
+    let blocks =
+        || stored.iter().flat_map(|(disk, stored)| stored.blocks.iter().map(move |block| (disk.as_str(), block)));
+    if blocks().all(|(_, block)| block.sum == Sum::None) {
+        return None;
+    }
+    blocks().find(|(_, block)| block.sum == Sum::None)
+}
+
+impl Stored {
+    /// Sorts the blocks, and takes from their numbers those that hold nothing: xapi writes such a member where it has sent
+    /// nothing for some seconds, and goes on at the same place of the disk with the next number. Answers a number that two
+    /// members bear, and where one of them lies.
+    fn put_in_place(&mut self) -> Option<(u32, u64)> {
+        self.blocks.sort_unstable_by_key(|block| block.number);
+        self.empty.sort_unstable();
+        let mut before: Option<u32> = None;
+        for block in &mut self.blocks {
+            let (number, less) = (block.number, self.empty.partition_point(|empty| *empty < block.number));
+            if before.replace(number) == Some(number) || self.empty.get(less) == Some(&number) {
+                return Some((number, block.offset));
+            }
+            block.number = number.saturating_sub(u32::try_from(less).unwrap_or(u32::MAX));
+        }
+        let twice = self.empty.windows(2).find(|pair| matches!(pair, [a, b] if a == b));
+        twice.and_then(|pair| pair.first()).map(|number| (*number, 0))
+    }
 }
 
 impl Xva {
@@ -56,13 +99,14 @@ impl Xva {
     /// [`Error::Corrupt`], [`Error::Truncated`], [`Error::Unsupported`], [`Error::Io`].
     pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
         let file = Arc::new(TableFile::open(storage)?);
-        let (mut text, mut blocks) = (None, BTreeMap::<String, Vec<Block>>::new());
+        let (mut text, mut stored) = (None, BTreeMap::<String, Stored>::new());
         tar::walk(&file, MEMBERS_MAX, |member| {
             if member.name == "ova.xml" {
+                member.check_file(file.label())?;
                 text = Some(member);
                 return Ok(());
             }
-            note(&file, &mut blocks, &member)
+            note(&file, &mut stored, &member)
         })?;
         let text = text.ok_or_else(|| Error::corrupt(file.label(), 0, "an archive without ova.xml"))?;
         if text.len > DESCRIPTION_BYTES_MAX {
@@ -73,15 +117,16 @@ impl Xva {
         if described.is_empty() {
             return Err(Error::unsupported(file.label(), "an export without disks"));
         }
-        for (disk, found) in &mut blocks {
-            found.sort_unstable_by_key(|block| block.number);
-            if let Some(twice) = found.windows(2).find(|pair| matches!(pair, [a, b] if a.number == b.number)) {
-                let [first, ..] = twice else { continue };
-                let what = format!("block {} of {disk} is there twice", first.number);
-                return Err(Error::corrupt(file.label(), first.offset, what));
+        for (disk, found) in &mut stored {
+            if let Some((number, offset)) = found.put_in_place() {
+                return Err(Error::corrupt(file.label(), offset, format!("block {number} of {disk} is there twice")));
             }
         }
-        Ok(Self { file, described, blocks })
+        if let Some((disk, block)) = unproven(&stored) {
+            let what = format!("block {} of {disk} has no checksum, and others have", block.number);
+            return Err(Error::corrupt(file.label(), block.offset, what));
+        }
+        Ok(Self { file, described, stored })
     }
 
     /// Names of the disks, in the order of the description.
@@ -92,21 +137,34 @@ impl Xva {
     /// The disk `name`.
     ///
     /// # Errors
-    /// [`Error::ChainBroken`] if there is none; [`Error::Corrupt`] where its blocks do not fit its size.
+    /// [`Error::ChainBroken`] if there is none; [`Error::Truncated`] where its first or last block is missing;
+    /// [`Error::Corrupt`] where its blocks do not fit its size.
     pub fn disk(&self, name: &str) -> Result<XvaLayer> {
         let found = self.described.iter().find(|disk| disk.name == name);
         let missing = || Error::ChainBroken { path: self.file.label().into(), what: format!("has no disk {name:?}") };
         let disk = found.ok_or_else(missing)?;
-        let blocks = self.blocks.get(&disk.reference).cloned().unwrap_or_default();
+        let blocks = self.stored.get(&disk.reference).map(|stored| stored.blocks.clone()).unwrap_or_default();
+        let last = disk.bytes.div_ceil(BLOCK_BYTES).saturating_sub(1);
+        let (first, end) =
+            (blocks.first().map(|block| block.number), blocks.last().map(|block| u64::from(block.number)));
+        if first != Some(0) || end.is_none_or(|end| end < last) {
+            return Err(Error::Truncated {
+                path: self.file.label().into(),
+                len: end.map_or(0, |end| (end + 1) * BLOCK_BYTES),
+                need: disk.bytes,
+                what: format!("the disk {name}, whose first and last block are always there"),
+            });
+        }
         XvaLayer::new(self.file.clone(), name, disk.bytes, blocks)
     }
 }
 
 /// Notes a member that is a block or the checksum of the block before it.
-fn note(file: &TableFile, blocks: &mut BTreeMap<String, Vec<Block>>, member: &Member) -> Result<()> {
+fn note(file: &TableFile, stored: &mut BTreeMap<String, Stored>, member: &Member) -> Result<()> {
     let Some((disk, rest)) = member.name.split_once('/').filter(|(disk, _)| disk.starts_with("Ref:")) else {
         return Ok(());
     };
+    member.check_file(file.label())?;
     let (number, sum) = match rest.split_once('.') {
         None => (rest, None),
         Some((number, "checksum")) => (number, Some(Sum::Sha1(member.offset))),
@@ -115,9 +173,12 @@ fn note(file: &TableFile, blocks: &mut BTreeMap<String, Vec<Block>>, member: &Me
     };
     let bad = |what: String| Error::corrupt(file.label(), member.offset, format!("member {:?}: {what}", member.name));
     let number: u32 = number.parse().map_err(|_| bad("no number of a block".into()))?;
-    let known = blocks.entry(disk.to_owned()).or_default();
+    let Stored { blocks: known, empty } = stored.entry(disk.to_owned()).or_default();
     match sum {
-        None if member.len == 0 => Ok(()),
+        None if member.len == 0 => {
+            empty.push(number);
+            Ok(())
+        }
         None => {
             let len = u32::try_from(member.len).ok().filter(|len| u64::from(*len) <= BLOCK_BYTES);
             let len = len.ok_or_else(|| bad(format!("a block of {} bytes", member.len)))?;

@@ -3,6 +3,7 @@
 
 mod archive;
 mod hyperv;
+mod lives;
 mod mixed;
 mod stores;
 mod streams;

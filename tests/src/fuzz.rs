@@ -511,4 +511,12 @@ fn look_for_unused(data: &[u8]) {
         last = range.end;
     }
     assert!(found.doubt.is_none() || found.ranges.is_empty());
+    let mut believed = 0;
+    for volume in &found.volumes {
+        let unused = found.ranges.clip(volume.range.clone()).bytes();
+        let may_be = volume.doubt.is_none() && volume.file_system == aquifer_vdisk::unused::FileSystem::Ext4;
+        assert!(unused == volume.unused && (may_be || unused == 0), "{volume:?}");
+        believed += unused;
+    }
+    assert_eq!(believed, found.ranges.bytes(), "what lies in no volume is used");
 }

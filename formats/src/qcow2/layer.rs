@@ -3,6 +3,7 @@
 //! Invariants
 //! - `lookup` and `scan` see the same walk; the first keeps the tables it reads, the second does not.
 //! - A broken entry spoils only its own range: a run that reaches it ends before it.
+//! - What is told as stored lies inside its file, as far as the disk goes.
 //!
 //! Not here: tables and entries (`table`), which file a name leads to.
 
@@ -67,7 +68,11 @@ impl Qcow2Layer {
                 (storage, len, id, DATA)
             }
         };
-        // QEMU does not write the unused end of the last cluster; by the format it reads as zeros.
+        if header.data_file.as_ref().is_some_and(|data| data.is_raw) && len < table.size {
+            let (path, what) = (storage.label().to_owned(), "the disk, which a raw data file holds whole".into());
+            return Err(Error::Truncated { path, len, need: table.size, what });
+        }
+        // The last cluster need not be there past the end of the disk. What of it is inside has to: `check_stored`.
         let storage: Arc<dyn Storage> = match len.checked_next_multiple_of(geometry.cluster_bytes()) {
             Some(whole) if whole > len => Arc::new(View::extended(storage, len, whole)),
             _ => storage,
@@ -170,6 +175,7 @@ impl Qcow2Layer {
             Cluster::Zero => each(from, to - from, Content::Zero),
             Cluster::Plain { host } => {
                 self.check_host(host, from - skip)?;
+                self.check_stored(host, from - skip, self.geometry.cluster_bytes())?;
                 each(from, to - from, self.plain(host, skip))
             }
             Cluster::Compressed { host, span } => each(from, to - from, self.packed(host, span, from)?),
@@ -186,7 +192,10 @@ impl Qcow2Layer {
                     let bit = 1u32 << (skip >> part_bytes.trailing_zeros());
                     let content = match () {
                         () if zero & bit != 0 => Content::Zero,
-                        () if allocated & bit != 0 => self.plain(host, skip),
+                        () if allocated & bit != 0 => {
+                            self.check_stored(host, start, floor(skip, part_bytes) + part_bytes)?;
+                            self.plain(host, skip)
+                        }
                         () => Content::Absent,
                     };
                     if each(at, end - at, content).is_break() {
@@ -203,17 +212,27 @@ impl Qcow2Layer {
         Content::Plain { file: self.data.slot, offset: host + skip }
     }
 
-    /// A stored cluster has to begin inside the file; beside a data file, where the guest sees it.
+    /// Beside a data file a stored cluster has to lie where the guest sees it.
     fn check_host(&self, host: u64, guest: u64) -> Result<()> {
-        let path = || self.data.storage.label().to_owned();
         if self.geometry.external && host != guest {
             let what = format!("cluster of disk offset {guest} is mapped to data file offset {host}");
             return Err(Error::corrupt(self.file.label(), host, what));
         }
-        if host >= self.data.len {
-            let need = host.saturating_add(self.geometry.cluster_bytes());
+        Ok(())
+    }
+
+    /// The first `len` bytes of a stored cluster have to be in the file, as far as they lie inside the disk: QEMU writes
+    /// them all, so a file that ends before them was cut.
+    fn check_stored(&self, host: u64, guest: u64, len: u64) -> Result<()> {
+        let need = host.saturating_add(len.min(self.table.size.saturating_sub(guest)));
+        if need > self.data.len {
             let what = format!("the cluster of disk offset {guest}");
-            return Err(Error::Truncated { path: path(), len: self.data.len, need, what });
+            return Err(Error::Truncated {
+                path: self.data.storage.label().to_owned(),
+                len: self.data.len,
+                need,
+                what,
+            });
         }
         Ok(())
     }

@@ -256,24 +256,45 @@ fn one_l2_table_serves_one_l1_entry() {
     assert!(is_corrupt(layer.lookup(2 << 29, 1)));
 }
 
+/// QEMU writes all of a cluster that lies inside the disk. A file that ends before that was cut, and zeros would be a lie.
 #[test]
-fn a_short_last_cluster_reads_on_as_zeros() {
+fn a_last_cluster_may_be_short_only_past_the_end_of_the_disk() {
+    let plain = Content::Plain { file: 0, offset: 3 * CLUSTER as u64 };
+    for cut in [1, 512, 4096, CLUSTER - 1, CLUSTER] {
+        let mut made = Made::new();
+        made.bytes.truncate(4 * CLUSTER - cut);
+        assert!(is_truncated(made.lookup(0)), "cut by {cut}");
+        assert!(is_truncated(made.layer().expect("opens").lookup(0, 1)), "cut by {cut}, its first byte");
+        assert_eq!(made.lookup(1).expect("behind it"), (Content::Zero, CLUSTER as u64), "cut by {cut}");
+        assert!(made.layer().expect("opens").scan(0, u64::MAX, &mut |_, _, _| ()).is_err(), "cut by {cut}");
+    }
     let mut made = Made::new();
     made.bytes.truncate(3 * CLUSTER + 700);
+    made.u64(24, 700);
     let layer = made.layer().expect("opens");
-    let (content, len) = layer.lookup(0, u64::MAX).expect("plain");
-    assert_eq!((content, len), (Content::Plain { file: 0, offset: 3 * CLUSTER as u64 }, CLUSTER as u64));
-    let file = layer.file(0).expect("file 0");
-    let mut out = vec![1; CLUSTER];
-    file.read_at(3 * CLUSTER as u64, &mut out).expect("reads");
-    assert_eq!((&out[..700], &out[700..]), (&[0xab; 700][..], &[0; CLUSTER - 700][..]));
+    assert_eq!(layer.lookup(0, u64::MAX).expect("all there is of the disk"), (plain, 700));
     let mut out = [1; 16];
-    file.read_at(4 * CLUSTER as u64 - 16, &mut out).expect("wholly past the end");
+    layer.file(0).expect("file 0").read_at(4 * CLUSTER as u64 - 16, &mut out).expect("past the disk's end");
     assert_eq!(out, [0; 16]);
-    assert!(file.read_at(4 * CLUSTER as u64 - 15, &mut out).is_err(), "past the cluster");
-    assert_eq!(file.allocated(3 * CLUSTER as u64 + 700, 100).expect("map"), (false, 100));
-    made.bytes.truncate(3 * CLUSTER);
-    assert!(is_truncated(made.lookup(0)), "a cluster of which nothing is there");
+    made.u64(24, 701);
+    assert!(is_truncated(made.lookup(0)), "one byte of the disk is gone");
+}
+
+#[test]
+fn parts_of_a_short_cluster_are_judged_one_by_one() {
+    let mut made = Made::new();
+    made.u64(72, 1 << 4);
+    made.bytes[2 * CLUSTER..3 * CLUSTER].fill(0);
+    made.u64(2 * CLUSTER, 3 * CLUSTER as u64);
+    made.u64(2 * CLUSTER + 8, 0b11);
+    made.bytes.truncate(3 * CLUSTER + 2 * 2048);
+    let plain = Content::Plain { file: 0, offset: 3 * CLUSTER as u64 };
+    assert_eq!(made.lookup(0).expect("what is stored is there"), (plain, 2 * 2048));
+    made.bytes.truncate(3 * CLUSTER + 2 * 2048 - 1);
+    assert_eq!(made.lookup(0).expect("the first part"), (plain, 2048));
+    let layer = made.layer().expect("opens");
+    assert!(is_truncated(layer.lookup(2048, 1)));
+    assert_eq!(layer.lookup(4096, 10).expect("what was never stored"), (Content::Absent, 10));
 }
 
 /// A compressed cluster at `3 * CLUSTER + 100` for guest cluster 2, `sectors` as its descriptor counts them.
@@ -517,6 +538,24 @@ fn data_files_are_needed_exactly_where_named() {
     assert!(is_corrupt(at(4)), "compressed");
     assert_ne!(layer.file_id(0), layer.file_id(1));
     assert!(layer.file(0).is_ok() && layer.file(1).is_ok() && layer.file(2).is_err());
+}
+
+#[test]
+fn a_raw_data_file_holds_all_of_the_disk() {
+    let mut made = Made::new();
+    made.u64(72, 1 << 2);
+    made.u64(88, 1 << 1);
+    made.u64(2 * CLUSTER, 0);
+    let open = |made: &Made, len: usize| made.open()?.active(Some(Arc::new(MemoryStorage::new("data", vec![7; len]))));
+    for len in [0, 1, CLUSTER, (1 << 20) - 1] {
+        assert!(is_truncated(open(&made, len)), "{len}");
+    }
+    assert!(open(&made, 1 << 20).is_ok());
+    assert!(open(&made, (1 << 20) + CLUSTER).is_ok(), "longer than the disk");
+    made.u64(88, 0);
+    assert!(open(&made, 1).is_ok(), "without the mark only what is mapped counts");
+    made.u64(2 * CLUSTER + 8, CLUSTER as u64);
+    assert!(is_truncated(open(&made, 2 * CLUSTER - 1).and_then(|layer| layer.lookup(CLUSTER as u64, 1))));
 }
 
 #[test]

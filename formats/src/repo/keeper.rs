@@ -10,6 +10,9 @@
 //!   looked up after that: a backup receives its point before it lets go of the lease on the point below.
 //! - Giving up never waits: a mounted point keeps its files, and they go when its lease ends.
 //! - Cut anywhere, the next sweep goes on.
+//! - What is given up gives its room back also where there is none left: the files of an interrupted backup are emptied
+//!   before a lease is taken, while nobody can go on with it. A file with a second name is never emptied: that name is
+//!   somebody's copy.
 //!
 //! Not here: which points to give up (retention rules), and who may ask.
 
@@ -204,7 +207,8 @@ pub fn reclaim(
     tell: &dyn Fn(&Holder) -> Liveness,
     patience: Duration,
 ) -> Result<Vec<LeaseRecord>> {
-    repo.writable()?;
+    // Nothing is created, for which a full file system has no room.
+    repo.owned()?;
     let wanted = |lease: &&LeaseRecord| lease.machine == machine.id && lease.kind == LeaseKind::Append;
     let start = Instant::now();
     let mut first_beats: Option<Vec<(Uuid, u64)>> = None;
@@ -324,13 +328,72 @@ fn files_of(
 /// Deletes what an interrupted backup has written. Only where nothing is listed and nobody appends.
 ///
 /// # Errors
-/// [`Error::Locked`] if a backup of this machine runs; refused if the point is listed; I/O.
+/// [`Error::Locked`] if a backup of this machine runs; refused if the point is complete, or was and others stand on it;
+/// I/O.
 pub fn discard(repo: &Repository, machine: &Machine, what: &Interrupted, holder: Holder) -> Result<Swept> {
-    repo.writable()?;
-    let lease = repo.lease_append(machine, None, holder)?;
-    let done = discard_leased(repo, machine, what.record.id);
+    let point = what.record.id;
+    let take = || {
+        repo.writable()?;
+        repo.lease_append(machine, None, holder.clone())
+    };
+    let (lease, emptied) = match take() {
+        Err(error) if is_full(&error) => match empty(repo, machine, point)? {
+            0 => return Err(error),
+            emptied => (take()?, emptied),
+        },
+        lease => (lease?, 0),
+    };
+    let done = discard_leased(repo, machine, point);
     lease.release()?;
-    done
+    done.map(|swept| Swept { bytes: swept.bytes + emptied, ..swept })
+}
+
+/// Whether there is no room for what was to be created.
+fn is_full(error: &Error) -> bool {
+    use rustix::io::Errno;
+    let Error::Format(crate::Error::Io { source, .. }) = error else { return false };
+    source.raw_os_error().is_some_and(|code| [Errno::NOSPC, Errno::DQUOT].iter().any(|e| e.raw_os_error() == code))
+}
+
+/// Empties the files of an interrupted backup, without a lease, for which a full file system has no room; says of how many
+/// bytes. Whoever goes on with it has a lease before its files, and begins an empty one anew: with the files in our hands
+/// and no such lease there is nobody.
+///
+/// # Errors
+/// [`Error::Locked`] if a backup of this machine runs; I/O.
+pub(super) fn empty(repo: &Repository, machine: &Machine, point: Uuid) -> Result<u64> {
+    repo.owned()?;
+    let store = repo.store();
+    let mut files = Vec::new();
+    for disk in disks_in(store, machine.id, point)? {
+        let layer = name::layer(machine.id, point, &disk);
+        let file = store.reopen_layer(&layer)?;
+        // Another name of it is in a copy of the repository, which keeps what it has.
+        if store.is_alone(&layer)? {
+            files.push(file);
+        }
+    }
+    let append = |lease: &&LeaseRecord| lease.kind == LeaseKind::Append && lease.machine == machine.id;
+    if let Some(other) = repo.leases()?.iter().find(append) {
+        return Err(Error::Locked {
+            path: store.path_of(&name::machine_folder(machine.id)),
+            holder: other.holder.to_string(),
+            kind: "append",
+            since: other.since.to_string(),
+        });
+    }
+    let listed = manifest::latest(store, machine.id)?.is_some_and(|m| m.record.points.iter().any(|p| p.id == point));
+    if listed || store.len(&name::point(machine.id, point))?.is_some() {
+        return Ok(0);
+    }
+    let mut bytes = 0;
+    for file in &files {
+        let failed = |action, e| Error::from(crate::Error::io(file.label(), action, 0, e));
+        bytes += file.len().map_err(|e| failed("look at", e))?;
+        file.set_len(0).map_err(|e| failed("truncate", e))?;
+        file.sync().map_err(|e| failed("sync", e))?;
+    }
+    Ok(bytes)
 }
 
 /// Deletes what points that were written anew have left behind where that was cut short: folders that no generation
@@ -360,6 +423,13 @@ fn clear_leased(repo: &Repository, machine: &Machine) -> Result<Swept> {
     Ok(swept)
 }
 
+/// Files under points of this machine that somebody holds a lease on, whether the point is listed or not.
+fn files_of_leased(repo: &Repository, machine: &Machine) -> Result<BTreeSet<FileKey>> {
+    let leases = repo.leases()?;
+    let held = leases.iter().filter(|lease| lease.machine == machine.id).filter_map(|lease| lease.point);
+    files_of_all(repo, machine.id, held, &[])
+}
+
 fn discard_leased(repo: &Repository, machine: &Machine, point: Uuid) -> Result<Swept> {
     let store = repo.store();
     let listed = manifest::latest(store, machine.id)?.map(|m| m.record.points).unwrap_or_default();
@@ -369,6 +439,11 @@ fn discard_leased(repo: &Repository, machine: &Machine, point: Uuid) -> Result<S
         return Err(crate::Error::Refused { path, what: "the point is complete".into() }.into());
     }
     if listed.iter().any(|p| p.id == point) {
+        let others = listed.iter().filter(|p| p.retained && p.id != point).map(|p| p.id);
+        if files_of_all(repo, machine.id, others, &[])?.iter().any(|(of, _)| *of == point) {
+            let path = store.path_of(&name::point_folder(machine.id, point));
+            return Err(crate::Error::Refused { path, what: "other points stand on its files".into() }.into());
+        }
         // Received and never completed: it leaves the list before its files go.
         manifest::change(repo, machine, |record| {
             record.points.retain(|p| p.id != point);
@@ -376,6 +451,7 @@ fn discard_leased(repo: &Repository, machine: &Machine, point: Uuid) -> Result<S
         })?;
     }
     let mut swept = Swept::default();
-    sweep_point(store, machine.id, point, &BTreeSet::new(), &BTreeSet::new(), &mut swept)?;
+    let leased = files_of_leased(repo, machine)?;
+    sweep_point(store, machine.id, point, &BTreeSet::new(), &leased, &mut swept)?;
     Ok(swept)
 }

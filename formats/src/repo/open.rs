@@ -195,11 +195,17 @@ impl Repository {
         self.store.create(&name::owner(number), &encode(&record)?)
     }
 
+    /// Lets something be taken away: the owner is this one.
+    pub(super) fn owned(&self) -> Result<()> {
+        match self.access()? {
+            Access::ReadWrite => Ok(()),
+            Access::ReadOnly { owner } => Err(Error::ForeignOwner { path: self.label().into(), owner: owner.name }),
+        }
+    }
+
     /// Lets a change go on: the owner is this one, and the store keeps its promises.
     pub(super) fn writable(&self) -> Result<()> {
-        if let Access::ReadOnly { owner } = self.access()? {
-            return Err(Error::ForeignOwner { path: self.label().into(), owner: owner.name });
-        }
+        self.owned()?;
         if self.proved.get().is_none() {
             keeper::self_test(&self.store)?;
             self.proved.get_or_init(|| ());

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::{
     DiskName, Error, Machine, Repository, Result, manifest,
     name::{self, parse_hint},
-    record::{Hash, ManifestPoint, NeededFile, Origin, PointDisk, PointRecord, decode},
+    record::{Hash, LeaseKind, LeaseRecord, ManifestPoint, NeededFile, Origin, PointDisk, PointRecord, decode},
 };
 use crate::{
     Layer,
@@ -28,12 +28,12 @@ use crate::{
 pub enum PointState {
     /// All of it is there.
     Complete,
-    /// It was received and never completed.
+    /// It was received and is not completed: somebody is at it, or was cut short just then.
     Incomplete,
-    /// A file it needs is gone or cannot be read.
+    /// A file it needs, its own record among them, is gone or cannot be read.
     Missing {
-        /// Which.
-        path: String,
+        /// Which, and how.
+        why: String,
     },
     /// A file it needs is not what was written, or a check found damage.
     Corrupted {
@@ -51,6 +51,18 @@ impl PointState {
             Self::Missing { .. } => "missing",
             Self::Corrupted { .. } => "corrupted",
         }
+    }
+
+    /// What is wrong with it, in a sentence for whoever asks why it cannot be read.
+    pub fn why(&self) -> Option<&str> {
+        match self {
+            Self::Complete | Self::Incomplete => None,
+            Self::Missing { why } | Self::Corrupted { why } => Some(why),
+        }
+    }
+
+    fn gone(path: &str) -> Self {
+        Self::Missing { why: format!("{path} is gone") }
     }
 }
 
@@ -124,11 +136,20 @@ impl Repository {
         files: &mut FileLengths,
     ) -> Result<(PointState, Option<PointRecord>)> {
         let file = name::point(machine, listed.id);
-        let bytes = match self.store().get(&file) {
+        let read = match self.store().get(&file) {
+            Ok(None) if self.is_being_received(machine, listed) => return Ok((PointState::Incomplete, None)),
+            // Whoever completed it between the two looks has let go of its lease since.
+            Ok(None) => self.store().get(&file),
+            read => read,
+        };
+        let bytes = match read {
             Ok(Some(bytes)) => bytes,
-            Ok(None) => return Ok((PointState::Incomplete, None)),
+            Ok(None) => {
+                let why = format!("{} is gone, or was never written", self.store().path_of(&file));
+                return Ok((PointState::Missing { why }, None));
+            }
             // What cannot be read is as good as gone; other points stay usable.
-            Err(e) => return Ok((PointState::Missing { path: e.to_string() }, None)),
+            Err(e) => return Ok((PointState::Missing { why: e.to_string() }, None)),
         };
         let corrupted = |why: String| PointState::Corrupted { why: format!("{}: {why}", self.store().path_of(&file)) };
         if Hash::of(&bytes) != listed.record {
@@ -149,6 +170,15 @@ impl Repository {
         Ok((PointState::Complete, Some(record)))
     }
 
+    /// Whether whoever received a point may still be at it, or was cut short. A commit lets go of its lease, which is
+    /// older than the point, only once the point's record is durable.
+    fn is_being_received(&self, machine: Uuid, listed: &ManifestPoint) -> bool {
+        let by = |lease: &LeaseRecord| {
+            lease.machine == machine && lease.kind == LeaseKind::Append && lease.generation < listed.receipt
+        };
+        self.leases().is_ok_and(|leases| leases.iter().any(by))
+    }
+
     /// What is wrong with a disk's files, as far as names and lengths tell.
     fn disk_state(&self, machine: Uuid, point: Uuid, disk: &PointDisk, files: &mut FileLengths) -> Option<PointState> {
         let own = (point, &disk.name, disk.file_bytes);
@@ -164,7 +194,7 @@ impl Repository {
             };
             let path = || self.store().path_of(&name::layer(machine, point, disk));
             match found {
-                None => return Some(PointState::Missing { path: path() }),
+                None => return Some(PointState::gone(&path())),
                 Some(len) if len != expected => {
                     let why = format!("{}: {len} bytes instead of {expected}", path());
                     return Some(PointState::Corrupted { why });
@@ -185,11 +215,7 @@ impl Repository {
         let record = match (&point.state, &point.record) {
             (PointState::Complete, Some(record)) => record,
             (state, _) => {
-                let why = match state {
-                    PointState::Missing { path } => format!("{path} is gone"),
-                    PointState::Corrupted { why } => why.clone(),
-                    PointState::Complete | PointState::Incomplete => "its record is not there".into(),
-                };
+                let why = state.why().unwrap_or("its record is not there").to_owned();
                 return Err(Error::PointState { path: shown, state: state.name(), why });
             }
         };
@@ -265,6 +291,6 @@ fn linked_state(disk: &PointDisk) -> Option<PointState> {
     linked.files.iter().find_map(|file| {
         let why = file.changed()?;
         let gone = !std::path::Path::new(&file.path).exists();
-        Some(if gone { PointState::Missing { path: file.path.clone() } } else { PointState::Corrupted { why } })
+        Some(if gone { PointState::gone(&file.path) } else { PointState::Corrupted { why } })
     })
 }

@@ -2,6 +2,7 @@
 //!
 //! Invariants
 //! - `latest` and times see complete points only; an id sees every listed point.
+//! - What was complete once and is damaged now is passed over never in silence: who looks is told of each.
 //! - Among points the receipt decides, never a clock: a time picks the last received point among those
 //!   taken not after it.
 
@@ -46,44 +47,65 @@ impl FromStr for PointQuery {
     }
 }
 
+/// What a query led to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The point that is meant.
+    pub point: Option<Point>,
+    /// Points received after it that would have been meant, were they not missing or corrupted; the newest first. One
+    /// whose own record is damaged has no time that could be asked for, and is told of with every time.
+    pub passed_over: Vec<Point>,
+}
+
 impl Repository {
     /// The point of `machine` that is meant.
     ///
     /// # Errors
     /// [`Error::NotFound`], [`Error::Ambiguous`]; damage of the manifest; I/O.
     pub fn resolve(&self, machine: &Machine, query: &PointQuery) -> Result<Point> {
-        let none = |what: String| Error::not_found(self.label(), format!("point {what} of {}", machine.name));
+        self.answer(machine, query)?.point.ok_or_else(|| self.no_point(machine, query))
+    }
+
+    /// That there is no such point.
+    pub fn no_point(&self, machine: &Machine, query: &PointQuery) -> Error {
+        let what = match query {
+            PointQuery::Latest(back) => format!("latest~{back}"),
+            PointQuery::At(time) => time.to_string(),
+            PointQuery::Id(text) => text.clone(),
+        };
+        Error::not_found(self.label(), format!("point {what} of {}", machine.name))
+    }
+
+    /// The point of `machine` that is meant, and those that are too damaged to be it.
+    ///
+    /// # Errors
+    /// [`Error::Ambiguous`]; damage of the manifest; I/O.
+    pub fn answer(&self, machine: &Machine, query: &PointQuery) -> Result<Answer> {
         match query {
             PointQuery::Latest(back) => {
                 let skip = usize::try_from(*back).unwrap_or(usize::MAX);
-                self.newest_complete(machine, skip, |_| true)?.ok_or_else(|| none(format!("latest~{back}")))
+                self.newest_complete(machine, skip, |_| true)
             }
             PointQuery::At(time) => {
-                let found = self.newest_complete(machine, 0, |point| point.created().is_some_and(|at| at <= *time))?;
-                found.ok_or_else(|| none(time.to_string()))
+                self.newest_complete(machine, 0, |point| point.created().is_none_or(|at| at <= *time))
             }
-            PointQuery::Id(text) => self.by_id(machine, text, none),
+            PointQuery::Id(text) => Ok(Answer { point: self.by_id(machine, text)?, passed_over: Vec::new() }),
         }
     }
 
-    fn newest_complete(
-        &self,
-        machine: &Machine,
-        skip: usize,
-        wanted: impl Fn(&Point) -> bool,
-    ) -> Result<Option<Point>> {
-        let mut skip = skip;
+    fn newest_complete(&self, machine: &Machine, skip: usize, wanted: impl Fn(&Point) -> bool) -> Result<Answer> {
+        let (mut skip, mut passed_over) = (skip, Vec::new());
         for listed in self.listed(machine)?.iter().rev() {
             let point = self.point_state(machine, listed)?;
-            if point.state != PointState::Complete || !wanted(&point) {
-                continue;
+            match point.state {
+                _ if !wanted(&point) => {}
+                PointState::Complete if skip == 0 => return Ok(Answer { point: Some(point), passed_over }),
+                PointState::Complete => skip -= 1,
+                PointState::Incomplete => {}
+                PointState::Missing { .. } | PointState::Corrupted { .. } => passed_over.push(point),
             }
-            if skip == 0 {
-                return Ok(Some(point));
-            }
-            skip -= 1;
         }
-        Ok(None)
+        Ok(Answer { point: None, passed_over })
     }
 
     /// The point that has taken the place of one whose id begins like this.
@@ -100,17 +122,14 @@ impl Repository {
         Ok(None)
     }
 
-    fn by_id(&self, machine: &Machine, text: &str, none: impl Fn(String) -> Error) -> Result<Point> {
+    fn by_id(&self, machine: &Machine, text: &str) -> Result<Option<Point>> {
         let plain = |s: &str| s.replace('-', "");
         let wanted = plain(text);
         let listed = self.listed(machine)?;
         let found: Vec<_> = listed.iter().filter(|p| p.id.simple().to_string().starts_with(&wanted)).collect();
         match found.as_slice() {
-            [one] => self.point_state(machine, one),
-            [] => match self.written_anew(machine, &listed, &wanted)? {
-                Some(point) => Ok(point),
-                None => Err(none(text.to_owned())),
-            },
+            [one] => self.point_state(machine, one).map(Some),
+            [] => self.written_anew(machine, &listed, &wanted),
             many => Err(Error::Ambiguous {
                 path: self.label().into(),
                 what: format!("point {text} of {}", machine.name),

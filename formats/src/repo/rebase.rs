@@ -15,8 +15,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use uuid::Uuid;
 
 use super::{
-    DiskName, DiskPlan, DiskWork, Error, Machine, Point, PointState, Repository, Result,
-    record::{Holder, PointRecord},
+    DiskName, DiskPlan, DiskWork, Error, Machine, Point, PointState, Repository, Result, name,
+    record::{Holder, PointRecord, read},
 };
 use crate::{Layer, aql::WriterOptions};
 
@@ -29,14 +29,16 @@ pub struct Burden {
     pub disk: DiskName,
     /// Length of the file: what is set free.
     pub file_bytes: u64,
+    /// What of it are no blocks: about so much a point that is written anew has in its own file as well.
+    pub table_bytes: u64,
     /// Stored bytes each retained point draws from it: what has to be copied.
     pub drawn: BTreeMap<Uuid, u64>,
 }
 
 impl Burden {
-    /// Bytes that have to be copied.
+    /// Bytes that have to be written: blocks that are copied, and the tables of each file that holds them.
     pub fn cost(&self) -> u64 {
-        self.drawn.values().sum()
+        self.drawn.values().fold(0u64, |sum, drawn| sum.saturating_add(*drawn).saturating_add(self.table_bytes))
     }
 }
 
@@ -63,6 +65,7 @@ pub fn burdens(repo: &Repository, machine: &Machine) -> Result<Vec<Burden>> {
                     point: linked.point,
                     disk: disk.name.clone(),
                     file_bytes: 0,
+                    table_bytes: 0,
                     drawn: BTreeMap::new(),
                 });
                 let drawn = on.live_blocks.saturating_mul(reader.block_bytes().into());
@@ -75,12 +78,19 @@ pub fn burdens(repo: &Repository, machine: &Machine) -> Result<Vec<Burden>> {
                     point: needed.point,
                     disk: needed.disk.clone(),
                     file_bytes: needed.file_bytes,
+                    table_bytes: 0,
                     drawn: BTreeMap::new(),
                 });
                 burden.file_bytes = needed.file_bytes;
                 *burden.drawn.entry(point.id).or_default() += drawn;
             }
         }
+    }
+    for burden in found.values_mut().filter(|burden| burden.file_bytes > 0) {
+        // Of a file that nobody describes any more all may be tables.
+        let record = read::<PointRecord>(repo.store(), &name::point(machine.id, burden.point)).ok().flatten();
+        let own = record.and_then(|record| record.disks.into_iter().find(|disk| disk.name == burden.disk));
+        burden.table_bytes = burden.file_bytes.saturating_sub(own.map_or(0, |own| own.stored_bytes));
     }
     Ok(found.into_values().collect())
 }
@@ -122,6 +132,7 @@ pub fn rebase(
         if let Some(mark) = &disk.mark {
             transaction.mark(&disk.name, mark);
         }
+        transaction.counting(&disk.name, disk.counting.clone());
     }
     transaction.commit_instead(point)
 }

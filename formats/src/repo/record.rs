@@ -342,6 +342,9 @@ pub struct PointDisk {
     /// Bitmap of the source that counts what has changed since.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mark: Option<String>,
+    /// Bitmaps that counted changes of the image when it was read: no other one can tell what has changed since.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub counting: Vec<String>,
     /// The disk of another product that holds what is in none of our files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub linked: Option<LinkedSource>,

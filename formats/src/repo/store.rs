@@ -109,6 +109,12 @@ impl Store {
         store.len(name)
     }
 
+    /// Whether an object has this one name in its file system; it has more if it was copied by hard links.
+    pub(super) fn is_alone(&self, name: &str) -> Result<bool> {
+        let Self::Directory(store) = self;
+        Ok(store.stat(name)?.is_some_and(|stat| stat.st_nlink == 1))
+    }
+
     /// A layer file, read-only.
     ///
     /// # Errors
@@ -315,14 +321,15 @@ impl DirectoryStore {
     }
 
     fn len(&self, name: &str) -> Result<Option<u64>> {
+        Ok(self.stat(name)?.map(|stat| u64::try_from(stat.st_size).unwrap_or(0)))
+    }
+
+    fn stat(&self, name: &str) -> Result<Option<rustix::fs::Stat>> {
         let shown = self.shown(name);
         match self.at(name, OFlags::PATH, Mode::empty()) {
             Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
             Err(e) => Err(failed(&shown, "open", e)),
-            Ok(fd) => {
-                let stat = rustix::fs::fstat(&fd).map_err(|e| failed(&shown, "stat", e))?;
-                Ok(Some(u64::try_from(stat.st_size).unwrap_or(0)))
-            }
+            Ok(fd) => rustix::fs::fstat(&fd).map(Some).map_err(|e| failed(&shown, "stat", e)),
         }
     }
 

@@ -10,7 +10,10 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use super::{
-    record::{Consistency, Defaults, Found, Holder, MachineDescription, Owner, PointRecord},
+    record::{
+        BeginRecord, Consistency, Defaults, Found, Holder, LeaseKind, LeaseRecord, MachineDescription, Owner,
+        PointRecord, encode, read,
+    },
     *,
 };
 use crate::{
@@ -175,6 +178,16 @@ fn a_missing_file_breaks_exactly_the_points_that_need_it() {
     let states: Vec<_> = repo.points(&machine).expect("points").into_iter().map(|p| p.state.name()).collect();
     assert_eq!(states, ["complete", "missing", "missing", "missing"], "block 1 was written by point 1");
     assert!(matches!(repo.resolve(&machine, &PointQuery::Latest(0)), Ok(p) if p.id == points[0].id));
+    let passed_over = |query: &str| {
+        let answer = repo.answer(&machine, &query.parse().expect("a query")).expect("an answer");
+        (answer.point.map(|p| p.id), answer.passed_over.iter().map(|p| p.id).collect::<Vec<_>>())
+    };
+    let (first, others) = (Some(points[0].id), [points[3].id, points[2].id, points[1].id]);
+    assert_eq!(passed_over("latest"), (first, others.to_vec()));
+    assert_eq!(passed_over("latest~1"), (None, others.to_vec()), "whole ones are counted");
+    assert_eq!(passed_over("2026-01-01T02:30:00Z"), (first, others[1..].to_vec()), "the newest is later than that");
+    assert_eq!(passed_over("2026-01-01T00:30:00Z"), (first, Vec::new()));
+    assert_eq!(passed_over(&points[2].id.to_string()), (Some(points[2].id), Vec::new()));
     let broken = repo.open_disk(&points[3], &vda()).expect_err("its file is gone");
     assert!(broken.to_string().contains(&points[1].id.to_string()), "{broken}");
     std::fs::rename(&hidden, file(1)).expect("back");

@@ -113,6 +113,12 @@ impl Repository {
                 found.push(Interrupted { record });
             }
         }
+        // One that others stand on was complete once, and has lost its record: nobody goes on with it.
+        let listed = self.listed(machine)?;
+        if found.iter().any(|what| listed.iter().any(|point| point.id == what.record.id)) {
+            let points = self.points(machine)?;
+            found.retain(|what| !points.iter().any(|point| stands_on(point, what.record.id)));
+        }
         Ok(found)
     }
 
@@ -149,6 +155,12 @@ impl Repository {
         };
         Ok(Transaction::new(self, machine, begin, parent, lease))
     }
+}
+
+fn stands_on(point: &Point, older: Uuid) -> bool {
+    let disks = point.record.iter().flat_map(|record| &record.disks);
+    let (mut needs, mut linked) = (disks.clone().flat_map(|disk| &disk.needs), disks.flat_map(|disk| &disk.linked));
+    point.id != older && (needs.any(|need| need.point == older) || linked.any(|linked| linked.point == older))
 }
 
 impl<'a> Transaction<'a> {
@@ -301,6 +313,7 @@ impl Transaction<'_> {
             source_format: source_format.to_owned(),
             needs: self.repo.needs_of(self.machine.id, &reader)?,
             mark: None,
+            counting: Vec::new(),
             linked: self.linked(disk, &reader)?,
         });
         self.disks.last().ok_or_else(|| Error::not_found(self.repo.label(), "disk"))
@@ -310,6 +323,13 @@ impl Transaction<'_> {
     pub fn mark(&mut self, disk: &DiskName, bitmap: &str) {
         if let Some(noted) = self.disks.iter_mut().find(|noted| noted.name == *disk) {
             noted.mark = Some(bitmap.to_owned());
+        }
+    }
+
+    /// Notes the bitmaps that counted changes of a disk's source when it was read.
+    pub fn counting(&mut self, disk: &DiskName, bitmaps: Vec<String>) {
+        if let Some(noted) = self.disks.iter_mut().find(|noted| noted.name == *disk) {
+            noted.counting = bitmaps;
         }
     }
 
@@ -421,12 +441,12 @@ impl Transaction<'_> {
         let mut overtaken = Vec::new();
         // Named in the manifest itself: of a thousand points no record is read to find one.
         for other in points.iter().filter(|point| point.retained && point.id != new.id && point.work == new.work) {
+            let record = name::point(self.machine.id, other.id);
+            let has_record = self.repo.store().len(&record)?.is_some();
             match self.repo.point_state(&self.machine, other)?.state {
-                PointState::Complete => {
-                    let path = self.repo.store().path_of(&name::point(self.machine.id, other.id));
-                    return Err(Error::Exists { path });
-                }
+                PointState::Complete => return Err(Error::Exists { path: self.repo.store().path_of(&record) }),
                 PointState::Incomplete => overtaken.push(other.id),
+                PointState::Missing { .. } if !has_record => overtaken.push(other.id),
                 // It is somebody's to repair, and no point of this work that can be read.
                 PointState::Missing { .. } | PointState::Corrupted { .. } => {}
             }

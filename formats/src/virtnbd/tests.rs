@@ -55,7 +55,9 @@ fn hostile_streams_are_refused() {
     assert!(is_corrupt(open(stream(META, &[("zero", 65_536, 1), end]))), "past the end");
     assert!(is_corrupt(open(stream(META, &[("zero", u64::MAX, 2), end]))), "no such number");
     assert!(is_corrupt(open(stream(META, &[("what", 0, 0), end]))));
-    for (from, to) in [("65536", "0"), ("65536", "18446744073709551615"), ("\"sda\"", "5"), ("}", "")] {
+    for (from, to) in
+        [("incremental", "incremenTal"), ("65536", "0"), ("65536", "18446744073709551615"), ("\"sda\"", "5"), ("}", "")]
+    {
         assert!(is_corrupt(open(stream(&META.replace(from, to), &[end]))), "{to}");
     }
     for compressed in ["true", "4"] {

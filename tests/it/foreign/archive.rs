@@ -5,7 +5,7 @@ use std::{fs, path::Path, process::Command};
 use aquifer_formats::Error as FormatError;
 use aquifer_tests::{
     chains::open,
-    foreign::{assert_same, check_reads, pbs, vma, xva},
+    foreign::{assert_same, check_reads, pbs, pypi, vma, xva},
     qemu,
     rng::Rng,
 };
@@ -23,19 +23,19 @@ pub(super) const SAMPLES: [Sample; 6] = [
     Sample {
         format: "vma",
         what: "two disks, clusters mixed and out of order, own writer",
-        oracle: "the source",
+        oracle: "dissect and the source",
         compare: vma_plain,
     },
     Sample {
         format: "vma",
         what: "a disk that ends within a cluster, own writer",
-        oracle: "the source",
+        oracle: "dissect and the source",
         compare: vma_odd,
     },
     Sample {
         format: "xva",
-        what: "two disks with checksums, one ends within a block, packed by `tar`",
-        oracle: "the source",
+        what: "two disks with checksums, one ends within a block, empty members between, packed by `tar`",
+        oracle: "dissect up to each last block, and the source",
         compare: xva_export,
     },
     Sample {
@@ -82,7 +82,25 @@ fn xva_export(lab: &Lab) -> u32 {
     assert_eq!(members(&path).expect("an archive"), ["xvda", "xvdb"]);
     compare(lab, &path, "xvda", &disks[0]);
     compare(lab, &path, "xvdb", &disks[1]);
+    let Some(dissect) = pypi::dissect() else { return 0 };
+    for (reference, disk) in ["Ref:10", "Ref:11"].into_iter().zip(&disks) {
+        dissect.xva(&path, reference, &lab.path("theirs"));
+        let theirs = fs::read(lab.path("theirs")).expect("read");
+        // This release of it leaves out the last member of each disk.
+        let last = (disk.len() - 1) / MIB as usize * MIB as usize;
+        assert!(theirs.len() == disk.len() && theirs[..last] == disk[..last], "{reference}");
+    }
     1
+}
+
+/// Dissect reads of an archive what it was made of; `None` where it cannot be had.
+fn dissected(lab: &Lab, path: &Path, disks: &[(&str, &[u8])]) -> Option<()> {
+    let dissect = pypi::dissect()?;
+    for (name, disk) in disks {
+        dissect.vma(path, name, &lab.path("theirs"));
+        assert!(fs::read(lab.path("theirs")).expect("read") == *disk, "{name}");
+    }
+    Some(())
 }
 
 fn ova(lab: &Lab) -> u32 {
@@ -116,19 +134,19 @@ fn ova(lab: &Lab) -> u32 {
 
 fn vma_plain(lab: &Lab) -> u32 {
     let disks = [content(lab, 20 * MIB as usize, 3), content(lab, 3 * MIB as usize, 4)];
-    let path =
-        lab.write("m.vma", vma::archive(&[("drive-scsi0", &disks[0]), ("drive-virtio1", &disks[1])], &mut Rng::new(5)));
+    let named = [("drive-scsi0", &disks[0][..]), ("drive-virtio1", &disks[1])];
+    let path = lab.write("m.vma", vma::archive(&named, &mut Rng::new(5)));
     assert_eq!(members(&path).expect("an archive"), ["drive-scsi0", "drive-virtio1"]);
     compare(lab, &path, "drive-scsi0", &disks[0]);
     compare(lab, &path, "drive-virtio1", &disks[1]);
-    1
+    dissected(lab, &path, &named).map_or(0, |()| 1)
 }
 
 fn vma_odd(lab: &Lab) -> u32 {
     let disk = content(lab, MIB as usize + 512 * 77, 6);
     let path = lab.write("m.vma", vma::archive(&[("drive-ide0", &disk)], &mut Rng::new(7)));
     compare(lab, &path, "drive-ide0", &disk);
-    1
+    dissected(lab, &path, &[("drive-ide0", &disk)]).map_or(0, |()| 1)
 }
 
 #[test]

@@ -25,11 +25,12 @@ use super::verbs::{MIB, every_verb, states, vmware_chain};
 /// `disk` with a few places changed, none of them where the boot sector looks.
 fn later(disk: &[u8], round: u8) -> Vec<u8> {
     let mut next = disk.to_vec();
-    let at = 14 * MIB + usize::from(round) * 300_000;
+    let place = |part: usize| disk.len() / 24 * part;
+    let at = place(14) + usize::from(round) * 300_000;
     next[at..at + 70_000].fill(round);
-    let zeros = 9 * MIB + usize::from(round) * 400_000;
+    let zeros = place(9) + usize::from(round) * 400_000;
     next[zeros..zeros + 150_000].fill(0);
-    next[20 * MIB..20 * MIB + 5000].copy_from_slice(&vec![round ^ 0x33; 5000]);
+    next[place(20)..place(20) + 5000].copy_from_slice(&vec![round ^ 0x33; 5000]);
     next
 }
 
@@ -49,7 +50,7 @@ fn increment(site: &Site, bytes: &[u8]) -> u64 {
 }
 
 /// The repository of a site, with disks of other products at hand.
-fn repository(site: &Site) -> (Repository, Stored) {
+pub(super) fn repository(site: &Site) -> (Repository, Stored) {
     let me: serde_json::Value =
         serde_json::from_slice(&fs::read(site.path("home/installation.json")).expect("known")).expect("JSON");
     let me = Owner { id: me["id"].as_str().expect("id").parse().expect("id"), name: "test".into() };
@@ -65,8 +66,9 @@ fn repository(site: &Site) -> (Repository, Stored) {
     (repo, machine)
 }
 
-/// Everything a mixed chain goes through: a full of another product, two increments, every verb, a merge.
-fn whole_life(source: &[&str], full: &[u8], site: &Site, own_files: &[&Path]) {
+/// A point on a full of another product that copies nothing of it, and two that stand on that; each is compared. Answers
+/// the bytes of the two.
+pub(super) fn linked(source: &[&str], full: &[u8], site: &Site) -> [Vec<u8>; 2] {
     site.json(&["init"]);
     let disk = format!("vda={}", source[0]);
     let linked = site.json(&[&["backup", "m", "--disk", &disk, "--link"], &source[1..]].concat()).record("point");
@@ -81,12 +83,11 @@ fn whole_life(source: &[&str], full: &[u8], site: &Site, own_files: &[&Path]) {
     for (point, bytes) in [("m@latest~2", full), ("m@latest~1", &second), ("m@latest", &third)] {
         compare(site, point, bytes);
     }
-    let ranges = site.json(&["diff", "m@latest~1", "m@latest"]).records("range");
-    let differs: u64 = ranges.iter().map(|range| range["length"].as_u64().expect("bytes")).sum();
-    assert!((1..2 * MIB as u64).contains(&differs), "{ranges:?}");
-    every_verb(site, &["m"], "aql", &third);
+    [second, third]
+}
 
-    // The linked point is given up, and merged into the ones that stay.
+/// The linked point is given up, and merged into the two that stay, whose bytes are these; its source goes.
+pub(super) fn merged(site: &Site, [second, third]: &[Vec<u8>; 2], remove_source: impl FnOnce()) {
     let (repo, machine) = repository(site);
     let points = repo.points(&machine).expect("points");
     site.json(&["forget", &format!("m@{}", points[0].id), "--yes"]);
@@ -98,13 +99,21 @@ fn whole_life(source: &[&str], full: &[u8], site: &Site, own_files: &[&Path]) {
         let merged = rebase::rebase(&repo, &machine, point, &without, repo.writer_options(), holder).expect("merged");
         assert!(merged.disks.iter().all(|disk| disk.linked.is_none()), "{merged:?}");
     }
-    for file in own_files {
-        fs::remove_file(file).expect("remove");
-    }
-    for (point, bytes) in [("m@latest~1", &second), ("m@latest", &third)] {
+    remove_source();
+    for (point, bytes) in [("m@latest~1", second), ("m@latest", third)] {
         compare(site, point, bytes);
     }
     assert_eq!(site.run(&["verify"]).code, 0);
+}
+
+/// Everything a mixed chain goes through: a full of another product, two increments, every verb, a merge.
+fn whole_life(source: &[&str], full: &[u8], site: &Site, own_files: &[&Path]) {
+    let points = linked(source, full, site);
+    let ranges = site.json(&["diff", "m@latest~1", "m@latest"]).records("range");
+    let differs: u64 = ranges.iter().map(|range| range["length"].as_u64().expect("bytes")).sum();
+    assert!((1..2 * MIB as u64).contains(&differs), "{ranges:?}");
+    every_verb(site, &["m"], "aql", &points[1]);
+    merged(site, &points, || own_files.iter().for_each(|file| fs::remove_file(file).expect("remove")));
 }
 
 #[test]
@@ -163,7 +172,7 @@ fn a_backup_that_was_changed_pruned_or_goes_on_growing_is_noticed() {
 
     fs::rename(&base, site.path("away")).expect("rename");
     assert!(
-        states().iter().all(|state| matches!(state, PointState::Missing { path } if *path == base)),
+        states().iter().all(|state| matches!(state, PointState::Missing { why } if *why == format!("{base} is gone"))),
         "{:?}",
         states()
     );

@@ -102,7 +102,10 @@ fn an_export_of_xenserver_boots_and_becomes_local() {
 
 /// The points that a store lists: machine, point, kind, state; and what to name as SOURCE.
 fn listed(site: &Site, store: &str) -> (Vec<[String; 4]>, Vec<String>) {
-    let points = site.json(&["points", store]).records("stored_point");
+    let listed = site.run(&["--json", "points", store]);
+    let points = listed.records("stored_point");
+    let is_damaged = points.iter().any(|point| point["state"] == "missing" || point["state"] == "corrupted");
+    assert_eq!(listed.code, i32::from(is_damaged), "a list beside a damaged point says so: {listed:#?}");
     let word = |point: &serde_json::Value, field: &str| point[field].as_str().expect("text").to_owned();
     let rows = points.iter().map(|point| ["machine", "point", "kind", "state"].map(|field| word(point, field)));
     (rows.collect(), points.iter().map(|point| word(point, "source")).collect())
@@ -235,8 +238,9 @@ fn an_increment_of_veeams_boots_and_becomes_local() {
     every_verb(&site, &[&newest], "vbk", &second);
     // Without its full it is listed as what it is.
     fs::remove_file(folder.join("a.vbk")).expect("remove");
-    let points = site.json(&["points", &site.word("backups")]).records("stored_point");
-    assert_eq!((points.len(), points[0]["state"].as_str()), (1, Some("missing")));
+    let listed = site.run(&["--json", "points", &site.word("backups")]);
+    let points = listed.records("stored_point");
+    assert_eq!((listed.code, points.len(), points[0]["state"].as_str()), (1, 1, Some("missing")), "{listed:#?}");
     assert_ne!(site.run(&["info", &newest]).code, 0);
 }
 

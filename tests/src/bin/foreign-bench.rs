@@ -1,13 +1,13 @@
 //! Reads disks of other products and says how fast, for `scripts/bench`:
 //!
 //! ```text
-//! foreign-bench make FOLDER           makes the disks (200 MB)
+//! foreign-bench make FOLDER           makes the disks, and chains of a hundred (300 MB)
 //! foreign-bench random FOLDER WHAT    4 KiB reads a second at random places
 //! foreign-bench through FOLDER WHAT   MB a second from beginning to end
 //! ```
 //!
-//! WHAT is `vmdk-1`, `vmdk-100`, `vhdx-1`, `vhdx-100`, `vbk`, `pbs`, or `chunks`: the chunks of `pbs` by nothing but the
-//! file system and zstd, which is the least that anybody can do.
+//! WHAT is `vbk`, `vma`, `pbs`, `checked`, or `chunks`: the chunks of `pbs` by nothing but the file system, zstd and, for
+//! `checked`, SHA-256: a chunk's name is its digest, and Proxmox's own reader checks it as well.
 
 #![allow(clippy::print_stdout, reason = "a figure is its answer")]
 
@@ -19,17 +19,20 @@ use std::{
 };
 
 use aquifer_tests::{
-    chains::image,
     foreign::{
         deep, pbs,
         vbk::{Body, Encoding, File, Machine},
+        vma,
     },
+    qemu,
     rng::Rng,
 };
+use sha2::{Digest, Sha256};
+
 use aquifer_vdisk::{BlockCache, Chain, ChainSpec, open_chain};
 
 const MIB: usize = 1 << 20;
-const SIZE: usize = 64 * MIB;
+const SIZE: usize = 256 * MIB;
 const CHUNK: usize = 4 * MIB;
 /// How long random reads go on.
 const WHILE: Duration = Duration::from_secs(2);
@@ -51,12 +54,18 @@ fn content() -> Vec<u8> {
 }
 
 fn make(folder: &Path) {
-    for (depth, name) in [(1, "one"), (100, "hundred")] {
-        let place = folder.join(name);
-        fs::create_dir_all(&place).expect("a folder");
-        deep::vmdk(&place, u32::from(depth), 32 << 20);
-        deep::vhdx(&place, depth, 32 << 20);
-    }
+    let hundred = folder.join("hundred");
+    fs::create_dir_all(&hundred).expect("a folder");
+    // Depth 1 holds the very same bytes: zeros cost less than data.
+    let newest = deep::vmdk(&hundred, 100, 32 << 20);
+    let one = folder.join("one");
+    fs::create_dir_all(&one).expect("a folder");
+    qemu::img(&["convert", "-O", "vmdk", qemu::text(&newest), qemu::text(&one.join("0.vmdk"))]);
+    let (_, truth) = deep::vhdx(&hundred, 100, 32 << 20);
+    let raw = one.join("truth.raw");
+    fs::write(&raw, truth).expect("write");
+    let options = ["convert", "-f", "raw", "-O", "vhdx", "-o", "block_size=1M"];
+    qemu::img(&[&options[..], &[qemu::text(&raw), qemu::text(&one.join("d0.vhdx"))]].concat());
     let bytes = content();
     let machines = vec![Machine {
         folder: "db01",
@@ -67,6 +76,7 @@ fn make(folder: &Path) {
     }];
     let file = File { version: 13, block: MIB, encodings: &[Encoding::Lz4], machines };
     fs::write(folder.join("a.vbk"), file.bytes()).expect("write");
+    fs::write(folder.join("a.vma"), vma::archive(&[("drive-scsi0", &bytes)], &mut Rng::new(5))).expect("write");
     pbs::snapshot(&folder.join("store"), "2026-11-01T00:00:00Z", 9, CHUNK, &[("d", &bytes)]);
 }
 
@@ -82,23 +92,21 @@ fn reader(folder: &Path, what: &str) -> Disk {
     let member = |path: &str, member: &str| ChainSpec::Member { path: folder.join(path), member: member.into() };
     let index = || folder.join("store/vm/100/2026-11-01T00:00:00Z/d.img.fidx");
     let spec = match what {
-        "vmdk-1" => image(&folder.join("one/0.vmdk")),
-        "vmdk-100" => image(&folder.join("hundred/99.vmdk")),
-        "vhdx-1" => image(&folder.join("one/d0.vhdx")),
-        "vhdx-100" => image(&folder.join("hundred/d99.vhdx")),
         "vbk" => member("a.vbk", "DEV__dev_sda"),
+        "vma" => member("a.vma", "drive-scsi0"),
         "pbs" => ChainSpec::Snapshot { path: index(), key: None },
-        "chunks" => return chunks(folder, &index()),
+        "chunks" => return chunks(folder, &index(), false),
+        "checked" => return chunks(folder, &index(), true),
         other => panic!("{other}"),
     };
-    // As small as the budget's "cold" rows have it: decoded blocks seldom come from it.
+    // So small that decoded blocks seldom come from it.
     let nobody = |uri: &str| panic!("{uri}");
-    let chain: Chain = open_chain(&spec, Arc::new(BlockCache::new(8 * MIB as u64)), &nobody).expect("a good disk");
+    let chain: Chain = open_chain(&spec, Arc::new(BlockCache::new(32 * MIB as u64)), &nobody).expect("a good disk");
     Disk { size: chain.size(), read: Box::new(move |at, buf| chain.read(at, buf).expect("it reads")) }
 }
 
 /// Each read opens the chunk, decodes it and takes its part, unless it is that of the read before.
-fn chunks(folder: &Path, index: &Path) -> Disk {
+fn chunks(folder: &Path, index: &Path, is_checked: bool) -> Disk {
     let index = fs::read(index).expect("an index");
     let digests: Vec<String> =
         index[4096..].chunks(32).map(|d| d.iter().map(|b| format!("{b:02x}")).collect()).collect();
@@ -113,10 +121,12 @@ fn chunks(folder: &Path, index: &Path) -> Disk {
                 let stored = fs::read(place.join(&name[..4]).join(name)).expect("a chunk");
                 let is_packed = stored[0] == 0x31;
                 let body = &stored[12..];
-                kept = (
-                    number,
-                    if is_packed { zstd::bulk::decompress(body, CHUNK).expect("zstd") } else { body.to_vec() },
-                );
+                let plain = if is_packed { zstd::bulk::decompress(body, CHUNK).expect("zstd") } else { body.to_vec() };
+                if is_checked {
+                    let sum: String = Sha256::digest(&plain).iter().map(|b| format!("{b:02x}")).collect();
+                    assert_eq!(sum, *name, "the chunk is good");
+                }
+                kept = (number, plain);
             }
             let skip = at % CHUNK;
             let len = (CHUNK - skip).min(buf.len() - done);

@@ -9,6 +9,19 @@ use std::{
 
 use sha2::{Digest, Sha512};
 
+/// What restores a backup without us.
+const RESTORE: &str = include_str!("longhorn.py");
+
+/// Restores the backup `name` of the volume of [`backup`] to the raw image `image`, with nothing of the reader under test.
+///
+/// # Panics
+/// It cannot be restored.
+pub fn restore(store: &Path, name: &str, image: &Path) {
+    let mut python = Command::new("python3");
+    let done = python.args(["-c", RESTORE]).arg(store).args(["pvc-1", name]).arg(image).output().expect("python3 runs");
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+}
+
 /// Half a SHA-512, in digits.
 fn sum(bytes: &[u8]) -> String {
     Sha512::digest(bytes)[..32].iter().map(|byte| format!("{byte:02x}")).collect()

@@ -95,6 +95,27 @@ impl Dissect {
         self.python(program, &[backup.as_os_str(), inside.as_ref(), to.as_os_str()]);
     }
 
+    /// Writes what Dissect reads of the disk `reference` (`Ref:10`) of an export of XenServer to `to`.
+    ///
+    /// # Panics
+    /// It fails.
+    pub fn xva(&self, export: &Path, reference: &str, to: &Path) {
+        let program = "import sys, shutil\nfrom dissect.archive.xva import XVA\n\
+            shutil.copyfileobj(XVA(open(sys.argv[1], 'rb')).open(sys.argv[2]), open(sys.argv[3], 'wb'))\n";
+        self.python(program, &[export.as_os_str(), reference.as_ref(), to.as_os_str()]);
+    }
+
+    /// Writes what Dissect reads of the disk `name` of a Proxmox archive to `to`.
+    ///
+    /// # Panics
+    /// It fails.
+    pub fn vma(&self, archive: &Path, name: &str, to: &Path) {
+        let program = "import sys, shutil\nfrom dissect.archive.vma import VMA\n\
+            found = [d for d in VMA(open(sys.argv[1], 'rb')).devices() if d.name == sys.argv[2]]\n\
+            shutil.copyfileobj(found[0].open(), open(sys.argv[3], 'wb'))\n";
+        self.python(program, &[archive.as_os_str(), name.as_ref(), to.as_os_str()]);
+    }
+
     fn python(&self, program: &str, args: &[&std::ffi::OsStr]) {
         let done = Command::new("python3")
             .env("PYTHONPATH", &self.readers)

@@ -11,7 +11,12 @@ pub struct Point<'a> {
     pub below: Option<(&'a str, &'a [u8])>,
     /// The disk.
     pub bytes: &'a [u8],
+    /// When its backup began, by a local clock.
+    pub date: &'a str,
 }
+
+/// A day.
+pub const DATE: &str = "2026-11-21T00:00:00";
 
 /// Bytes of a piece.
 const PIECE: usize = 64 << 10;
@@ -86,10 +91,11 @@ impl Point<'_> {
     pub fn file(&self) -> Vec<u8> {
         let parent = self.below.map_or("false".to_owned(), |(name, _)| format!("\"{name}\""));
         let meta = format!(
-            "{{\"virtualSize\": {}, \"dataSize\": 1, \"date\": \"2026-11-21T00:00:00\", \"diskName\": \"{}\", \
+            "{{\"virtualSize\": {}, \"dataSize\": 1, \"date\": \"{}\", \"diskName\": \"{}\", \
              \"diskFormat\": \"qcow2\", \"checkpointName\": \"{}\", \"compressed\": false, \
              \"compressionMethod\": \"lz4\", \"parentCheckpoint\": {parent}, \"incremental\": {}, \"streamVersion\": 2}}",
             self.bytes.len(),
+            self.date,
             self.disk,
             self.checkpoint,
             self.below.is_some(),

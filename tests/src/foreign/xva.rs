@@ -30,7 +30,8 @@ fn description(disks: &[(&str, u64)]) -> String {
 }
 
 /// Writes an export of `disks` (device, bytes) to `path`: first and last block always, others where they are not
-/// zeros, each with its SHA-1. `folder` is made for the members.
+/// zeros, each with its checksum: SHA-1. `folder` is made for the members. Behind every other block comes an empty one, as where nothing was sent for some seconds: it takes a number, and
+/// what follows is numbered from there.
 ///
 /// # Panics
 /// `tar` does not run, or a file cannot be written.
@@ -42,18 +43,25 @@ pub fn export(folder: &Path, path: &Path, disks: &[(&str, &[u8])]) {
     for (number, (_, bytes)) in disks.iter().enumerate() {
         let disk = format!("Ref:{}", 10 + number);
         fs::create_dir_all(folder.join(&disk)).expect("a folder");
+        let mut member = |number: usize, part: &[u8]| {
+            let name = format!("{disk}/{number:08}");
+            let sum: String = Sha1::digest(part).iter().map(|byte| format!("{byte:02x}")).collect();
+            fs::write(folder.join(&name), part).expect("write");
+            fs::write(folder.join(format!("{name}.checksum")), sum).expect("write");
+            members.extend([name.clone(), format!("{name}.checksum")]);
+        };
         let last = bytes.len().div_ceil(BLOCK) - 1;
+        let (mut written, mut more) = (0, 0);
         for (block, part) in bytes.chunks(BLOCK).enumerate() {
             if block != 0 && block != last && part.iter().all(|byte| *byte == 0) {
                 continue;
             }
-            let name = format!("{disk}/{block:08}");
-            let sum: String = Sha1::digest(part).iter().map(|byte| format!("{byte:02x}")).collect();
-            fs::write(folder.join(&name), part).expect("write");
-            fs::write(folder.join(format!("{name}.checksum")), sum).expect("write");
-            members.extend([format!("{name}.checksum"), name]);
-            let end = members.len();
-            members.swap(end - 1, end - 2);
+            member(block + more, part);
+            written += 1;
+            if written % 2 == 1 && block != last {
+                more += 1;
+                member(block + more, &[]);
+            }
         }
     }
     let mut tar = Command::new("tar");

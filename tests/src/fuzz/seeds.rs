@@ -430,6 +430,8 @@ pub(super) fn control(folder: &Path) {
         r#"{"verb":"detach_source"}"#,
         r#"{"verb":"stop","clients":"respect"}"#,
         r#"{"verb":"call","name":"traces","args":{"a":[1,2.5,null]}}"#,
+        // Read, written and read again it is another number by its last bit.
+        r#"{"verb":"call","name":"traces","args":16666666666666666666666666666666666666666666666666666666}"#,
     ];
     let lines = orders.map(|order| format!("{{\"version\":1,\"body\":{order}}}\n"));
     fs::write(folder.join("all"), lines.concat()).expect("write");
@@ -477,7 +479,8 @@ pub(super) fn archive(folder: &Path) {
     let archive = crate::foreign::vma::archive(&[("a", &disk[..199_680]), ("b", &disk[..4096])], &mut Rng::new(1));
     fs::write(folder.join("vma"), archive).expect("write");
     for (name, below) in [("full", None), ("inc", Some(("c0", &[0; 199_680][..])))] {
-        let point = crate::foreign::virtnbd::Point { disk: "sda", checkpoint: "c1", below, bytes: &disk[..199_680] };
+        let (disk, checkpoint, date) = (&disk[..199_680], "c1", crate::foreign::virtnbd::DATE);
+        let point = crate::foreign::virtnbd::Point { disk: "sda", checkpoint, below, bytes: disk, date };
         fs::write(folder.join(name), point.file()).expect("write");
         fs::write(folder.join(format!("{name}-lz4")), point.compressed()).expect("write");
     }

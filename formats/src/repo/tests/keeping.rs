@@ -184,6 +184,66 @@ fn a_retained_point_without_record_and_readable_files_stops_the_sweep() {
 }
 
 #[test]
+fn a_point_that_lost_its_record_is_told_and_its_files_stay_while_others_stand_on_them() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (repo, machine) = with_points(dir.path(), 3);
+    let points = repo.points(&machine).expect("points");
+    let lose = |point: &Point| std::fs::remove_file(dir.path().join(name::point(machine.id, point.id))).expect("lose");
+    let begun = |point: &Point| {
+        let record = read::<BeginRecord>(repo.store(), &name::begin(machine.id, point.id)).expect("read");
+        Interrupted { record: record.expect("how it was begun") }
+    };
+    lose(&points[1]);
+    let now = repo.points(&machine).expect("points");
+    assert_eq!(now.iter().map(|point| point.state.name()).collect::<Vec<_>>(), ["complete", "missing", "complete"]);
+    assert!(now[1].state.why().is_some_and(|why| why.contains("point.json is gone")), "{:?}", now[1].state);
+    assert_eq!(repo.interrupted(&machine).expect("interrupted"), vec![], "it was complete once");
+    keeper::discard(&repo, &machine, &begun(&points[1]), holder()).expect_err("another point stands on it");
+    assert_eq!(read_point(&repo, &now[2]), bytes(2));
+    keeper::forget(&repo, &machine, &[points[1].id], keeper::LastPoint::Stays).expect("given up");
+    sweep(&repo, &machine, Liveness::Dead);
+    assert_eq!(read_point(&repo, &now[2]), bytes(2));
+
+    // The newest: whoever asks for it is told that it is older bytes they get.
+    lose(&points[2]);
+    let answer = repo.answer(&machine, &PointQuery::Latest(0)).expect("answer");
+    assert_eq!(answer.point.map(|point| point.id), Some(points[0].id));
+    assert_eq!(answer.passed_over.iter().map(|point| point.id).collect::<Vec<_>>(), [points[2].id]);
+    // What was received a moment ago, and whose writer is there or was cut short just now, is no damage.
+    let lease = LeaseRecord {
+        id: Uuid::new_v4(),
+        kind: LeaseKind::Append,
+        machine: machine.id,
+        point: None,
+        generation: points[2].receipt - 1,
+        holder: holder(),
+        since: "2026-01-01T00:00:00Z".parse().expect("a time"),
+        beat: 0,
+    };
+    repo.store().create(&name::lease(lease.id), &encode(&lease).expect("encode")).expect("lease");
+    assert_eq!(repo.points(&machine).expect("points")[1].state, PointState::Incomplete);
+}
+
+#[test]
+fn emptying_never_reaches_the_copies_of_a_repository() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (repo, machine) = with_points(dir.path(), 1);
+    let mut tx = repo.begin(&machine, None, holder()).expect("begin");
+    let second = DiskName::new("vdb").expect("a name");
+    write_disk(&mut tx, &vda(), &bytes(1)).expect("vda");
+    write_disk(&mut tx, &second, &bytes(2)).expect("vdb");
+    let id = tx.id();
+    tx.interrupt().expect("interrupt");
+    let [copied, alone] = [vda(), second].map(|disk| dir.path().join(name::layer(machine.id, id, &disk)));
+    let (copy, before) = (dir.path().join("copy"), std::fs::read(&copied).expect("a layer"));
+    let lone = std::fs::metadata(&alone).expect("stat").len();
+    std::fs::hard_link(&copied, &copy).expect("as a copy by hard links has it");
+    assert_eq!(keeper::empty(&repo, &machine, id).expect("emptied"), lone);
+    assert_eq!(std::fs::metadata(&alone).expect("stat").len(), 0);
+    assert!(std::fs::read(&copy).expect("a copy") == before);
+}
+
+#[test]
 fn a_sweep_cut_at_any_step_leaves_retained_points_whole() {
     let dir = tempfile::tempdir().expect("dir");
     for steps in 0..60 {
