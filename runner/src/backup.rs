@@ -37,7 +37,7 @@ use crate::{
     fail::{Code, Fail, Result},
     repository::{self, Hand},
     site::OnImpossible,
-    source::{SelectedDisk, Selection, SourceOptions, select},
+    source::{SelectedDisk, Selection, SourceOptions, files::Still, select},
     stop::Stop,
     tasks::Stages,
     units,
@@ -60,8 +60,10 @@ pub(crate) enum Hint {
     /// Nothing: it is read and compared.
     #[default]
     None,
-    /// A bitmap of the source.
+    /// A bitmap of the source that was begun with a point.
     Bitmap(String),
+    /// A bitmap of the source that somebody names.
+    Named(String),
     /// Somebody wanted a bitmap, and there is none to be believed.
     Missing(String),
     /// Proven by the maps of two points of another repository.
@@ -78,6 +80,8 @@ pub(crate) struct Wanted {
     pub(crate) disk: Disk,
     pub(crate) format: String,
     pub(crate) hint: Hint,
+    /// Its files, where they have to stand still by themselves.
+    pub(crate) still: Option<Still>,
     /// Bitmap of the source that counts changes from the new point on.
     pub(crate) mark: Option<String>,
 }
@@ -162,7 +166,7 @@ impl Counted {
     }
 }
 
-/// Opens a disk by a SOURCE word.
+/// Opens a disk by a SOURCE word. Its files must not be written to meanwhile, and that is looked at.
 pub(crate) fn open_source(
     context: &Context,
     name: &DiskName,
@@ -172,8 +176,13 @@ pub(crate) fn open_source(
 ) -> Result<Wanted> {
     let selection = select(context, word, options)?;
     let selected = selection.single()?.clone();
+    let seen = open_selected(context, name, selected.clone(), Hint::None)?;
+    let still = Still::of(name.as_str(), &seen.chain)?;
+    drop(seen);
+    // An image's tables are read when it is opened: that has to be after it was looked at.
     let mut wanted = open_selected(context, name, selected, hint)?;
     wanted.selection = Some(selection);
+    wanted.still = Some(still);
     Ok(wanted)
 }
 
@@ -182,7 +191,7 @@ pub(crate) fn open_selected(context: &Context, name: &DiskName, selected: Select
     let chain = selected.open_chain(&context.cache()?)?;
     let disk = Disk::read_only(name.as_str(), chain.clone());
     let format = crate::verb::info::kind_of(&selected)?;
-    Ok(Wanted { name: name.clone(), selected, selection: None, chain, disk, format, hint, mark: None })
+    Ok(Wanted { name: name.clone(), selected, selection: None, chain, disk, format, hint, still: None, mark: None })
 }
 
 /// The newest complete point, if there is one.
@@ -249,7 +258,7 @@ impl Order<'_> {
         let mut bytes = 0;
         for disk in wanted {
             let stands_on = parent_reader(repo, parent, &disk.name)?;
-            let look = changed::look(self, disk, stands_on.as_ref())?;
+            let look = changed::look(self, disk, stands_on.as_ref(), parent)?;
             let bytes_to_read = look.bytes(&disk.disk)?;
             let record = DiskRecord {
                 disk: disk.name.as_str(),
@@ -290,11 +299,14 @@ impl Order<'_> {
                 begun = resume::begin_afresh(self, repo, machine, stale, wanted)?;
                 match self.disks(&mut begun, wanted) {
                     Ok(bytes) => bytes.unwrap_or_default(),
-                    Err(fail) => return self.leave(begun.transaction, fail),
+                    Err(fail) => return leave((repo, machine), begun.transaction, fail),
                 }
             }
-            Err(fail) => return self.leave(begun.transaction, fail),
+            Err(fail) => return leave((repo, machine), begun.transaction, fail),
         };
+        if let Err(fail) = wanted.iter().filter_map(|disk| disk.still.as_ref()).try_for_each(Still::check) {
+            return leave((repo, machine), begun.transaction, fail);
+        }
         let created = self.created.or(begun.same_since).unwrap_or(now);
         let new =
             NewPoint { created, consistency: self.consistency, machine: description, origin: self.origin.clone() };
@@ -314,13 +326,6 @@ impl Order<'_> {
         Ok(made)
     }
 
-    /// What is stored stays, and the next run goes on with it.
-    fn leave<T>(&self, transaction: Transaction<'_>, fail: Fail) -> Result<T> {
-        // A lease that cannot be withdrawn ends by standing still.
-        let _ = transaction.interrupt();
-        Err(self.advise(fail))
-    }
-
     /// Stores all disks; answers the bytes of their files and the bytes read. `None` where one is stale.
     fn disks(&self, begun: &mut Begun<'_>, wanted: &[Wanted]) -> Result<Option<(u64, u64)>> {
         let (mut stored, mut read) = (0, 0);
@@ -335,7 +340,7 @@ impl Order<'_> {
 
     fn disk(&self, begun: &mut Begun<'_>, wanted: &Wanted, read: &mut u64) -> Result<Stored> {
         let stands_on = if self.full { None } else { begun.transaction.parent_disk(&wanted.name)? };
-        let look = changed::look(self, wanted, stands_on.as_ref())?;
+        let look = changed::look(self, wanted, stands_on.as_ref(), begun.transaction.parent())?;
         let counted = match feed::feed(self, begun, wanted, &look)? {
             feed::Fed::Stale => return Ok(Stored::Stale),
             feed::Fed::Before => None,
@@ -345,6 +350,7 @@ impl Order<'_> {
         if let Some(mark) = &wanted.mark {
             begun.transaction.mark(&wanted.name, mark);
         }
+        begun.transaction.counting(&wanted.name, changed::counting(wanted)?);
         let bytes_to_read = look.bytes(&wanted.disk)?;
         if counted.is_some() {
             *read += bytes_to_read;
@@ -374,6 +380,40 @@ impl Order<'_> {
             ));
         }
         Ok(Stored::Whole(stored))
+    }
+
+    /// Tells of disks that the complete point before a new one has, and it has not. `left_out` are meant to be missing.
+    ///
+    /// # Errors
+    /// The repository's.
+    pub(crate) fn tell_of_gone_disks(
+        &self,
+        repo: &Repository,
+        machine: &Machine,
+        made: &PointRecord,
+        left_out: &[String],
+    ) -> Result<()> {
+        let points = repo.points(machine)?;
+        let older = points.iter().take_while(|point| point.id != made.id);
+        let before = older.filter(|point| point.state == PointState::Complete).last();
+        self.warn_of_gone_disks(machine, before, &|disk| {
+            left_out.iter().any(|out| out == disk.as_str()) || made.disks.iter().any(|known| known.name == *disk)
+        });
+        Ok(())
+    }
+
+    /// Warns of the disks of a point that are neither there any more nor meant to be missing.
+    pub(crate) fn warn_of_gone_disks(
+        &self,
+        machine: &Machine,
+        before: Option<&Point>,
+        is_settled: &dyn Fn(&DiskName) -> bool,
+    ) {
+        let disks = before.and_then(|before| before.record.as_ref()).map(|record| record.disks.as_slice());
+        for disk in disks.unwrap_or_default().iter().filter(|disk| !is_settled(&disk.name)) {
+            let what = format!("{}: disk {} of the point before is not there any more", machine.name, disk.name);
+            self.warn(Code::WarnDiskGone, what, Some("aquifer explain W_DISK_GONE"));
+        }
     }
 
     fn report(&self, machine: &Machine, made: &Made) {
@@ -406,14 +446,28 @@ impl Order<'_> {
             notes.lock().push(what);
         }
     }
+}
 
-    fn advise(&self, fail: Fail) -> Fail {
-        match fail.code {
-            Code::Interrupted | Code::Terminated | Code::Capacity | Code::Net | Code::Timeout => {
-                fail.help_again("    # it goes on from what is stored")
-            }
-            _ => fail,
+/// What is stored stays, and the next run goes on with it.
+fn leave<T>(of: (&Repository, &Machine), transaction: Transaction<'_>, fail: Fail) -> Result<T> {
+    // A lease that cannot be withdrawn ends by standing still.
+    let _ = transaction.interrupt();
+    Err(advise(of, fail))
+}
+
+/// What a run that was cut short leaves, and how it goes on.
+fn advise((repo, machine): (&Repository, &Machine), mut fail: Fail) -> Fail {
+    if fail.code == Code::Capacity {
+        let (place, name) = (quoted(repo.label()), quoted(&machine.name));
+        fail.what += &format!(
+            "; what is stored stays for the next run, or goes with `aquifer -r {place} forget --interrupted {name}`"
+        );
+    }
+    match fail.code {
+        Code::Interrupted | Code::Terminated | Code::Capacity | Code::Net | Code::Timeout => {
+            fail.help_again("    # it goes on from what is stored")
         }
+        _ => fail,
     }
 }
 

@@ -177,7 +177,8 @@ an NBD URI (nbd://, nbds://, nbd+unix://), or MACHINE[@POINT][:DISK] in the repo
 latest, latest~2, an RFC 3339 time with its zone, or the first characters of a point id.
 
 Exit codes: 0 done, 1 done with warnings, 2 failed, 3 refused by state, 4 usage, 5 differences
-(with --exit-code), 10 no repository, 11 busy, 12 key or access, 13 timeout, 14 damage, 130/143 stopped.";
+(with --exit-code), 10 no repository, 11 busy, 12 key or access, 13 timeout, 14 damage, 130/143 stopped.
+`serve` and `worker` that are asked to stop end with 0: what they warned of is in the sessions.";
 
 /// The whole tree, with the grouped help of the top level.
 pub fn command() -> Command {

@@ -12,6 +12,8 @@ use std::{
     env,
     ffi::OsString,
     fs,
+    io::{self, Read},
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{Arc, OnceLock},
@@ -227,8 +229,7 @@ impl Context {
                 let path = dir.join(name);
                 fs::read(&path).map_err(|e| missing(format!("the credential `{name}` cannot be read")).cause(e))?
             }
-            Secret::File(path) => fs::read(path)
-                .map_err(|e| missing("the file of a secret cannot be read".to_owned()).at(path.display()).cause(e))?,
+            Secret::File(path) => private(path)?,
             Secret::Command(command) => {
                 let output = Command::new("/bin/sh").arg("-c").arg(command).stdin(Stdio::null()).output();
                 let output =
@@ -248,6 +249,17 @@ impl Context {
             bytes.pop();
         }
         Ok(bytes)
+    }
+
+    /// Whether a secret could be revealed from here. Its command is not run, and nothing of it is kept.
+    ///
+    /// # Errors
+    /// As [`Context::reveal`].
+    pub fn check_secret(&self, secret: &Secret) -> Result<()> {
+        match secret {
+            Secret::Command(_) => Ok(()),
+            Secret::Credential(_) | Secret::File(_) | Secret::Env(_) => self.reveal(secret).map(drop),
+        }
     }
 
     /// Our own program and arguments, to start the same command once more.
@@ -274,6 +286,29 @@ fn typed(globals: &Globals) -> Typed {
     let words = env::args_os().skip(1).filter(|word| word != "--in-background");
     let line = words.fold(String::from("aquifer"), |line, word| line + " " + &quoted(&word.to_string_lossy()));
     Typed { program, line }
+}
+
+/// Permissions of the group and of others.
+const NOT_THE_OWNER: u32 = 0o077;
+
+/// A secret's file, read only where nobody else can read it.
+fn private(path: &Path) -> Result<Vec<u8>> {
+    let unread = |e: io::Error| {
+        Fail::new(Code::Key, "the file of a secret cannot be read".to_owned()).at(path.display()).cause(e)
+    };
+    let mut file = fs::File::open(path).map_err(unread)?;
+    let mode = file.metadata().map_err(unread)?.permissions().mode() & 0o7777;
+    if mode & NOT_THE_OWNER != 0 {
+        let what = format!(
+            "{} holds a secret and is open to others than its owner (mode {mode:04o}); it was not read",
+            path.display()
+        );
+        let close = format!("chmod 600 {}", quoted(&path.display().to_string()));
+        return Err(Fail::new(Code::Key, what).at(path.display()).help(close));
+    }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).map_err(unread)?;
+    Ok(bytes)
 }
 
 /// A word as a shell takes it.

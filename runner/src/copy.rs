@@ -47,10 +47,16 @@ pub struct Copied {
 }
 
 /// Calls `each` with every range of data of a disk, in order. Reads no data.
+///
+/// # Errors
+/// The first one of the disk or of `each`; the interruption, if this process listens for signals.
 pub fn each_data_range(disk: &Disk, mut each: impl FnMut(Extent) -> Result<()>) -> Result<()> {
+    let stop = Stop::of_process();
     let mut extents = Vec::new();
     let mut at = 0;
     while at < disk.size() {
+        // A disk of nothing but zeros may be of any size.
+        stop.check()?;
         let len = WINDOW_BYTES.min(disk.size() - at);
         extents.clear();
         disk.extents(at, len, &mut extents)?;

@@ -35,12 +35,15 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use self::{
-    home::{check_home, describe_home, has_room, pairs, stands_still, write_home},
+    home::{
+        check_home, describe_home, has_room, made_are_free, name_made, pairs, remove_made, stands_still, still_free,
+        write_home,
+    },
     pass::{Pass, working_of},
 };
 use crate::{
     fail::{Code, Fail, Result},
-    failover::{describe_latest, power_off, put_layers, start},
+    failover::{describe_latest, forget_logs, power_off, put_layers, start},
     host::{Running, in_use::Against},
     replica::{
         build::discard,
@@ -139,7 +142,8 @@ impl BackWork {
         let point = points.iter().find(|point| point.id == failover.point);
         self.carried = Carried::default();
         if self.home.kind == HomeKind::Original {
-            self.changed.read(&self.home.disks)?;
+            let there = self.home.disks.iter().filter(|disk| !self.home.makes(&disk.disk));
+            self.changed.read(&there.cloned().collect::<Vec<_>>())?;
         }
         // Neither digests nor notes of changes say what layers hold that were changed from outside.
         let touched = point.map_or_else(|| Ok(Vec::new()), |point| trust::look(&record, point))?;
@@ -148,11 +152,13 @@ impl BackWork {
             (desk.warn)(Code::WarnResync, what);
             self.changed = Changed::default();
         }
+        // Whoever waited for the guest looks again, and once more behind all that takes long.
+        still_free(&self.home, &self.sent)?;
         let began = std::time::Instant::now();
         for (top, disk) in pairs(&self.home, &self.sent) {
             let from = layers::open(&record.folder.join(&top.file), Format::Qcow2, desk.cache)?;
-            if self.home.kind == HomeKind::New {
-                let working = disk.path.clone();
+            if self.home.makes(&disk.disk) {
+                let working = working_of(&disk.path, 1);
                 let pass =
                     Pass { from, have: None, backing: None, digests: None, ranges: None, working, pace: desk.pace };
                 self.carried.add(pass.run()?);
@@ -188,14 +194,12 @@ impl BackWork {
             }
         }
         self.took_ms = u64::try_from(began.elapsed().as_millis()).ok();
-        has_room(desk, &self.home, &self.sent, 1)
+        has_room(desk, &self.home, &self.sent, 1)?;
+        still_free(&self.home, &self.sent)
     }
 
     fn forget_compared(&self) -> Result<()> {
-        pairs(&self.home, &self.sent).try_for_each(|(_, disk)| match self.home.kind {
-            HomeKind::New => discard(&disk.path),
-            _ => discard(&working_of(&disk.path, 1)),
-        })
+        pairs(&self.home, &self.sent).try_for_each(|(_, disk)| discard(&working_of(&disk.path, 1)))
     }
 }
 
@@ -275,8 +279,8 @@ impl Work for BackWork {
             .step(
                 "home_off",
                 |work: &mut Self| {
-                    power_off(desk, &work.home.folder, desk.grace)?;
-                    let there = pairs(&work.home, &work.sent).filter(|_| work.home.kind != HomeKind::New);
+                    power_off(desk, &work.name, &work.home.folder, desk.grace)?;
+                    let there = pairs(&work.home, &work.sent).filter(|(_, disk)| !work.home.makes(&disk.disk));
                     there.map(|(_, disk)| disk).try_for_each(|disk| images::free(disk, Against::Anybody))
                 },
                 |_| Ok(()),
@@ -285,6 +289,7 @@ impl Work for BackWork {
             .step("freeze", |work: &mut Self| work.freeze(desk), |work: &mut Self| work.freeze(desk))
             .step("first_pass", |work: &mut Self| work.compare(desk), |work: &mut Self| work.forget_compared())
             .final_step("write_home", |work: &mut Self| {
+                name_made(&mut work.home, &work.sent)?;
                 if work.home.kind == HomeKind::New {
                     return describe_home(&work.home, &work.description, &work.sent);
                 }
@@ -380,6 +385,7 @@ pub fn switchover(desk: &Desk<'_>, name: &str, power_on: bool, grace: Duration) 
         disks: failover.tops.clone(),
         description: base.map(|point| point.description.clone()).unwrap_or_default(),
         carried: Carried::default(),
+        gone: Vec::new(),
     };
     let work = SwitchWork {
         kind: SwitchWork::KIND.into(),
@@ -457,7 +463,7 @@ impl Work for SwitchWork {
                 |work: &mut Self| {
                     let record = desk.load(&work.name)?.record;
                     work.off_since = Some(Timestamp::now());
-                    power_off(desk, &record.folder, Duration::from_secs(work.grace_s)).map(drop)
+                    power_off(desk, &work.name, &record.folder, Duration::from_secs(work.grace_s)).map(drop)
                 },
                 |work: &mut Self| {
                     let record = desk.load(&work.name)?.record;
@@ -568,6 +574,7 @@ impl Work for CommitWork {
                 // What its firmware remembers is the restore point's from now on, not the takeover's.
                 let record = desk.load(&work.name)?.record;
                 layers::remove(&desk.host.variables(&record.folder))?;
+                forget_logs(desk, &record.folder)?;
                 describe_latest(desk, &work.name)
             })
     }
@@ -604,6 +611,10 @@ pub struct ReturnWork {
 pub fn give_back(desk: &Desk<'_>, name: &str, force: bool) -> Result<()> {
     let record = desk.ready_for(name, Op::Undo)?.record;
     let failback = record.failback.clone().ok_or_else(|| Fail::new(Code::Bug, "a way home without a record"))?;
+    // Its own machine is turned off first.
+    if !force && desk.running(&failback.home.folder).is_none() {
+        made_are_free(&failback.home)?;
+    }
     let points = desk.points(name)?;
     let point = points.into_iter().find(|point| Some(point.id) == failback.protective);
     let number = record.next_layer;
@@ -634,7 +645,7 @@ impl Work for ReturnWork {
                 if !work.changed {
                     return Ok(());
                 }
-                match power_off(desk, &work.home.folder, Duration::ZERO) {
+                match power_off(desk, &work.name, &work.home.folder, Duration::ZERO) {
                     Err(fail) if work.force => {
                         (desk.warn)(Code::WarnHost, format!("production may still run: {}", fail.what));
                         Ok(())
@@ -649,6 +660,10 @@ impl Work for ReturnWork {
                 // Left by a change of sides that got stuck.
                 for disk in &work.home.disks {
                     [1, 2].into_iter().try_for_each(|pass| discard(&working_of(&disk.path, pass)))?;
+                    // Nothing names it any more: production is described as before.
+                    if work.home.made.contains(&disk.disk) {
+                        remove_made(desk, &work.home, disk)?;
+                    }
                 }
                 let record = desk.load(&work.name)?.record;
                 let Some(point) = work.point.as_ref().filter(|_| work.changed) else { return Ok(()) };

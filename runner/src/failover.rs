@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::{
+    context::quoted,
     fail::{Code, Fail, Result},
     host::{
         Running,
@@ -24,8 +25,8 @@ use crate::{
     },
     recover::shape::Wishes,
     replica::{
-        build::forget,
-        desk::{Desk, Went, Work},
+        build::{Moved, forget},
+        desk::{Desk, Went, Work, object},
         images, keep, layers,
         model::{FailoverRecord, HomeDisk, PointRecord, ReplicaRecord, Top},
         production::replicate_images,
@@ -36,10 +37,15 @@ use crate::{
     },
     source::PointRef,
     step::{AfterCrash, Plan},
+    tasks::follow::{WAIT, at},
+    units,
 };
 
 /// How long a guest has to turn itself off.
 pub const GRACE: Duration = Duration::from_secs(900);
+
+/// The reason of a takeover that turned production off in order.
+pub(crate) const PLANNED: &str = "planned";
 
 /// A takeover under way.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -73,9 +79,7 @@ pub struct FailoverWork {
 /// # Errors
 /// [`Code::NotFound`], [`Code::Ambiguous`].
 pub fn pick<'p>(name: &str, points: &'p [PointRecord], wanted: &PointRef) -> Result<&'p PointRecord> {
-    let none = || {
-        Fail::new(Code::NotFound, format!("{name} has no such restore point")).help(format!("aquifer replicas {name}"))
-    };
+    let none = || no_point(name, points, wanted);
     match wanted {
         PointRef::Latest(back) => {
             let at = points.len().checked_sub(1 + usize::try_from(*back).unwrap_or(usize::MAX));
@@ -96,6 +100,21 @@ pub fn pick<'p>(name: &str, points: &'p [PointRecord], wanted: &PointRef) -> Res
             }
         }
     }
+}
+
+/// What was asked for, and what there is.
+fn no_point(name: &str, points: &[PointRecord], wanted: &PointRef) -> Fail {
+    let what = match wanted {
+        PointRef::Latest(back) => format!("{name} has no restore point latest~{back}"),
+        PointRef::At(time) => format!("{name} has no restore point of {time} or before"),
+        PointRef::Id(prefix) => format!("{name} has no restore point whose id begins with {prefix}"),
+    };
+    let range = points.iter().map(|point| point.taken).min().zip(points.iter().map(|point| point.taken).max());
+    let have = range.map_or_else(
+        || "it has none".to_owned(),
+        |(from, to)| format!("it has {}, of {} to {}", units::count(points.len(), "point"), at(from), at(to)),
+    );
+    Fail::new(Code::NotFound, what).at(object(name)).cause(have).help(format!("aquifer replicas {}", quoted(name)))
 }
 
 /// Lets a replica take over at a restore point.
@@ -276,8 +295,16 @@ impl Work for FailoverWork {
 /// Refuses a restore point whose layers do not hold what their tables name: a hypervisor would read zeros there.
 fn whole(desk: &Desk<'_>, record: &ReplicaRecord, disks: &[Top]) -> Result<()> {
     disks.iter().try_for_each(|top| {
-        let chain = layers::open(&record.folder.join(&top.file), Format::Qcow2, desk.cache)?;
-        crate::copy::used_bytes(&aquifer_vdisk::Disk::read_only(&top.disk, chain)).map(drop)
+        let whole = layers::open(&record.folder.join(&top.file), Format::Qcow2, desk.cache)
+            .and_then(|chain| crate::copy::used_bytes(&aquifer_vdisk::Disk::read_only(&top.disk, chain)));
+        let name = quoted(&record.name);
+        let help = format!(
+            "aquifer failover {name} --to latest~1    # or aquifer replicas {name} --delete: its job makes it anew"
+        );
+        whole.map(drop).map_err(|fail| match fail.code {
+            Code::Interrupted | Code::Terminated | Code::Fenced => fail,
+            _ => fail.help(help),
+        })
     })
 }
 
@@ -346,22 +373,38 @@ fn make_private(dir: &Path) -> Result<()> {
     made.map_err(|e| Fail::io(dir.display(), "create", &e))
 }
 
-/// Turns the machine in a folder off, if one runs there.
+/// Turns the machine in a folder off, if one runs there. Its guest is asked first where there is `grace`; whoever waits
+/// for `name` is told until when, and may end that at any moment.
 ///
 /// # Errors
-/// It is still there.
-pub(crate) fn power_off(desk: &Desk<'_>, folder: &Path, grace: Duration) -> Result<bool> {
+/// It is still there; somebody asks to stop: the machine is left as it is, and its guest may heed what it was asked.
+pub(crate) fn power_off(desk: &Desk<'_>, name: &str, folder: &Path, grace: Duration) -> Result<bool> {
     let Some(running) = desk.running(folder) else { return Ok(false) };
-    desk.host.power_off(&running, grace)?;
+    if !grace.is_zero() {
+        // A grace that ends behind all times is one without an end.
+        let until = Timestamp::now().saturating_add(grace).unwrap_or(Timestamp::MAX);
+        let what = format!("waiting for the guest to turn itself off, at most until {}", at(until));
+        desk.tell(name, WAIT, what)?;
+        let goes_on = || (desk.pace)(Moved::Read(0)).is_ok();
+        // One that cannot be asked is turned off all the same.
+        if desk.host.ask_off(&running, grace, &goes_on).unwrap_or(false) {
+            return Ok(true);
+        }
+        if let Err(fail) = (desk.pace)(Moved::Read(0)) {
+            // Said where it can be: who has lost the lease has nothing to say.
+            let _ =
+                desk.tell(name, WAIT, "not waited for any more: the guest was asked, and may turn itself off".into());
+            return Err(fail);
+        }
+    }
+    desk.host.power_off(&running)?;
     Ok(true)
 }
 
 /// What the machine of a takeover that is over has said goes with it: the folder is a replica's, and the next machine in
 /// it begins anew.
-pub(crate) fn forget_logs(record: &ReplicaRecord) -> Result<()> {
-    let running = record.failover.as_ref().and_then(|failover| failover.running.as_ref());
-    let logs = running.into_iter().flat_map(|running| [&running.console_log, &running.log]);
-    logs.filter_map(|path| path.file_name()).try_for_each(|name| layers::remove(&record.folder.join(name)))
+pub(crate) fn forget_logs(desk: &Desk<'_>, folder: &Path) -> Result<()> {
+    desk.host.logs(folder).iter().try_for_each(|path| layers::remove(path))
 }
 
 /// Describes the machine as the newest restore point has it.
@@ -471,7 +514,7 @@ impl Work for UndoWork {
                 "off",
                 |work: &mut Self| {
                     let record = desk.load(&work.name)?.record;
-                    match power_off(desk, &record.folder, Duration::ZERO) {
+                    match power_off(desk, &work.name, &record.folder, Duration::ZERO) {
                         Err(fail) if work.force => {
                             (desk.warn)(
                                 Code::WarnHost,
@@ -488,7 +531,7 @@ impl Work for UndoWork {
                 let record = desk.load(&work.name)?.record;
                 layers::remove(&desk.host.variables(&record.folder))?;
                 if !work.force {
-                    forget_logs(&record)?;
+                    forget_logs(desk, &record.folder)?;
                 }
                 describe_latest(desk, &work.name)
             })
@@ -634,7 +677,7 @@ pub fn planned(desk: &Desk<'_>, spec: &ReplicaSpec, home: &Path, restart: bool, 
         replicate(desk, spec)?;
     }
     let placed = Placed::read(home)?;
-    let was_on = power_off(desk, home, desk.grace)?;
+    let was_on = power_off(desk, &spec.name, home, desk.grace)?;
     if desk.running(home).is_some() {
         return Err(Fail::new(Code::Guest, format!("the machine in {} is not off", home.display())));
     }
@@ -643,7 +686,7 @@ pub fn planned(desk: &Desk<'_>, spec: &ReplicaSpec, home: &Path, restart: bool, 
     let description = points.last().map(|point| point.description.clone()).unwrap_or_default();
     let free = |disks: &[HomeDisk]| disks.iter().try_for_each(|disk| images::free(disk, Against::Writers));
     let moved = free(&disks).and_then(|()| replicate_images(desk, spec, disks, description)).and_then(|last| {
-        let reason = Some("planned".to_owned());
+        let reason = Some(PLANNED.to_owned());
         Ok(Planned { failover: failover(desk, &spec.name, &PointRef::Latest(0), reason, start_it)?, last })
     });
     if moved.is_err() && was_on && restart {

@@ -185,6 +185,9 @@ pub trait Host: Debug + Send + Sync {
     /// The file that holds the UEFI variables of a machine whose folder is `dir`.
     fn variables(&self, dir: &Path) -> PathBuf;
 
+    /// Files in which a machine whose folder is `dir` leaves what it has said.
+    fn logs(&self, dir: &Path) -> Vec<PathBuf>;
+
     /// Starts a machine with one attachment for each of its disks, in order, and lets it go once its disks were seen to
     /// be those. One that runs in that folder already is answered as it is, if it stands on the same. On an error nothing
     /// that was started is left running, and no socket is left behind.
@@ -237,11 +240,18 @@ pub trait Host: Debug + Send + Sync {
     /// The machine goes on with the door, unless the error says that the outcome is unknown.
     fn pivot(&self, running: &Running, index: usize, local: &Path) -> Result<Pivot>;
 
-    /// Asks the guest to turn itself off and waits up to `grace`; then turns it off.
+    /// Asks the guest to turn itself off, and waits for it up to `grace` and for as long as `goes_on` says so. Whether it
+    /// is off now: a guest that does not listen goes on.
+    ///
+    /// # Errors
+    /// The process lives but does not answer.
+    fn ask_off(&self, running: &Running, grace: Duration, goes_on: &dyn Fn() -> bool) -> Result<bool>;
+
+    /// Turns the machine off at once. What its disks have in flight is finished first.
     ///
     /// # Errors
     /// The process is still there.
-    fn power_off(&self, running: &Running, grace: Duration) -> Result<()>;
+    fn power_off(&self, running: &Running) -> Result<()>;
 
     /// Tells `tell` what happens to the machine until it is gone or `tell` says `false`. `tell` is also called every
     /// `tick` with `None`.

@@ -25,6 +25,7 @@ pub mod operate;
 pub mod output;
 pub mod plan;
 pub mod read_ahead;
+pub mod readdress;
 pub mod recover;
 pub mod replica;
 pub mod repository;

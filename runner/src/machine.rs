@@ -106,7 +106,7 @@ pub(crate) fn plain_name(text: &str) -> Result<String, String> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     match text.chars().all(plain) && !text.is_empty() && text.len() <= 64 && !text.starts_with('.') {
         true => Ok(text.to_owned()),
-        false => Err(format!("`{text}` is not 1 to 64 of letters, digits, `.`, `_`, `-`")),
+        false => Err(format!("`{text}` is not 1 to 64 of letters (a to z, A to Z), digits, `.`, `_`, `-`")),
     }
 }
 

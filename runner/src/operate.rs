@@ -18,9 +18,9 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-pub use ask::{Batches, Begun, begin, begin_in, check, interrupted, reports, schedule};
+pub use ask::{Batches, Begun, RunOfJob, UnderWay, begin, begin_in, check, interrupted, reports, schedule, under_way};
 pub use place::{Production, production, target};
-pub use report::Report;
+pub use report::{Report, Warned};
 
 use crate::{
     catalogue::{Event, Work, WorkState},
@@ -28,18 +28,20 @@ use crate::{
     failback::{self, Changed},
     failover::{self, planned},
     host::Network,
+    readdress::readdress,
     replica::{
         desk::{Desk, object},
         member,
         model::{Home, Switch},
         recover::recover_for,
+        rules::Through,
         run::ReplicaSpec,
-        seat::at_desk,
+        seat::{Told, at_desk},
         state::{Op, State},
     },
     site::Fencing,
     source::PointRef,
-    tasks::{Done, Task},
+    tasks::{Done, Task, follow::NOTE},
 };
 
 /// The kind of this work in the queue.
@@ -120,6 +122,9 @@ pub enum Act {
     Undo {
         /// Also where the host does not answer.
         force: bool,
+        /// Whether production is started, where a takeover is taken back and production is off.
+        #[serde(default)]
+        restart: bool,
     },
     /// Making the takeover final.
     Permanent,
@@ -180,7 +185,9 @@ impl Act {
 pub fn run(task: &Task<'_>) -> Result<Done> {
     let ask: Ask = task.spec()?;
     let (done, told) = at_desk(task, ask.network, ask.grace, |desk| ask.carry_out(task, desk));
-    let report = serde_json::to_value(done?).map_err(|e| Fail::new(Code::Bug, e.to_string()))?;
+    let warned = |(code, what): &Told| Warned { code: code.name().to_owned(), what: what.clone() };
+    let report = Report { warnings: told.iter().map(warned).collect(), ..done? };
+    let report = serde_json::to_value(report).map_err(|e| Fail::new(Code::Bug, e.to_string()))?;
     let why: Vec<String> = told.iter().map(|(code, what)| format!("{}: {what}", code.name())).collect();
     Ok(if why.is_empty() { Done::Success(report) } else { Done::Warning { why: why.join("; "), report } })
 }
@@ -202,7 +209,6 @@ impl Ask {
                 let wanted = PointRef::parse(point)?;
                 let manner = failover::Manner { start: *start, force: *force };
                 failover::failover_as(desk, name, &wanted, self.reason.clone(), manner)?;
-                tell_of_addresses(desk, name)?;
             }
             Act::Start if !is_done(Op::Start) => {
                 self.fence(task, desk, Fence::None)?;
@@ -211,7 +217,6 @@ impl Ask {
             Act::Planned { spec, start, restart } if !is_done(Op::Failover) => {
                 let replica = member::place(desk, task.context.site()?, &spec.replica.host, &spec.replica)?;
                 planned(desk, &replica, &spec.home, *restart, *start)?;
-                tell_of_addresses(desk, name)?;
             }
             Act::Failback { home, switch, power_on, compare, verify } => {
                 if !is_done(Op::Failback) {
@@ -235,15 +240,24 @@ impl Ask {
                 failback::switchover(desk, name, *power_on, self.grace)?;
             }
             Act::Commit { force } if !is_done(Op::Commit) => failback::commit(desk, name, *force)?,
-            Act::Undo { force } if !is_done(Op::Undo) => {
-                if desk.load(name)?.record.failback.is_some() {
-                    failback::give_back(desk, name, *force)?;
-                } else {
-                    failover::undo(desk, name, *force)?;
+            Act::Undo { force, restart } => {
+                let failover = desk.load(name)?.record.failover;
+                let planned = failover.is_some_and(|failover| failover.reason.as_deref() == Some(failover::PLANNED));
+                if !is_done(Op::Undo) {
+                    if desk.load(name)?.record.failback.is_some() {
+                        failback::give_back(desk, name, *force)?;
+                    } else {
+                        failover::undo(desk, name, *force)?;
+                    }
                 }
+                self.see_to_production(task, desk, *restart, planned)?;
             }
             Act::Permanent if !is_done(Op::Permanent) => failover::permanent(desk, name)?,
             _ => {}
+        }
+        // A guest that starts has the addresses it had.
+        if matches!(self.act, Act::Failover { .. } | Act::Planned { .. } | Act::Start) {
+            address(task, desk, name)?;
         }
         Report::of(desk, self.act.op(), name, before)
     }
@@ -264,7 +278,14 @@ impl Ask {
     fn fence(&self, task: &Task<'_>, desk: &Desk<'_>, fence: Fence) -> Result<()> {
         let record = desk.load(&self.replica)?.record;
         let Some(production) = production(task.context, &record.machine)? else { return Ok(()) };
-        let Some(running) = desk.running(&production.folder) else { return Ok(()) };
+        if desk.running(&production.folder).is_none() {
+            if let Some(holders) = production.written_by(task.context) {
+                let what =
+                    format!("{} may run still on {}: {holders} writes to its disks", production.name, production.host);
+                (desk.warn)(Code::WarnHost, what);
+            }
+            return Ok(());
+        }
         let grace = match fence {
             Fence::Graceful => self.grace,
             Fence::Force => Duration::ZERO,
@@ -274,8 +295,9 @@ impl Ask {
                 return Ok(());
             }
         };
-        let ended = desk.host.power_off(&running, grace);
-        let error = ended.as_ref().err().map(ToString::to_string);
+        let ended = failover::power_off(desk, &self.replica, &production.folder, grace);
+        task.check()?;
+        let error = ended.err().map(|fail| fail.what);
         let reason = Some(format!("{} on {} before its replica takes over", production.name, production.host));
         task.catalogue.event_of(
             desk.fence,
@@ -294,6 +316,43 @@ impl Ask {
             (desk.warn)(Code::WarnHost, what);
         }
         Ok(())
+    }
+
+    /// After a takeover was taken back: starts production where that is wanted, and tells where nobody serves.
+    /// It was us who turned it off where the takeover was `planned`.
+    fn see_to_production(&self, task: &Task<'_>, desk: &Desk<'_>, restart: bool, planned: bool) -> Result<()> {
+        let record = desk.load(&self.replica)?.record;
+        if record.state != State::Ready {
+            return Ok(());
+        }
+        let there = production(task.context, &record.machine)?.filter(|there| failover::is_placed(&there.folder));
+        let Some(production) = there else {
+            if restart {
+                let what =
+                    format!("{} has no machine.toml on a host of the site: start it where it is", record.machine);
+                (desk.warn)(Code::WarnHost, what);
+            }
+            return Ok(());
+        };
+        if desk.running(&production.folder).is_some() {
+            return Ok(());
+        }
+        let Production { name, host, folder } = production;
+        if !restart {
+            let what = format!("{name} on {host} is off, and so is {}: start it there", self.replica);
+            if planned {
+                (desk.warn)(Code::WarnHost, what);
+                return Ok(());
+            }
+            return desk.tell(&self.replica, NOTE, what);
+        }
+        match failover::start(desk, &folder, &name) {
+            Ok(_) => task.event(&object(&self.replica), "start", Some(format!("{name} on {host}"))),
+            Err(fail) => {
+                (desk.warn)(Code::WarnHost, format!("{name} on {host} could not be started: {}", fail.what));
+                Ok(())
+            }
+        }
     }
 
     /// Tells how long the machine will be away, before it is turned off.
@@ -332,13 +391,27 @@ fn refuse_backup(task: &Task<'_>, desk: &Desk<'_>, name: &str) -> Result<()> {
     }
 }
 
-/// Tells that nobody has changed the addresses inside the guest: a plan's programs are given the rules.
-fn tell_of_addresses(desk: &Desk<'_>, name: &str) -> Result<()> {
-    let rules = desk.load(name)?.record.rules.addresses;
-    if !rules.is_empty() {
-        let rules: Vec<String> = rules.iter().map(|rule| format!("{} -> {}", rule.from, rule.to)).collect();
+/// Changes the addresses inside the guest by the rules that leave it to its agent, and tells of those that nobody has
+/// changed: a plan's programs are given all of them. The machine serves, whatever becomes of that.
+fn address(task: &Task<'_>, desk: &Desk<'_>, name: &str) -> Result<()> {
+    let record = desk.load(name)?.record;
+    let (ours, others): (Vec<_>, Vec<_>) =
+        record.rules.addresses.into_iter().partition(|rule| rule.through == Through::Agent);
+    if !others.is_empty() {
+        let rules: Vec<String> = others.iter().map(|rule| format!("{} -> {}", rule.from, rule.to)).collect();
         let what = format!("addresses inside {name} are not changed: {}", rules.join(", "));
         (desk.warn)(Code::WarnHost, what);
     }
-    Ok(())
+    let running = record.failover.and_then(|failover| failover.running).filter(|_| !ours.is_empty());
+    let Some(running) = running else { return Ok(()) };
+    match readdress(&running.orders.with_file_name("agent.sock"), &ours, &|| task.check()) {
+        Ok(done) if done.is_empty() => Ok(()),
+        Ok(done) => task.event(&object(name), "readdress", Some(done.join(", "))),
+        Err(fail) => {
+            task.check()?;
+            let at = fail.at.map(|at| format!(" ({at})")).unwrap_or_default();
+            (desk.warn)(Code::WarnHost, format!("addresses inside {name} are not changed: {}{at}", fail.what));
+            Ok(())
+        }
+    }
 }

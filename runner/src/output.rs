@@ -290,6 +290,8 @@ impl Output {
         let wanted = closing.get("exit").and_then(Value::as_u64).and_then(|e| u8::try_from(e).ok());
         let exit = match (wanted, warnings.is_empty()) {
             (Some(exit), _) if exit > 1 => exit,
+            // A service that was asked to end has told its warnings when they came; its end is not one of them.
+            (Some(0), _) if !strict => 0,
             (_, true) => 0,
             (_, false) if strict => 2,
             (_, false) => 1,

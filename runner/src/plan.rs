@@ -87,6 +87,9 @@ pub struct EntryRecord {
     pub taken: Option<Timestamp>,
     /// Milliseconds from the beginning of the run until it was ready.
     pub rto_ms: Option<i64>,
+    /// What is to be looked at.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<crate::operate::Warned>,
 }
 
 /// A run of a plan.

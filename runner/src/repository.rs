@@ -25,6 +25,7 @@ use aquifer_formats::repo::{
     record::{Holder, Owner},
 };
 use aquifer_mount::session::{Folder, Registry};
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -32,7 +33,7 @@ pub use hand::Hand;
 pub use hold::Hold;
 
 use crate::{
-    context::Context,
+    context::{Context, quoted},
     fail::{Code, Fail, Result},
     source::{PointRef, linked::opener},
 };
@@ -117,16 +118,105 @@ fn dir_of(context: &Context, name: &str) -> Result<PathBuf> {
     Ok(fs::canonicalize(dir).unwrap_or_else(|_| dir.clone()))
 }
 
+/// The point that a SOURCE word names.
+#[derive(Clone, Debug)]
+pub struct Named {
+    /// Its machine.
+    pub machine: Machine,
+    /// The point.
+    pub point: Point,
+    /// Newer ones that the word would have named, were they not damaged; the newest first.
+    pub passed_over: Vec<Point>,
+}
+
+#[derive(Serialize)]
+struct PassedOver<'a> {
+    machine: &'a str,
+    point: String,
+    created: Option<Timestamp>,
+    state: &'static str,
+    why: &'a str,
+    taken: String,
+}
+
+impl Named {
+    /// Warns that older bytes are answered than were asked for, where that is so.
+    pub fn warn(&self, context: &Context) {
+        let Some(newest) = self.passed_over.first() else { return };
+        let name = &self.machine.name;
+        for point in &self.passed_over {
+            let record = PassedOver {
+                machine: name,
+                point: point.id.to_string(),
+                created: point.created(),
+                state: point.state.name(),
+                why: point.state.why().unwrap_or_default(),
+                taken: self.point.id.to_string(),
+            };
+            context.out.record("passed_over", &record);
+        }
+        let taken = dated(&self.point);
+        let damaged = self.passed_over.iter().map(|point| format!("{} is {}", dated(point), told(point)));
+        let what = format!(
+            "{name}: the older point {taken} is taken, and nothing that was written after it: {}",
+            damaged.collect::<Vec<_>>().join("; ")
+        );
+        context.out.warn(Code::WarnOlderPoint, what, Some(&look_at(&format!("{name}@{}", newest.id))));
+    }
+}
+
+/// Warns of a point that is listed and cannot be read, where that is so.
+pub fn warn_of_damage(context: &Context, machine: &Machine, point: &Point) {
+    if point.state.why().is_some() {
+        let (name, look) = (&machine.name, look_at(&format!("{}@{}", machine.name, point.id)));
+        let what = format!("{name}: the point {} is {}", dated(point), told(point));
+        context.out.warn(Code::WarnDamagedPoint, what, Some(&look));
+    }
+}
+
+fn look_at(word: &str) -> String {
+    format!("aquifer verify {}    # or repair it from a copy", quoted(word))
+}
+
+fn dated(point: &Point) -> String {
+    match point.created() {
+        Some(at) => format!("{} of {}", point.id, at.strftime("%Y-%m-%dT%H:%M:%SZ")),
+        None => point.id.to_string(),
+    }
+}
+
+fn told(point: &Point) -> String {
+    match point.state.why() {
+        Some(why) => format!("{} ({why})", point.state.name()),
+        None => point.state.name().to_owned(),
+    }
+}
+
 /// The machine and point a SOURCE word names.
-pub fn find(repo: &Repository, machine: &str, point: &PointRef) -> Result<(Machine, Point)> {
+///
+/// # Errors
+/// There is none of that name; all that fit are damaged.
+pub fn find(repo: &Repository, machine: &str, point: &PointRef) -> Result<Named> {
     let machine = repo.machine(machine)?;
     let query = match point {
         PointRef::Latest(back) => PointQuery::Latest(*back),
         PointRef::At(time) => PointQuery::At(*time),
         PointRef::Id(id) => PointQuery::Id(id.clone()),
     };
-    let point = repo.resolve(&machine, &query)?;
-    Ok((machine, point))
+    let answer = repo.answer(&machine, &query)?;
+    match (answer.point, answer.passed_over) {
+        (Some(point), passed_over) => Ok(Named { machine, point, passed_over }),
+        (None, passed_over) => match passed_over.first() {
+            Some(newest) => Err(damage(&format!("{}@{}", machine.name, newest.id), newest)),
+            None => Err(repo.no_point(&machine, &query).into()),
+        },
+    }
+}
+
+/// What keeps the point that `word` names from being read.
+pub fn damage(word: &str, point: &Point) -> Fail {
+    let why = point.state.why().unwrap_or_default().to_owned();
+    aquifer_formats::repo::Error::PointState { path: word.to_owned(), state: point.state.name(), why }.into()
 }
 
 /// This process, as leases name it.

@@ -7,7 +7,8 @@
 //!   somebody to look at, and counts for nothing.
 //! - A point that is read is given up like any other: its files stay until the reader ends, and nobody waits.
 //! - Given-up files that retained points draw little from are set free by writing those points anew, so that the bytes
-//!   copied never exceed the bytes set free.
+//!   written, tables included, never exceed the bytes set free. So what was written anew is not written anew again for
+//!   the file it took the place of: it draws all of that one's blocks.
 //!
 //! Not here: deleting (`aquifer_formats::repo::keeper`).
 
@@ -190,15 +191,6 @@ pub struct Retained {
     pub needed: usize,
 }
 
-/// When retained points are written anew.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Merge {
-    /// Where less is copied than half of what is set free.
-    Worth,
-    /// Wherever something is set free.
-    Always,
-}
-
 /// What the rule says about a machine's points.
 ///
 /// # Errors
@@ -234,7 +226,6 @@ pub fn apply(
     machine: &Machine,
     keep: Option<&Keep>,
     zone: &TimeZone,
-    merge: Merge,
 ) -> Result<Retained> {
     let verdicts = verdicts(repo, machine, keep, zone, Timestamp::now())?;
     let going: Vec<Uuid> = verdicts.iter().filter(|v| v.reasons.is_empty()).map(|v| v.id).collect();
@@ -243,7 +234,7 @@ pub fn apply(
         keeper::forget(repo, machine, &going, LastPoint::Stays)?;
     }
     if keep.is_some() {
-        done.rebased = set_free(context, repo, machine, merge)?;
+        done.rebased = set_free(context, repo, machine)?;
     }
     let tell = repository::tell(context)?;
     let swept =
@@ -255,11 +246,9 @@ pub fn apply(
 }
 
 /// Writes points anew that keep given-up files alive, oldest first.
-fn set_free(context: &Context, repo: &Repository, machine: &Machine, merge: Merge) -> Result<BTreeMap<Uuid, Uuid>> {
-    let worth = |burden: &Burden| match merge {
-        Merge::Worth => burden.cost().saturating_mul(2) <= burden.file_bytes,
-        Merge::Always => true,
-    };
+fn set_free(context: &Context, repo: &Repository, machine: &Machine) -> Result<BTreeMap<Uuid, Uuid>> {
+    // What is written anew is at most half of what that sets free.
+    let worth = |burden: &Burden| burden.cost().saturating_mul(2) <= burden.file_bytes;
     let burdens: Vec<Burden> = rebase::burdens(repo, machine)?.into_iter().filter(worth).collect();
     let mut rebased = BTreeMap::new();
     if burdens.is_empty() {

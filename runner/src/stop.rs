@@ -89,6 +89,11 @@ impl Stop {
         Ok(Self(None))
     }
 
+    /// The wish of whoever signals this process, as far as it listens.
+    pub fn of_process() -> Self {
+        Self(None)
+    }
+
     /// The same for one task, which has a wish of its own.
     #[must_use]
     pub fn of_task(self, halt: &'static Halt) -> Self {

@@ -58,7 +58,14 @@ impl<'a> Reader<'a> {
     pub fn parse(&mut self) -> Spanned<DeTable<'a>> {
         let (table, errors) = DeTable::parse_recoverable(self.text);
         for error in errors {
-            self.problem(error.span().unwrap_or(0..0), error.message().to_owned());
+            let span = error.span().unwrap_or(0..0);
+            let mut what = error.message().to_owned();
+            if what == "duplicate key"
+                && let Some(key) = self.text.get(span.clone()).filter(|key| !key.is_empty())
+            {
+                what = format!("{what} `{}`", key.escape_debug());
+            }
+            self.problem(span, what);
         }
         table
     }
@@ -176,6 +183,9 @@ impl<'a> Reader<'a> {
     /// Notes that a value is of another kind than its key wants.
     pub fn wrong_type(&mut self, key: &str, value: &Spanned<DeValue<'_>>, want: &str) {
         let have = match value.get_ref() {
+            DeValue::String(text) if text.is_empty() && want.starts_with("a string") => {
+                return self.problem(value.span(), format!("`{key}` must not be empty"));
+            }
             DeValue::String(_) => "a string",
             DeValue::Integer(number) => {
                 let number = number.as_str().to_owned();

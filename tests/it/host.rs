@@ -72,7 +72,7 @@ impl Stage {
 impl Drop for Stage {
     fn drop(&mut self) {
         if let Some(running) = &self.running {
-            let _ = Qemu.power_off(running, Duration::ZERO);
+            let _ = Qemu.power_off(running);
         }
         self.kill_server();
     }
@@ -221,7 +221,7 @@ fn a_machine_is_never_started_beside_itself() {
     let again = stage.start();
     assert!(started.iter().all(|running| *running == again), "{started:?}");
     eventually("the guest works", || seen(&again).contains('.').then_some(()));
-    Qemu.power_off(&again, Duration::ZERO).expect("off");
+    Qemu.power_off(&again).expect("off");
     assert_ne!(stage.start().process, again.process, "one that is gone is no hindrance");
 }
 

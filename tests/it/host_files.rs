@@ -62,7 +62,7 @@ impl Stage {
 impl Drop for Stage {
     fn drop(&mut self) {
         if let Some(running) = &self.running {
-            let _ = Qemu.power_off(running, Duration::ZERO);
+            let _ = Qemu.power_off(running);
         }
     }
 }
@@ -123,7 +123,7 @@ fn a_running_machine_goes_over_to_a_layer_and_is_merged_down_again() {
     eventually("a whole round on the merged disk", || seen(&running).matches('R').nth(1).map(drop));
     assert_eq!(Qemu.power(&running).expect("power"), Power::Running);
 
-    Qemu.power_off(&running, Duration::ZERO).expect("off");
+    Qemu.power_off(&running).expect("off");
     assert_eq!(Qemu.power(&running).expect("power"), Power::Off);
     let whole = boot_sector::after_a_round(&stage.disk);
     assert!(qemu::contents(&stage.path("base.qcow2"), "qcow2") == whole, "the guest's own copies, nothing else");
@@ -149,11 +149,18 @@ fn a_guest_that_does_not_listen_is_turned_off_after_its_grace() {
     let running = stage.start(&[stage.image("base.qcow2", ImageFormat::Qcow2)]);
     goes_on(&running, 1);
     let began = Instant::now();
-    Qemu.power_off(&running, Duration::from_secs(2)).expect("off");
+    assert!(!Qemu.ask_off(&running, Duration::from_secs(2), &|| true).expect("asked"), "it does not listen");
     let took = began.elapsed();
     assert!(took >= Duration::from_secs(2) && took < Duration::from_secs(20), "{took:?}");
+    // Whoever does not want to wait any more does not.
+    let began = Instant::now();
+    let asked = Qemu.ask_off(&running, Duration::from_secs(600), &|| began.elapsed() < Duration::from_millis(200));
+    assert!(!asked.expect("asked") && began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+    goes_on(&running, 1);
+    Qemu.power_off(&running).expect("off");
     assert_eq!(Qemu.find(&stage.places()), None);
-    Qemu.power_off(&running, Duration::from_secs(2)).expect("it is off already");
+    assert!(Qemu.ask_off(&running, Duration::from_secs(2), &|| true).expect("it is off already"));
+    Qemu.power_off(&running).expect("it is off already");
 }
 
 #[test]
@@ -169,7 +176,7 @@ fn a_machine_that_somebody_started_by_hand_is_found_by_its_monitor() {
     let running = eventually("it is found", || Qemu.find(&stage.places()));
     assert_eq!(running.process.pid, child.id());
     assert_eq!(eventually("it answers", || Qemu.power(&running).ok()), Power::Paused);
-    Qemu.power_off(&running, Duration::ZERO).expect("off");
+    Qemu.power_off(&running).expect("off");
     child.wait().expect("reap");
     assert_eq!(Qemu.find(&stage.places()), None, "a socket that nobody listens at is nobody");
 }

@@ -21,8 +21,10 @@ use aquifer_tests::{
 use serde_json::{Value, json};
 
 const MIB: usize = 1 << 20;
-/// Bytes of the disk; the guest's own sectors are in its first 4 MiB.
+/// Bytes of the disk that are read here; the guest's own sectors are in its first 4 MiB.
 const SIZE: usize = 24 * MIB;
+/// Behind them: bytes that do not compress, so that points hold more than their tables.
+const NOISE: usize = 8 * MIB;
 const OURS: usize = 4 * MIB;
 /// Bytes that are all the same, others in each unit and version.
 const UNIT: usize = 4096;
@@ -51,7 +53,16 @@ impl Production {
         );
         fs::write(site.path("site.toml"), text).expect("a site file");
         site.json(&["init"]);
-        Self { site, disk: boot_sector::disk(SIZE / MIB, 0), versions: vec![0; SIZE / UNIT] }
+        let mut production =
+            Self { site, disk: boot_sector::disk((SIZE + NOISE) / MIB, 0), versions: vec![0; SIZE / UNIT] };
+        production.stir(1, NOISE);
+        production
+    }
+
+    /// Other noise in the first `len` bytes of it; it is written with the next version.
+    fn stir(&mut self, seed: u64, len: usize) {
+        let mut dice = Rng::new(seed);
+        self.disk[SIZE..SIZE + len].chunks_mut(8).for_each(|word| word.copy_from_slice(&dice.next_u64().to_le_bytes()));
     }
 
     fn write(&mut self, version: usize, at: usize, len: usize) {
@@ -167,6 +178,7 @@ fn machines_run_on_while_their_points_are_given_up_and_merged() {
     production.site.json(&["-c", &production.site.word("site.toml"), "run", "b"]);
     let first = production.recover("first");
     // Stands on the first for an eighth of it: worth writing anew when the first is given up.
+    production.stir(2, NOISE / 8 * 7);
     production.write(2, OURS, (SIZE - OURS) / 8 * 7);
     production.back_up();
     let second = production.recover("second");

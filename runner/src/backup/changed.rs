@@ -3,6 +3,8 @@
 //! Invariants
 //! - A bitmap that is missing, in use, not kept up or of another disk is no reason to fail: everything
 //!   is read and compared instead, and the reason is said.
+//! - A bitmap that somebody names is believed only if it counted when the last point was made, and counts still. Whoever clears it
+//!   by hand answers for when: nothing tells.
 //! - A bitmap that is believed is still tested: blocks outside it are sampled, and one that differs from
 //!   the parent proves that the bitmap belongs to another point.
 //! - What lies past the end of the parent's disk has always changed.
@@ -14,7 +16,7 @@ use aquifer_formats::{
     aql::Reader,
     gate::Gate,
     qcow2::{BitmapTrust, Qcow2},
-    repo::record::Found,
+    repo::{Point, record::Found},
 };
 use aquifer_vdisk::{Chain, ChainSpec, Delta, Disk};
 
@@ -39,7 +41,12 @@ pub(crate) struct Look {
 }
 
 /// Decides what to read of `wanted`, which stands on `parent`.
-pub(super) fn look(order: &Order<'_>, wanted: &Wanted, parent: Option<&Arc<Reader>>) -> Result<Look> {
+pub(super) fn look(
+    order: &Order<'_>,
+    wanted: &Wanted,
+    parent: Option<&Arc<Reader>>,
+    point: Option<&Point>,
+) -> Result<Look> {
     let context = order.context;
     let Some(parent) = parent else {
         return Ok(Look { found: Found::Everything, ranges: None });
@@ -52,6 +59,10 @@ pub(super) fn look(order: &Order<'_>, wanted: &Wanted, parent: Option<&Arc<Reade
             return Ok(Look { found: Found::Comparison, ranges: Some(ranges) });
         }
         Hint::Bitmap(name) => changed_by(context, wanted, name, parent)?,
+        Hint::Named(name) if is_image(wanted) && !counted(point, wanted, name) => {
+            Err(format!("bitmap `{name}` did not count yet when the last point was made"))
+        }
+        Hint::Named(name) => changed_by(context, wanted, name, parent)?,
         Hint::Missing(reason) => Err(reason.clone()),
     };
     match known {
@@ -67,6 +78,30 @@ pub(super) fn look(order: &Order<'_>, wanted: &Wanted, parent: Option<&Arc<Reade
             Ok(Look { found: Found::Comparison, ranges: None })
         }
     }
+}
+
+fn is_image(wanted: &Wanted) -> bool {
+    matches!(wanted.selected.spec, ChainSpec::Image { .. }) && wanted.format == "qcow2"
+}
+
+/// Whether the last point says that a bitmap counted when it was made.
+fn counted(point: Option<&Point>, wanted: &Wanted, bitmap: &str) -> bool {
+    let disks = point.and_then(|point| point.record.as_ref()).map(|record| record.disks.as_slice()).unwrap_or_default();
+    let disk = disks.iter().find(|disk| disk.name == wanted.name);
+    disk.is_some_and(|disk| disk.counting.iter().any(|known| known == bitmap))
+}
+
+/// Bitmaps of an image at rest that count its changes, for the point that is made of it.
+///
+/// # Errors
+/// Tables that cannot be read.
+pub(super) fn counting(wanted: &Wanted) -> Result<Vec<String>> {
+    let (ChainSpec::Image { path, .. }, true) = (&wanted.selected.spec, is_image(wanted)) else {
+        return Ok(Vec::new());
+    };
+    let bitmaps = Qcow2::open(Gate::default().enter(path)?.storage())?.bitmaps()?;
+    let good = bitmaps.into_iter().filter(|bitmap| bitmap.recording && bitmap.trust == BitmapTrust::Consistent);
+    Ok(good.map(|bitmap| bitmap.name).collect())
 }
 
 /// What a bitmap says, or why it is not believed.
@@ -107,6 +142,7 @@ fn qcow2_bitmap(image: &Qcow2, name: &str) -> Result<Result<Delta, String>> {
         return Ok(Err(format!("there is no bitmap `{name}` (there are: {})", names.join(", "))));
     };
     let why = match bitmap.trust {
+        BitmapTrust::Consistent if !bitmap.recording => Some("does not count any more: it is disabled"),
         BitmapTrust::Consistent => None,
         BitmapTrust::InUse => Some("was not closed by its writer"),
         BitmapTrust::NotKeptUp => Some("was not kept up by a later writer of the image"),

@@ -156,7 +156,7 @@ fn sources_of(wanted: &[Wanted]) -> Option<Sources> {
 /// The bitmap a disk is read by.
 fn bitmap_of(disk: &Wanted) -> Option<String> {
     match &disk.hint {
-        Hint::Bitmap(name) => Some(name.clone()),
+        Hint::Bitmap(name) | Hint::Named(name) => Some(name.clone()),
         _ => None,
     }
 }

@@ -16,7 +16,8 @@ use super::{
 /// A transition, as it is told.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Event {
-    /// What it happened to: `session/12`, `work/31`, `replica/web01_replica`, `job/nightly`, `plan/site-dr`.
+    /// What it happened to: `session/12`, `work/31`, `replica/web01_replica`, `job/nightly`,
+    /// `plan/site-dr`, `machine/web01`.
     pub object: String,
     /// The state before.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -161,8 +161,11 @@ pub struct Progress {
     pub bytes_read: u64,
     /// Of these, bytes read from production.
     pub bytes_read_production: u64,
-    /// Bytes written to targets.
+    /// Bytes written to targets, of those that were moved there.
     pub bytes_written: u64,
+    /// Bytes of a target's own files that were written anew on it, where older restore points were merged.
+    #[serde(default)]
+    pub bytes_merged: u64,
     /// Blocks that were equal and moved nothing.
     pub blocks_equal: u64,
     /// Measured: bytes per second, over the last seconds.
@@ -185,6 +188,7 @@ impl Progress {
             (&mut self.bytes_read, other.bytes_read),
             (&mut self.bytes_read_production, other.bytes_read_production),
             (&mut self.bytes_written, other.bytes_written),
+            (&mut self.bytes_merged, other.bytes_merged),
             (&mut self.blocks_equal, other.blocks_equal),
             (&mut self.rate, other.rate),
         ];

@@ -66,6 +66,13 @@ fn options(page: &mut String, command: &Command, keep: impl Fn(&Arg) -> bool) {
             let _ = write!(name, "{space}{value}");
         }
         let help = arg.get_help().map(ToString::to_string).unwrap_or_default();
-        let _ = writeln!(page, "- `{name}`: {help}");
+        let words = arg.get_possible_values();
+        let words: Vec<String> =
+            words.iter().filter(|w| !w.is_hide_set()).map(|w| format!("`{}`", w.get_name())).collect();
+        let words = match words.is_empty() || !valued {
+            true => String::new(),
+            false => format!(" (one of {})", words.join(", ")),
+        };
+        let _ = writeln!(page, "- `{name}`: {help}{words}");
     }
 }

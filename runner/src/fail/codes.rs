@@ -75,7 +75,7 @@ codes! {
     Io "E_IO" 2 never
         "The operating system failed a call. The message has the file, the offset and the system's own error name."
     Capacity "E_CAPACITY" 2 later
-        "A file system or a quota is full. Nothing that was acknowledged is lost; free space and run the command again."
+        "A file system or a quota is full. Nothing that was acknowledged is lost; free space and run the command again. What an interrupted backup has stored stays for the next run to go on with; where that is not wanted, `aquifer forget --interrupted MACHINE` frees it."
     Unsupported "E_UNSUPPORTED" 2 never
         "The file is valid but uses a feature this build does not read or write, or the combination of options is not supported. The feature is named."
     OutOfRange "E_RANGE" 2 never
@@ -130,8 +130,12 @@ codes! {
         "Data is served over TCP without encryption because that was asked for explicitly."
     WarnSkipped "W_SKIPPED" 1 never
         "Something that was asked for was left out; the message says what and why."
+    WarnOlderPoint "W_OLDER_POINT" 1 never
+        "`latest` or a time was asked for, and a newer point that fits is damaged or a file of it is missing. The newest complete one was taken: what was written after it is not in it. `aquifer verify MACHINE@ID` of the point that is named lists its damage; a missing file can be put back, a health job with `repair_from` repairs it from a copy, and the next backup makes a whole point. `aquifer verify MACHINE@latest` fails for as long as the newest point is damaged."
+    WarnDamagedPoint "W_DAMAGED_POINT" 1 never
+        "A restore point that is listed is damaged, or a file of it is missing: nothing can be read from it, while points that do not need what is lost are whole. `aquifer verify MACHINE@ID` lists the damage; a missing file can be put back, a health job with `repair_from` repairs the point from a copy, `aquifer forget MACHINE@ID` gives it up."
     WarnCheck "W_CHECK" 1 never
-        "`aquifer doctor` found something that limits what this machine can do; the command that repairs it is printed."
+        "`aquifer doctor` found something that limits what this machine can do, or `aquifer config check` something that the site file names and that is not there. The command that repairs it is printed where there is one."
     WarnInterrupted "W_RESUMED" 1 never
         "An earlier run was interrupted; this one went on from what it had stored."
     WarnMissed "W_MISSED" 1 never
@@ -146,8 +150,12 @@ codes! {
         "The backups that feed a replica are older than they should be: the job that makes them may have stopped. The replica is as new as the newest of them."
     WarnOnHold "W_ON_HOLD" 1 never
         "The replica is not replicated at present: it serves, is on its way home, or was given up. Replication goes on when it is ready again."
+    WarnReplicaServes "W_REPLICA_SERVES" 1 never
+        "A replica has taken over from the machine that the job backs up or copies, and nothing is settled yet. A backup of the machine that it serves in place of holds what is stale. Retention gives up and merges no point of the machine until the takeover is taken back (`undo`), has come home (`commit`) or was made final (`permanent`): points from before the disaster may be needed."
     WarnResync "W_RESYNC" 1 never
         "The digests of a replica were missing, damaged or no longer to be trusted. They were made anew from the replica's own disks; nothing was copied for that."
+    WarnDiskGone "W_DISK_GONE" 1 never
+        "A disk that the restore point before has is not in the new one: it was taken out of the machine's description, was renamed, or was not named. That may be meant; it is told once, when it happens. The points that have the disk stay until retention gives them up, and a takeover at a newer one has no such disk. Put the disk back if it belongs to the machine; where it is to be left out, `exclude_disks` of the machine in the site file says so."
     WarnTakenBack "W_TAKEN_BACK" 1 never
         "An earlier operation had been cut short, by a crash or a lost lease. What could not be finished was taken back before this one began."
     WarnHost "W_HOST" 1 never

@@ -5,20 +5,28 @@
 //! - It is listed before anything is turned off, and somebody decides: it stays as it is, or production is described anew.
 //! - Networks are compared as the job's rules map them.
 //! - What is applied is written when the sides are changed, and taken back with them.
+//! - A disk that only the replica has comes home to an image of its own, under a name that nothing has there, or nothing
+//!   comes home: its content is not left behind unsaid. So does one whose file is gone at home.
 //!
-//! Not here: disks that only one side has are never made or removed.
+//! Not here: a disk that only production has is never touched.
 
-use std::{fmt::Display, fs, sync::Arc};
+use std::{
+    fmt::Display,
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
+use aquifer_formats::probe::Format;
 use aquifer_vdisk::BlockCache;
 
 use crate::{
     fail::{Fail, Result},
     host::placed::{self, DESCRIPTION, Placed},
-    machine::{Described, DescribedNic},
+    machine::{Described, DescribedDisk, DescribedNic},
     replica::{
         layers,
-        model::{Configured, Home, ReplicaRecord},
+        model::{Configured, Home, HomeDisk, ReplicaRecord},
         rules::Rules,
     },
     units,
@@ -31,6 +39,8 @@ pub struct Drift {
     pub lines: Vec<String>,
     /// Production's description, before and after.
     pub apply: Option<Configured>,
+    /// Disks that production has not got, and the images that they would be there.
+    pub made: Vec<HomeDisk>,
 }
 
 /// Compares what the replica's host starts with what production's would.
@@ -43,13 +53,20 @@ pub fn drift(record: &ReplicaRecord, home: &Home, cache: &Arc<BlockCache>) -> Re
     let (more, nics) = cards(&record.rules, &ours.nics, &theirs.nics);
     lines.extend(more);
     let described = lines.len();
+    let mut made = Vec::new();
     for disk in &theirs.disks {
         if !ours.disks.iter().any(|other| other.name == disk.name) {
             lines.push(format!("the disk {} is at {} only, and stays as it is", disk.name, home.machine));
         }
     }
     for top in record.failover.iter().flat_map(|failover| &failover.tops) {
-        let Some(disk) = home.disks.iter().find(|disk| disk.disk == top.disk) else { continue };
+        let Some(disk) = home.disks.iter().find(|disk| disk.disk == top.disk) else {
+            let path = free_name(&home.folder, &top.disk, &made);
+            let size = units::bytes(top.size);
+            lines.push(format!("the disk {} ({size}) is at the replica only: `--drift apply` makes it", top.disk));
+            made.push(HomeDisk { disk: top.disk.clone(), path, format: Format::Qcow2 });
+            continue;
+        };
         let size = layers::open(&disk.path, disk.format, cache)?.size();
         if size != top.size {
             let (here, there) = (units::bytes(top.size), units::bytes(size));
@@ -58,7 +75,12 @@ pub fn drift(record: &ReplicaRecord, home: &Home, cache: &Arc<BlockCache>) -> Re
     }
     let path = home.folder.join(DESCRIPTION);
     let before = fs::read_to_string(&path).map_err(|e| Fail::io(path.display(), "read", &e))?;
+    let mut disks = theirs.disks.clone();
+    // What is described and has no file is made like what is not described.
+    disks.retain(|disk| made.iter().all(|made| made.disk != disk.name));
+    disks.extend(made.iter().map(|disk| described_disk(&ours, disk)));
     let after = Described {
+        disks,
         cpus: ours.cpus,
         memory: ours.memory,
         firmware: ours.firmware,
@@ -66,8 +88,22 @@ pub fn drift(record: &ReplicaRecord, home: &Home, cache: &Arc<BlockCache>) -> Re
         nics,
         ..theirs
     };
-    let apply = (described > 0).then(|| Configured { before, after: placed::text(&after) });
-    Ok(Drift { lines, apply })
+    let apply = (described > 0 || !made.is_empty()).then(|| Configured { before, after: placed::text(&after) });
+    Ok(Drift { lines, apply, made })
+}
+
+/// A name for the image of a disk that nothing in the folder has: the disk that was taken out may have left its own.
+fn free_name(folder: &Path, disk: &str, made: &[HomeDisk]) -> PathBuf {
+    let names = (1_u64..).map(|n| if n == 1 { format!("{disk}.qcow2") } else { format!("{disk}-{n}.qcow2") });
+    let is_free = |path: &PathBuf| path.symlink_metadata().is_err() && made.iter().all(|other| other.path != *path);
+    names.map(|name| folder.join(name)).find(is_free).unwrap_or_default()
+}
+
+/// The disk as the replica's machine has it, in its new file. What starts first stays production's own choice.
+fn described_disk(ours: &Described, disk: &HomeDisk) -> DescribedDisk {
+    let there = ours.disks.iter().find(|there| there.name == disk.disk).cloned().unwrap_or_default();
+    let file = disk.path.file_name().map(|name| name.to_string_lossy().into_owned());
+    DescribedDisk { name: disk.disk.clone(), source: file, boot_order: None, ..there }
 }
 
 /// Writes one of the two descriptions of production.

@@ -3,6 +3,8 @@
 //! Invariants
 //! - Nothing is written into an image that another program has open, or that has no room for it.
 //! - An image becomes as long as the disk that comes home to it; bytes behind its end are gone.
+//! - An image that is made takes no name that somebody else has, however long it took to make; it is removed only while it
+//!   is the one that was made.
 //!
 //! Not here: what is sent ([`super::pass`]), when.
 
@@ -16,12 +18,13 @@ use aquifer_formats::repo::record::MachineDescription;
 
 use super::pass::working_of;
 use crate::{
+    context::quoted,
     fail::{Code, Fail, Result},
     host::{in_use::Against, placed},
     replica::{
         desk::{Desk, Stamp},
         images, layers,
-        model::{FailbackRecord, FailoverRecord, Home, HomeDisk, HomeKind, ReplicaRecord, Top},
+        model::{FailbackRecord, FailoverRecord, Home, HomeDisk, HomeKind, MadeFile, ReplicaRecord, Top},
         run::{refuse_strangers, written},
         trust,
     },
@@ -49,12 +52,18 @@ pub(super) fn check_home(
     for top in &failover.tops {
         let Some(disk) = home.disks.iter().find(|disk| disk.disk == top.disk) else {
             let what = format!("{} has no disk {}", home.machine, top.disk);
-            return at(Fail::new(Code::NotFound, what));
+            let help = format!("aquifer failback {} --drift apply    # makes it", quoted(&record.name));
+            return at(Fail::new(Code::NotFound, what).help(help));
         };
-        if desk.running(&home.folder).is_none() {
-            images::free(disk, Against::Anybody)?;
+        if home.makes(&disk.disk) {
+            // It was free when it was chosen.
+            is_free(&disk.path)?;
+        } else {
+            if desk.running(&home.folder).is_none() {
+                images::free(disk, Against::Anybody)?;
+            }
+            layers::open(&disk.path, disk.format, desk.cache)?;
         }
-        layers::open(&disk.path, disk.format, desk.cache)?;
         let need = top.size / 64;
         let folder = disk.path.parent().unwrap_or(Path::new("/"));
         let stat = rustix::fs::statvfs(folder).map_err(|e| Fail::io(folder.display(), "look at", &e.into()))?;
@@ -65,6 +74,65 @@ pub(super) fn check_home(
     Ok(())
 }
 
+fn is_free(path: &Path) -> Result<()> {
+    if path.symlink_metadata().is_ok() { Err(layers::taken(path)) } else { Ok(()) }
+}
+
+/// Refuses to go on where somebody has put something meanwhile into the place of what is made.
+pub(super) fn still_free(home: &Home, tops: &[Top]) -> Result<()> {
+    pairs(home, tops).filter(|(_, disk)| home.makes(&disk.disk)).try_for_each(|(_, disk)| is_free(&disk.path))?;
+    if home.kind == HomeKind::New { is_free(&home.folder.join(placed::DESCRIPTION)) } else { Ok(()) }
+}
+
+/// Gives the images that were made their names, where none of those is taken, and notes which files they are. Done
+/// again it goes on.
+pub(super) fn name_made(home: &mut Home, tops: &[Top]) -> Result<()> {
+    let made = || pairs(home, tops).map(|(_, disk)| disk).filter(|disk| home.makes(&disk.disk));
+    let unnamed = || made().map(|disk| (working_of(&disk.path, 1), disk)).filter(|(working, _)| working.exists());
+    unnamed().try_for_each(|(working, disk)| layers::can_be_named(&working, &disk.path))?;
+    unnamed().try_for_each(|(working, disk)| layers::name_new(&working, &disk.path))?;
+    let mut files = BTreeMap::new();
+    for disk in made() {
+        let meta = disk.path.symlink_metadata().map_err(|e| Fail::io(disk.path.display(), "look at", &e))?;
+        files.extend(MadeFile::of(&meta).map(|file| (disk.disk.clone(), file)));
+    }
+    home.made_files = files;
+    Ok(())
+}
+
+/// Refuses to begin to take back images that were made while somebody has them open.
+pub(super) fn made_are_free(home: &Home) -> Result<()> {
+    let ours = |disk: &&HomeDisk| {
+        let found = disk.path.symlink_metadata().ok().and_then(|meta| MadeFile::of(&meta));
+        home.made.contains(&disk.disk) && found.is_some() && home.made_files.get(&disk.disk) == found.as_ref()
+    };
+    home.disks.iter().filter(ours).try_for_each(|disk| images::free(disk, Against::Anybody))
+}
+
+/// Removes the image that was made for a disk, which nothing names any more. One that is another by now, or may be, or that
+/// somebody has open, is told and stays: what has begun cannot be stuck for a file that stands in nobody's way.
+pub(super) fn remove_made(desk: &Desk<'_>, home: &Home, disk: &HomeDisk) -> Result<()> {
+    let found = match std::fs::symlink_metadata(&disk.path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        found => found.map_err(|e| Fail::io(disk.path.display(), "look at", &e))?,
+    };
+    let stays = |why: &str| {
+        (desk.warn)(Code::WarnHost, format!("{} {why}, and stays", disk.path.display()));
+        Ok(())
+    };
+    let Some(file) = MadeFile::of(&found) else {
+        return stays("may be another image than the one that was made there (its file system keeps no birth times)");
+    };
+    if home.made_files.get(&disk.disk) != Some(&file) {
+        return stays("is not the image that was made there");
+    }
+    match images::free(disk, Against::Anybody) {
+        Err(fail) if fail.code == Code::Busy => stays(&format!("was made there ({})", fail.what)),
+        // What lies beside it under its name is not ours.
+        free => free.and_then(|()| layers::remove(&disk.path)),
+    }
+}
+
 /// Disks of a takeover with those of the target.
 pub(super) fn pairs<'w>(home: &'w Home, tops: &'w [Top]) -> impl Iterator<Item = (&'w Top, &'w HomeDisk)> {
     tops.iter().filter_map(|top| Some((top, home.disks.iter().find(|disk| disk.disk == top.disk)?)))
@@ -73,7 +141,7 @@ pub(super) fn pairs<'w>(home: &'w Home, tops: &'w [Top]) -> impl Iterator<Item =
 /// Refuses to write home what does not fit there: production's images are as they were.
 pub(super) fn has_room(desk: &Desk<'_>, home: &Home, tops: &[Top], pass: u32) -> Result<()> {
     let mut needed: BTreeMap<u64, (PathBuf, u64)> = BTreeMap::new();
-    for (_, disk) in pairs(home, tops).filter(|_| home.kind != HomeKind::New || pass > 1) {
+    for (_, disk) in pairs(home, tops).filter(|(_, disk)| !home.makes(&disk.disk) || pass > 1) {
         let meta = std::fs::metadata(&disk.path).map_err(|e| Fail::io(disk.path.display(), "look at", &e))?;
         let (_, bytes) = needed.entry(meta.dev()).or_insert_with(|| (disk.path.clone(), 0));
         *bytes += images::growth(&working_of(&disk.path, pass), disk, desk.cache)?;

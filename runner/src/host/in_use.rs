@@ -7,7 +7,7 @@
 //!
 //! Invariants
 //! - Looking puts no lock and changes nothing.
-//! - Whoever has an image open without locks (a loop device, a program with `locking=off`) is not seen.
+//! - Whoever has an image open without locks (a loop device, a program with `locking=off`, a file system that knows none) is not seen.
 //!
 //! Not here: which use of an image stands in whose way.
 
@@ -19,6 +19,8 @@ use std::{
     },
     path::Path,
 };
+
+use crate::fail::{Code, Fail, Result};
 
 /// What others must not do with an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +51,23 @@ pub fn by(path: &Path, against: Against) -> io::Result<Option<Vec<String>>> {
     Ok(held.then(|| holders(&file).unwrap_or_default()))
 }
 
+/// Refuses an image that a program has open in a way that stands against what is going to be done with it; `disk` is its
+/// name.
+///
+/// # Errors
+/// [`Code::Busy`] names the programs; I/O.
+pub fn free(disk: &str, path: &Path, against: Against) -> Result<()> {
+    let held = by(path, against).map_err(|e| Fail::io(path.display(), "look at", &e))?;
+    let Some(holders) = held else { return Ok(()) };
+    let what = format!("the disk {disk} is in use by {}, which is no machine of ours", named(&holders));
+    Err(Fail::new(Code::Busy, what).at(path.display()))
+}
+
+/// Programs in a sentence.
+pub fn named(holders: &[String]) -> String {
+    if holders.is_empty() { "a program elsewhere".to_owned() } else { holders.join(", ") }
+}
+
 #[expect(unsafe_code, reason = "a query for the locks of open file descriptions, which no safe wrapper offers")]
 fn is_locked(file: &fs::File, start: i64, len: i64) -> io::Result<bool> {
     // SAFETY: all zeros are a valid `flock`, whose fields are plain numbers.
@@ -60,7 +79,11 @@ fn is_locked(file: &fs::File, start: i64, len: i64) -> io::Result<bool> {
     let answer = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
     match answer {
         0 => Ok(i32::from(lock.l_type) != libc::F_UNLCK),
-        _ => Err(io::Error::last_os_error()),
+        _ => match io::Error::last_os_error() {
+            // Where nobody can put a lock, nobody has: a share without a lock daemon, for one.
+            error if matches!(error.raw_os_error(), Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::EINVAL)) => Ok(false),
+            error => Err(error),
+        },
     }
 }
 

@@ -56,6 +56,9 @@ const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long an order may take.
 const ORDER_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How often it is looked whether a guest that was asked to turn itself off is still waited for.
+const PATIENCE_LOOK: Duration = Duration::from_millis(50);
+
 /// How long the change of a disk may take: requests in flight are finished first.
 const PIVOT_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -104,6 +107,10 @@ impl Host for Qemu {
 
     fn variables(&self, dir: &Path) -> PathBuf {
         dir.join("nvram.fd")
+    }
+
+    fn logs(&self, dir: &Path) -> Vec<PathBuf> {
+        vec![dir.join(LOG), dir.join(command::CONSOLE_LOG)]
     }
 
     fn start(&self, shape: &Shape, disks: &[Attachment], places: &Places) -> Result<Running> {
@@ -179,17 +186,30 @@ impl Host for Qemu {
         nodes::pivot(&mut orders, index, local, PIVOT_TIMEOUT)
     }
 
-    fn power_off(&self, running: &Running, grace: Duration) -> Result<()> {
+    fn ask_off(&self, running: &Running, grace: Duration, goes_on: &dyn Fn() -> bool) -> Result<bool> {
+        if !running.process.is_alive() {
+            return Ok(true);
+        }
+        // Not held while it is waited: others have orders for it too.
+        Self::orders(running)?.execute("system_powerdown", json!({}), ORDER_TIMEOUT)?;
+        let until = Instant::now() + grace;
+        while goes_on() {
+            let left = until.saturating_duration_since(Instant::now());
+            if running.process.wait_gone(left.min(PATIENCE_LOOK)) {
+                return Ok(true);
+            }
+            if left.is_zero() {
+                break;
+            }
+        }
+        Ok(!running.process.is_alive())
+    }
+
+    fn power_off(&self, running: &Running) -> Result<()> {
         if !running.process.is_alive() {
             return Ok(());
         }
         if let Ok(mut orders) = Self::orders(running) {
-            if !grace.is_zero() {
-                let _ = orders.execute("system_powerdown", json!({}), ORDER_TIMEOUT);
-                if running.process.wait_gone(grace) {
-                    return Ok(());
-                }
-            }
             // An orderly end: QEMU finishes and flushes what its disks have in flight. Its answer may be cut off.
             let _ = orders.execute("quit", json!({}), ORDER_TIMEOUT);
             if running.process.wait_gone(ORDER_TIMEOUT) {

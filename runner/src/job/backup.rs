@@ -21,8 +21,9 @@ use aquifer_formats::{
 };
 use aquifer_vdisk::ChainSpec;
 use jiff::Timestamp;
+use serde_json::json;
 
-use self::fleece::{Catch, Fleece, LiveDisk};
+use self::fleece::{Catch, Fleece, LiveDisk, NotFrozen};
 use super::{
     place::Place,
     stored::{Report, Run},
@@ -45,21 +46,32 @@ enum Source<'s> {
     Running(Place),
 }
 
+/// What became of the wish to freeze a running guest.
+struct Froze {
+    /// Milliseconds its file systems were frozen, if they were.
+    ms: Option<u64>,
+    /// Why they were not, where that was wanted.
+    not: Option<NotFrozen>,
+}
+
 /// Makes a restore point of one machine.
 ///
 /// # Errors
 /// The source or the repository; [`Code::FileLocked`] where another backup of the machine runs.
 pub fn run(run: &Run<'_>, job: &BackupJob) -> Result<Report> {
+    run.warn_of_takeover();
     let repo = repository::open_named_to_change(run.context, &job.to)?;
     let machine = repo.machine_or_new(run.machine)?;
     let mut report = Report::default();
-    let made = match order(run, job, Consistency::Unknown, None).made_already(&repo, &machine)? {
+    let order = order(run, job, Consistency::Unknown, None);
+    let made = match order.made_already(&repo, &machine)? {
         Some(made) => {
             tidy(run);
             made
         }
         None => make(run, job, &repo, &machine, &mut report)?,
     };
+    order.tell_of_gone_disks(&repo, &machine, &made.record, &entry(run)?.exclude_disks)?;
     report.points.push(made.record.id);
     report.bytes_read = made.bytes_read;
     report.bytes_stored = made.bytes_stored;
@@ -93,13 +105,16 @@ fn make(run: &Run<'_>, job: &BackupJob, repo: &Repository, machine: &Machine, re
         }
         Source::Off(place) => {
             let entry = entry(run)?;
+            for what in place.doubtful(&entry.exclude_disks) {
+                run.note(Code::WarnHost, format!("{}: {what}", run.machine));
+            }
             let wanted = files(run, entry, &place, &points)?;
             let about = about(run, entry, Some(&place));
             store(run, job, repo, machine, parent.as_ref(), &wanted, &about, Consistency::Off)?
         }
         Source::Running(place) => {
-            let (made, frozen_ms) = live(run, job, repo, machine, parent.as_ref(), &points, &place)?;
-            report.frozen_ms = frozen_ms;
+            let (made, froze) = live(run, job, repo, machine, parent.as_ref(), &points, &place)?;
+            (report.frozen_ms, report.not_frozen) = (froze.ms, froze.not);
             made
         }
     })
@@ -110,6 +125,7 @@ fn make(run: &Run<'_>, job: &BackupJob, repo: &Repository, machine: &Machine, re
 /// # Errors
 /// As [`run`].
 pub fn estimate(run: &Run<'_>, job: &BackupJob) -> Result<u64> {
+    run.warn_of_takeover();
     let repo = repository::open_named(run.context, &job.to)?;
     let entry = entry(run)?;
     let (machine, parent) = match repo.machine(run.machine) {
@@ -120,19 +136,30 @@ pub fn estimate(run: &Run<'_>, job: &BackupJob) -> Result<u64> {
         Err(aquifer_formats::repo::Error::NotFound { .. }) => (None, None),
         Err(error) => return Err(error.into()),
     };
-    let points = machine.map_or_else(|| Ok(Vec::new()), |machine| marked(&repo, &machine))?;
+    let points = machine.as_ref().map_or_else(|| Ok(Vec::new()), |machine| marked(&repo, machine))?;
+    let order = order(run, job, Consistency::Unknown, None);
+    let warn = |have: &[&DiskName]| {
+        let is_settled =
+            |disk: &DiskName| have.contains(&disk) || entry.exclude_disks.iter().any(|o| o == disk.as_str());
+        if let Some(machine) = &machine {
+            order.warn_of_gone_disks(machine, parent.as_ref(), &is_settled);
+        }
+    };
     let wanted = match source(run)? {
         Source::Images(entry) => images(run, entry, &points)?,
         Source::Off(place) => files(run, entry, &place, &points)?,
         Source::Running(place) => {
             let files = some(run, included(entry, &place))?;
+            warn(&files.iter().map(|(name, _)| name).collect::<Vec<_>>());
             let missing = || Fail::new(Code::State, "the machine has just ended");
             let mut qmp = fleece::connect(&place.sockets())?.ok_or_else(missing)?;
+            let files = place.opened(&mut qmp, files, &|_| {})?;
             let disks = fleece::disks(&mut qmp, &files)?.into_iter().map(|disk| catch(disk, &points));
             return Ok(disks.zip(&files).map(|(caught, (_, file))| dirty_bytes(&caught, file)).sum());
         }
     };
-    order(run, job, Consistency::Unknown, None).plan(&repo, &wanted, parent.as_ref())
+    warn(&wanted.iter().map(|disk| &disk.name).collect::<Vec<_>>());
+    order.plan(&repo, &wanted, parent.as_ref())
 }
 
 fn entry<'a>(run: &Run<'a>) -> Result<&'a site::Machine> {
@@ -261,7 +288,9 @@ fn hint_of_file(disk: &Wanted, marks: &[&str]) -> Result<Hint> {
     }
     let image = Qcow2::open(Gate::default().enter(path)?.storage())?;
     let bitmaps = image.bitmaps()?;
-    let good = |mark: &&&str| bitmaps.iter().any(|b| b.name == **mark && b.trust == BitmapTrust::Consistent);
+    let counts =
+        |mark: &str| bitmaps.iter().any(|b| b.name == mark && b.recording && b.trust == BitmapTrust::Consistent);
+    let good = |mark: &&&str| counts(mark);
     Ok(match marks.iter().find(good) {
         Some(mark) => Hint::Bitmap((*mark).to_owned()),
         None => Hint::Missing(missing(marks)),
@@ -282,12 +311,14 @@ fn live(
     parent: Option<&Point>,
     points: &[Point],
     place: &Place,
-) -> Result<(Made, Option<u64>)> {
+) -> Result<(Made, Froze)> {
     let entry = entry(run)?;
     let sockets = place.sockets();
     let files = some(run, included(entry, place))?;
     let claim = fleece::claim(&sockets)?;
     let mut qmp = fleece::connect(&sockets)?.ok_or_else(|| Fail::new(Code::State, "the machine has just ended"))?;
+    let tell = |what: String| run.note(Code::WarnHost, format!("{}: {what}", run.machine));
+    let files = place.opened(&mut qmp, files, &tell)?;
     let disks = fleece::disks(&mut qmp, &files)?;
     drop(qmp);
     let caught: Vec<Catch> = disks.into_iter().map(|disk| catch(disk, points)).collect();
@@ -295,15 +326,19 @@ fn live(
     let (guard, _) = run.context.own_command()?;
     let moment = Timestamp::now();
     let (fleece, not_frozen) = Fleece::catch(claim, sockets, caught, job.freeze, &guard)?;
+    let ms = fleece.frozen.then(|| u64::try_from(fleece.freeze_time.as_millis()).unwrap_or(u64::MAX));
+    let mut froze = Froze { ms, not: None };
     if let Some(why) = not_frozen {
         let what = format!("{}: the point is as after a loss of power: {why}", run.machine);
+        let shown = json!({ "machine": run.machine, "agent": fleece.has_agent(), "why": why });
+        run.context.out.record("not_frozen", &shown);
         match (job.freeze, fleece.has_agent()) {
             // Without an agent nobody expects more.
             (Freeze::Try, false) => run.context.out.say(what),
             _ => run.note(Code::WarnHost, what),
         }
+        froze.not = Some(why);
     }
-    let frozen = fleece.frozen.then(|| u64::try_from(fleece.freeze_time.as_millis()).unwrap_or(u64::MAX));
     let consistency = if fleece.frozen { Consistency::FileSystem } else { Consistency::Crash };
     let mut wanted = Vec::new();
     for ((name, _), missing) in files.iter().zip(hints) {
@@ -326,7 +361,7 @@ fn live(
         let what = format!("{}: what the backup added to the machine is still there: {}", run.machine, fail.what);
         run.note(Code::WarnHost, what);
     }
-    Ok((made, frozen))
+    Ok((made, froze))
 }
 
 /// What is caught of a disk: with the newest believable bitmap that a point names.

@@ -183,14 +183,15 @@ fn same_point(repo: &Repository, machine: &Machine, identity: &Origin) -> Result
     Ok(points.into_iter().find(|point| point.state == PointState::Complete && point.identity(repo) == *identity))
 }
 
-/// Puts a damaged point right from the first repository that has its copy; answers whether one had.
+/// Puts a damaged point right from the first repository that has its copy; answers the new point and that repository, if
+/// one had.
 pub(super) fn repair(
     run: &Run<'_>,
     copies: &[String],
     target: &Repository,
     machine: &Machine,
     damaged: &Point,
-) -> Result<Option<backup::Made>> {
+) -> Result<Option<(backup::Made, String)>> {
     let identity = damaged.identity(target);
     for name in copies {
         let repo = repository::open_named(run.context, name)?;
@@ -198,7 +199,8 @@ pub(super) fn repair(
         let Some(point) = same_point(&repo, &source, &identity)? else { continue };
         let Some(record) = point.record.clone() else { continue };
         let candidate = Candidate { repo: &repo, machine: source, point, record, identity: identity.clone() };
-        return copy_point(run, &candidate, target, machine, None, Some(damaged)).map(Some);
+        let made = copy_point(run, &candidate, target, machine, None, Some(damaged))?;
+        return Ok(Some((made, name.clone())));
     }
     Ok(None)
 }

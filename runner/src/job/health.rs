@@ -1,11 +1,15 @@
 //! Health check: reads stored points back, goes on where it was cut, gives way to others, repairs from copies.
 //!
 //! Invariants
-//! - A check that was cut, or gave way, goes on with the leaf it had come to; a point that changed in between is
-//!   begun anew.
+//! - A check that was cut, or gave way, goes on with the leaf it had come to, and tells in the end what an unbroken one
+//!   tells; a point that changed in between is begun anew.
 //! - Damage is noted in the repository before anything is tried: a damaged point is no source of anything any more,
 //!   and the next backup stands on a point that is whole.
 //! - A repair is a new point in the place of the damaged one; nothing is written over.
+//! - A point that is lost before anything of it is read, with a file that is gone or cut off, is damaged like one whose
+//!   blocks are. What is lost is not noted: a file may come back.
+//! - Where only one of two copies of what describes a layer is damaged, nothing is lost, and that is told and mended all
+//!   the same: the next damage would cost the disk.
 //!
 //! Not here: the checks themselves (`aquifer_formats::aql::verify`).
 
@@ -47,6 +51,9 @@ struct Cursor {
     disk: String,
     /// Leaves of it that were checked.
     leaves: u64,
+    /// What has no second copy in disks of it that were checked.
+    #[serde(default)]
+    weakened: Option<String>,
     /// When others were looked for, in this run.
     #[serde(skip)]
     looked: Option<Instant>,
@@ -55,6 +62,8 @@ struct Cursor {
 /// How a disk's check ended.
 enum End {
     Whole,
+    /// All can be read, from the only copy that is left of something.
+    Weakened(String),
     Damaged(String),
     GaveWay,
 }
@@ -64,6 +73,16 @@ enum End {
 /// # Errors
 /// The repository; the interruption. Damage is no failure of the check, it is reported.
 pub fn run(run: &Run<'_>, job: &HealthJob) -> Result<Report> {
+    let report = look(run, job)?;
+    if !report.damaged.is_empty() {
+        let what = format!("{}: {} damaged, {} repaired", run.machine, report.damaged.len(), report.repaired.len());
+        run.context.out.say(&what);
+        run.notes.lock().push(what);
+    }
+    Ok(report)
+}
+
+fn look(run: &Run<'_>, job: &HealthJob) -> Result<Report> {
     let repo = repository::open_named_to_change(run.context, &job.repository)?;
     let machine = repo.machine(run.machine)?;
     let place = place(run, &repo, &machine)?;
@@ -79,11 +98,27 @@ pub fn run(run: &Run<'_>, job: &HealthJob) -> Result<Report> {
         if !before.iter().any(|known| known.id == point.id) {
             continue;
         }
+        // As far as names and lengths tell.
+        if let Some(why) = point.state.why() {
+            report.damaged.push(point.id);
+            run.note(Code::ChainBroken, format!("{}@{} is {}: {why}", run.machine, point.id, point.state.name()));
+            mend(run, job, &repo, &machine, &point, &mut report)?;
+            cursor.done.push(point.id);
+            keep(&place, &cursor);
+            continue;
+        }
         if cursor.point != Some(point.id) {
-            cursor = Cursor { point: Some(point.id), disk: String::new(), leaves: 0, ..cursor };
+            cursor = Cursor { point: Some(point.id), disk: String::new(), leaves: 0, weakened: None, ..cursor };
         }
         match check(run, &repo, &machine, &point, &mut cursor, &place, &mut report)? {
             End::Whole => {}
+            End::Weakened(why) => {
+                report.damaged.push(point.id);
+                let what =
+                    format!("{}@{} can be read, but has no second copy of something: {why}", run.machine, point.id);
+                run.note(Code::WarnCheck, what);
+                mend(run, job, &repo, &machine, &point, &mut report)?;
+            }
             End::GaveWay => {
                 report.gave_way = true;
                 return Ok(report);
@@ -111,14 +146,15 @@ pub fn run(run: &Run<'_>, job: &HealthJob) -> Result<Report> {
 pub fn estimate(run: &Run<'_>, job: &HealthJob) -> Result<u64> {
     let repo = repository::open_named(run.context, &job.repository)?;
     let machine = repo.machine(run.machine)?;
-    let points = chosen(&repo, &machine, job.points)?;
+    let mut points = chosen(&repo, &machine, job.points)?;
+    points.retain(|point| point.state == PointState::Complete);
     Ok(points.iter().filter_map(|point| point.record.as_ref()).flat_map(|r| &r.disks).map(|d| d.data_bytes).sum())
 }
 
-/// The points to check, newest first.
+/// The points to check, newest first. One that was not finished is none yet.
 fn chosen(repo: &Repository, machine: &Machine, which: HealthPoints) -> Result<Vec<Point>> {
     let mut points = repo.points(machine)?;
-    points.retain(|point| point.state == PointState::Complete);
+    points.retain(|point| point.state != PointState::Incomplete);
     points.reverse();
     if which == HealthPoints::Latest {
         points.truncate(1);
@@ -149,8 +185,12 @@ fn check(
         };
         let steps = verify(&reader, Depth::Deep(Some(repo.content_key().clone())));
         let damaged = |damage: &aquifer_formats::aql::Damage| End::Damaged(format!("{}: {}", disk.name, damage.error));
-        if let Some(damage) = steps.whole().damage.iter().find(|damage| !damage.disk.is_empty()) {
+        let whole = steps.whole();
+        if let Some(damage) = whole.damage.iter().find(|damage| !damage.disk.is_empty()) {
             return Ok(damaged(damage));
+        }
+        if let Some(damage) = whole.damage.first() {
+            cursor.weakened = Some(format!("{}: {}", disk.name, damage.error));
         }
         while cursor.leaves < steps.leaves() {
             let finding = steps.leaf(cursor.leaves);
@@ -176,7 +216,7 @@ fn check(
         cursor.disk.clear();
         cursor.leaves = 0;
     }
-    Ok(End::Whole)
+    Ok(cursor.weakened.take().map_or(End::Whole, End::Weakened))
 }
 
 /// Whether somebody else who lives reads or appends to the machine.
@@ -198,12 +238,11 @@ fn mend(
     report: &mut Report,
 ) -> Result<()> {
     match copy::repair(run, &job.repair_from, repo, machine, point) {
-        Ok(Some(made)) => {
-            let what = format!("{}@{} was put right as {}", run.machine, point.id, made.record.id);
-            run.context.out.say(what);
+        Ok(Some((made, from))) => {
             report.repaired.push(made.record.id);
             report.bytes_stored += made.bytes_stored;
-            Ok(())
+            let what = format!("{}@{} was put right as {} from {from}", run.machine, point.id, made.record.id);
+            run.tell("repair", what)
         }
         Ok(None) if job.repair_from.is_empty() => Ok(()),
         Ok(None) => {

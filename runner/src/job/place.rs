@@ -6,19 +6,26 @@
 //! RUNTIME/MACHINE/qmp.sock       the monitor of a running machine; agent.sock its guest's agent
 //! ```
 //!
+//! Two images that would be the same disk are refused, and never guessed between. Where nobody has described a machine,
+//! each image is a disk of it, but for one that it runs without; one that is called like a copy of another is told.
+//!
 //! Not here: starting machines (`host`), replicas (`replica`).
 
 use std::path::{Path, PathBuf};
 
 use aquifer_formats::repo::DiskName;
 
-use super::backup::fleece::Sockets;
+use super::backup::fleece::{self, Sockets};
 use crate::{
-    context::Context,
+    context::{Context, quoted},
     fail::{Code, Fail, Result},
+    host::qmp::Qmp,
     machine::Described,
     site::Host,
 };
+
+/// Disks by name, each with its file.
+pub type Files = Vec<(DiskName, PathBuf)>;
 
 /// A machine's place on its host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,14 +39,15 @@ pub struct Place {
     /// Its UEFI variables, if there are any.
     pub variables: Option<PathBuf>,
     /// Its disks.
-    pub disks: Vec<(DiskName, PathBuf)>,
+    pub disks: Files,
 }
 
 impl Place {
     /// Finds a machine on a host.
     ///
     /// # Errors
-    /// [`Code::NotFound`]: no folder, no disk, or a disk without a file; a description that cannot be read.
+    /// [`Code::NotFound`]: no folder, no disk, or a disk without a file; a description that cannot be read;
+    /// [`Code::Refused`]: nobody says which of two images a disk is.
     pub fn find(context: &Context, host_name: &str, host: &Host, machine: &str) -> Result<Self> {
         let folder = host.images.join(machine);
         if !folder.is_dir() {
@@ -75,6 +83,48 @@ impl Place {
         }
     }
 
+    /// The files of a machine that runs: where nobody has described it, one that it has not open at all is no disk of
+    /// it, which is told.
+    ///
+    /// # Errors
+    /// The monitor fails; [`Code::NotFound`]: it has none of them open.
+    pub fn opened(&self, qmp: &mut Qmp, files: Files, tell: &dyn Fn(String)) -> Result<Files> {
+        if self.description.is_some() {
+            return Ok(files);
+        }
+        let strangers = fleece::unopened(qmp, &files)?;
+        let (left_out, open): (Files, Files) = files.into_iter().partition(|(name, _)| strangers.contains(name));
+        if open.is_empty() {
+            let what = "the running machine has none of the images in its folder open";
+            return Err(Fail::new(Code::NotFound, what).at(self.folder.display()));
+        }
+        for (_, path) in &left_out {
+            tell(format!("{} is no disk of the running machine, and left out", called(path)));
+        }
+        Ok(open)
+    }
+
+    /// Images that nobody has described and that are called like copies of others, but for those in `excluded`, each in a
+    /// sentence.
+    pub fn doubtful(&self, excluded: &[String]) -> Vec<String> {
+        if self.description.is_some() {
+            return Vec::new();
+        }
+        let is_in = |name: &DiskName| !excluded.iter().any(|out| out == name.as_str());
+        let is_like =
+            |name: &str, of: &str| name.strip_prefix(of).is_some_and(|rest| rest.starts_with(['-', '_', '.']));
+        let of = |(name, path): &(DiskName, PathBuf)| {
+            let (_, other) = self.disks.iter().find(|(other, _)| is_like(name.as_str(), other.as_str()))?;
+            Some(format!(
+                "{} beside {} is taken for a disk of its own: name the disks in machine.toml, or leave it out with \
+                 exclude_disks = [\"{name}\"]",
+                called(path),
+                called(other)
+            ))
+        };
+        self.disks.iter().filter(|(name, _)| is_in(name)).filter_map(of).collect()
+    }
+
     /// How the machine is reached while it runs.
     pub fn sockets(&self) -> Sockets {
         Sockets {
@@ -98,8 +148,15 @@ fn file_of(folder: &Path, name: &str, source: Option<&str>) -> Result<PathBuf> {
     candidates.iter().find(|path| path.is_file()).cloned().ok_or_else(missing)
 }
 
+fn called(path: &Path) -> String {
+    path.file_name().unwrap_or_default().display().to_string()
+}
+
 /// Images of a folder that nobody has described, by name.
-fn images_in(folder: &Path) -> Result<Vec<(DiskName, PathBuf)>> {
+///
+/// # Errors
+/// [`Code::Refused`]: two of one name; I/O.
+fn images_in(folder: &Path) -> Result<Files> {
     let read = |e: &std::io::Error| Fail::io(folder.display(), "read", e);
     let mut disks = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(|e| read(&e))? {
@@ -113,6 +170,16 @@ fn images_in(folder: &Path) -> Result<Vec<(DiskName, PathBuf)>> {
             disks.push((name, path));
         }
     }
-    disks.sort_by(|a, b| a.0.cmp(&b.0));
+    disks.sort();
+    if let Some([(name, one), (_, other)]) = disks.array_windows().find(|[(one, _), (other, _)]| one == other) {
+        let what = format!("{} and {} would both be the disk {name}", called(one), called(other));
+        let folder_word = quoted(&folder.display().to_string());
+        let help =
+            format!("ls -l {folder_word}    # then name each disk and its file in machine.toml: docs/machines.md");
+        return Err(Fail::new(Code::Refused, what).at(folder.display()).help(help));
+    }
     Ok(disks)
 }
+
+#[cfg(test)]
+mod tests;

@@ -302,7 +302,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
                     .stages
                     .time(Stage::Throttle, || reads.iter().try_for_each(|rate| rate.take(bytes, task.stop)))?;
             }
-            Moved::Written(bytes) => {
+            Moved::Written(bytes) | Moved::Merged(bytes) => {
                 task.counts
                     .stages
                     .time(Stage::Throttle, || writes.iter().try_for_each(|rate| rate.take(bytes, task.stop)))?;
@@ -335,6 +335,10 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
             Came::Held(other, state) => return Ok(Err((Code::WarnOnHold, on_hold(&other, state)))),
             Came::LeftOut(why) => return Ok(Err((Code::WarnSkipped, why))),
         };
+        for (point, disk) in made.iter().flat_map(|point| point.gone.iter().map(move |disk| (point, disk))) {
+            let what = format!("disk {disk} of the point before is not there any more: {} has none", point.id);
+            warn(Code::WarnDiskGone, format!("{}: {what}", run.spec.name));
+        }
         run.look_at_age(&desk)?;
         Ok(Ok(run.report(&desk, &made)?))
     });

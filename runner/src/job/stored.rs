@@ -3,6 +3,7 @@
 //! Invariants
 //! - What goes into a repository carries its lease and ownership; the body asks between blocks whether it may go on.
 //! - Trouble with old points never fails a new one; it is noted.
+//! - No point of a machine is given up while a replica has taken over from it and that is not settled.
 //!
 //! Not here: the kinds themselves (the modules beside this one), when work is due, who does it.
 
@@ -21,10 +22,12 @@ use uuid::Uuid;
 use super::{Step, backup, copy, health};
 use crate::{
     backup::{self as stores, Ahead, Pace},
+    catalogue::Stored,
     context::Context,
     fail::{Code, Fail, Result},
+    replica::{model::ReplicaRecord, state::State},
     repository::{self, Hand},
-    retain::{self, Merge, Retained},
+    retain::{self, Retained},
     site::{Job, JobKind, Keep, Limits, Site},
     stop::Stop,
     tasks::{Counts, Direction, Done, Rate, Stage, Stages, Task},
@@ -40,6 +43,8 @@ pub struct Run<'a> {
     pub machine: &'a str,
     /// The piece of work it is, where it is one.
     pub hand: Option<Hand>,
+    /// The same, for what is told of it; a look ahead has none.
+    pub task: Option<&'a Task<'a>>,
     /// The wish to stop.
     pub stop: Stop,
     /// Keeps rates, and the work from going on without its lease.
@@ -64,6 +69,9 @@ pub struct Report {
     /// Milliseconds the guest's file systems were frozen.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub frozen_ms: Option<u64>,
+    /// Why a running guest's file systems were not frozen: the point is as after a loss of power.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_frozen: Option<String>,
     /// What became of older points.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retained: Option<Retained>,
@@ -115,6 +123,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
             job: &spec.job,
             machine,
             hand: Some(Hand::of(task.work)),
+            task: Some(task),
             stop: task.stop,
             pace: &pace,
             ahead: &|bytes| Counts::add(&task.counts.total, bytes),
@@ -142,6 +151,7 @@ pub fn foresee(context: &Context, name: &str, job: &Job, machine: Option<&str>) 
             job: name,
             machine,
             hand: None,
+            task: None,
             stop: context.stop()?,
             pace: &stores::at_will,
             ahead: &|_| (),
@@ -272,13 +282,69 @@ impl Run<'_> {
         self.notes.lock().push(what);
     }
 
-    /// Applies a job's rule to the machine's points. Trouble with old points never fails the new one.
+    /// Tells what was done to the machine, as an event and with what came of the run.
+    ///
+    /// # Errors
+    /// [`Code::Fenced`]; the catalogue's.
+    pub(super) fn tell(&self, op: &str, what: String) -> Result<()> {
+        self.context.out.say(&what);
+        if let Some(task) = self.task {
+            task.event(&format!("machine/{}", self.machine), op, Some(what.clone()))?;
+        }
+        self.notes.lock().push(what);
+        Ok(())
+    }
+
+    /// The replica that has taken over from the machine, while that is not settled.
+    fn taken_over(&self) -> Result<Option<(String, State)>> {
+        let found = match self.task {
+            Some(task) => task.catalogue.replicas::<ReplicaRecord>()?,
+            None => match self.context.catalogue_if_there()? {
+                Some(catalogue) => catalogue.replicas::<ReplicaRecord>()?,
+                None => return Ok(None),
+            },
+        };
+        let unsettled = |row: &Stored<ReplicaRecord>| row.source == self.machine && row.record.state.is_unsettled();
+        Ok(found.into_iter().find(unsettled).map(|row| (row.name, row.record.state)))
+    }
+
+    /// Warns where what is backed up is not the machine that serves.
+    pub(super) fn warn_of_takeover(&self) {
+        let how = match self.taken_over() {
+            // On trial, production serves again.
+            Ok(None | Some((_, State::Failback))) => return,
+            Ok(Some((name, State::FailedFailover))) => format!("{name} was to take over, and failed"),
+            Ok(Some((name, _))) => format!("{name} serves in its place"),
+            Err(fail) => {
+                let what =
+                    format!("{}: whether a replica serves in its place is not known: {}", self.machine, fail.what);
+                return self.note(Code::WarnSkipped, what);
+            }
+        };
+        let what = format!("{}: {how}: this is not the machine that serves", self.machine);
+        self.note(Code::WarnReplicaServes, what);
+    }
+
+    /// Applies a job's rule to the machine's points. Trouble with old points never fails the new one. While a takeover
+    /// is not settled every point stays: those from before the disaster may be the only good ones.
     pub(super) fn retain(&self, repository: &str, keep: Option<&Keep>) -> Option<Retained> {
         let keep = keep?;
+        match self.taken_over() {
+            Ok(None) => {}
+            Ok(Some((name, state))) => {
+                let what = format!("every point stays until the takeover by {name} is settled: it is {state}");
+                self.note(Code::WarnReplicaServes, format!("{}: {what}", self.machine));
+                return None;
+            }
+            Err(fail) => {
+                self.note(Code::WarnSkipped, format!("{}: old points stay for now: {}", self.machine, fail.what));
+                return None;
+            }
+        }
         let apply = || {
             let repo = repository::open_named_to_change(self.context, repository)?;
             let machine = repo.machine(self.machine)?;
-            retain::apply(self.context, &repo, &machine, Some(keep), &self.context.site()?.zone(), Merge::Worth)
+            retain::apply(self.context, &repo, &machine, Some(keep), &self.context.site()?.zone())
         };
         match apply() {
             Ok(retained) => {

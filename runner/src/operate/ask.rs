@@ -58,14 +58,34 @@ pub fn check(catalogue: &Catalogue, ask: &Ask) -> Result<ReplicaRecord> {
     Ok(record)
 }
 
-/// Sessions of operations on these replicas whose worker went away: they come to their end before anything else does.
+/// What is under way on replicas, and comes to its end before anything else is done to them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UnderWay {
+    /// Sessions of operations whose worker went away: they are gone on with.
+    pub cut_short: Vec<SessionId>,
+    /// Runs of jobs that are asked to stop.
+    pub to_stop: Vec<(SessionId, WorkId)>,
+}
+
+/// What becomes of a run of a job that has a replica in its hands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunOfJob {
+    /// It comes to its end first.
+    Ends,
+    /// The same, unless whoever asks adds `--cancel-job`.
+    MayStop,
+    /// It is asked to stop.
+    Stops,
+}
+
+/// Looks what is under way on these replicas. Touches nothing.
 ///
 /// # Errors
-/// [`Code::Busy`] where somebody works on one of them; with `cancel` a run of a job is asked to stop instead.
-pub fn interrupted(context: &Context, catalogue: &Catalogue, names: &[&str], cancel: bool) -> Result<Vec<SessionId>> {
+/// [`Code::Busy`] where somebody works on one of them; a run of a job that is to stop is told instead.
+pub fn under_way(catalogue: &Catalogue, names: &[&str], run: RunOfJob) -> Result<UnderWay> {
     let objects: Vec<String> = names.iter().map(|name| object(name)).collect();
     let now = Timestamp::now();
-    let (mut found, mut cancelled) = (Vec::new(), Vec::new());
+    let mut found = UnderWay::default();
     for work in catalogue.open_work()?.into_iter().filter(|work| objects.contains(&work.object)) {
         let Some(session) = work.session else { continue };
         // What waits for its time, or behind others, is no hindrance.
@@ -73,20 +93,38 @@ pub fn interrupted(context: &Context, catalogue: &Catalogue, names: &[&str], can
             continue;
         }
         if is_in_hands(&work, now) {
-            if cancel && work.kind != KIND {
-                catalogue.wish(session, Wish::Cancel, &context.user(), Some("a failover goes first"))?;
-                cancelled.push(work.id);
-                continue;
-            }
             let what = format!("{} is being worked on: session {session} by {}", work.object, owner_of(&work));
-            return Err(Fail::new(Code::Busy, what).help(format!("aquifer sessions {session}")));
+            let busy = Fail::new(Code::Busy, what);
+            match run {
+                _ if work.kind == KIND => return Err(busy.help(format!("aquifer sessions {session}"))),
+                RunOfJob::Ends => {
+                    return Err(busy.help(format!("aquifer sessions {session} --cancel    # or wait for it")));
+                }
+                RunOfJob::MayStop => return Err(busy.help_again("--cancel-job")),
+                RunOfJob::Stops => found.to_stop.push((session, work.id)),
+            }
+            continue;
         }
-        if work.kind == KIND && !found.contains(&session) {
-            found.push(session);
+        if work.kind == KIND && !found.cut_short.contains(&session) {
+            found.cut_short.push(session);
         }
     }
-    out_of_hands(context, catalogue, &cancelled)?;
     Ok(found)
+}
+
+/// Sessions of operations on these replicas whose worker went away: they come to their end before anything else does.
+/// Runs of jobs are asked to stop where that is wanted.
+///
+/// # Errors
+/// As [`under_way`]; one that was asked to stop does not.
+pub fn interrupted(context: &Context, catalogue: &Catalogue, names: &[&str], run: RunOfJob) -> Result<Vec<SessionId>> {
+    let found = under_way(catalogue, names, run)?;
+    for (session, _) in &found.to_stop {
+        catalogue.wish(*session, Wish::Cancel, &context.user(), Some("a failover goes first"))?;
+    }
+    let cancelled: Vec<WorkId> = found.to_stop.iter().map(|(_, work)| *work).collect();
+    out_of_hands(context, catalogue, &cancelled)?;
+    Ok(found.cut_short)
 }
 
 /// Waits until runs that were asked to stop have stopped: they hear of it with their next sign of life.
@@ -184,8 +222,8 @@ fn put(catalogue: &Catalogue, user: &str, asks: &[Ask], at: &dyn Fn(usize) -> Ti
     Ok(Begun { session: catalogue.begin_work(&session, &works)? })
 }
 
-/// What came of an operation: its report, and what is to be looked at.
-pub(crate) type Came = Result<(Report, Option<String>)>;
+/// What came of an operation.
+pub(crate) type Came = Result<Report>;
 
 /// What came of each operation of a session that has ended, by replica.
 ///
@@ -208,10 +246,16 @@ fn outcome(session: SessionId, work: &Work) -> Came {
         let report = serde_json::from_value(report.clone()).map_err(|e| {
             Fail::new(Code::Corrupt, "the report of an operation cannot be read").at(&work.object).cause(e)
         })?;
-        return Ok((report, text("why")));
+        return Ok(report);
     }
     let code = text("code").as_deref().and_then(Code::find).unwrap_or(Code::Failed);
     let what = text("why").unwrap_or_else(|| format!("the operation is {}", work.state));
-    let help = text("do").unwrap_or_else(|| format!("aquifer events {session}"));
-    Err(Fail::new(code, what).at(&work.object).help(help))
+    let fail = Fail::new(code, what).at(&work.object);
+    Err(match text("do") {
+        Some(options) if options.starts_with("--") => fail.help_again(options),
+        Some(help) => fail.help(help),
+        // What an explanation has nothing to say about is in what happened.
+        None if matches!(code, Code::Failed | Code::Io | Code::Bug) => fail.help(format!("aquifer events {session}")),
+        None => fail,
+    })
 }

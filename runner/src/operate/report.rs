@@ -15,6 +15,15 @@ use crate::{
     },
 };
 
+/// Something to look at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Warned {
+    /// Its code.
+    pub code: String,
+    /// What it is.
+    pub what: String,
+}
+
 /// A replica after an operation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
@@ -48,6 +57,9 @@ pub struct Report {
     /// Where the way home leads.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub home: Option<PathBuf>,
+    /// What is to be looked at.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<Warned>,
 }
 
 impl Report {
@@ -83,6 +95,7 @@ impl Report {
             console: running.as_ref().map(|running| running.console.clone()),
             console_log: running.map(|running| running.console_log),
             home: failback.map(|failback| failback.home.folder.clone()),
+            warnings: Vec::new(),
         })
     }
 }

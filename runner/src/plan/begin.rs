@@ -33,16 +33,21 @@ fn points(catalogue: &Catalogue, name: &str) -> Result<Vec<PointRecord>> {
 /// such point.
 ///
 /// # Errors
-/// [`Code::NotFound`]: there is no replica.
+/// [`Code::NotFound`]: there is no replica; [`Code::State`]: it was given up.
 pub fn candidate(
     catalogue: &Catalogue,
     machine: &str,
     wanted: &PointRef,
 ) -> Result<(ReplicaRecord, Option<PointRecord>)> {
     let mut best: Option<(ReplicaRecord, Option<PointRecord>)> = None;
+    let mut given_up = None;
     for row in catalogue.replicas::<ReplicaRecord>()? {
         let record = row.record.check()?;
-        if record.machine != machine || record.state.is_final() || record.state == State::Absent {
+        if record.machine != machine || record.state == State::Absent {
+            continue;
+        }
+        if record.state.is_final() {
+            given_up = Some(record);
             continue;
         }
         let points = points(catalogue, &record.name)?;
@@ -57,7 +62,13 @@ pub fn candidate(
             break;
         }
     }
-    best.ok_or_else(|| Fail::new(Code::NotFound, format!("there is no replica of {machine}")).help("aquifer replicas"))
+    best.ok_or_else(|| match given_up {
+        Some(ReplicaRecord { name, state, .. }) => {
+            let what = format!("{name} of {machine} is {state}: the plan has nothing to do for it");
+            Fail::new(Code::State, what).help("take it out of the plan in the site file")
+        }
+        None => Fail::new(Code::NotFound, format!("there is no replica of {machine}")).help("aquifer replicas"),
+    })
 }
 
 /// The replicas of a plan's machines that are in one of these states, in its order, and those that are not.

@@ -179,14 +179,18 @@ impl Walk<'_> {
         Ok(halt.unwrap_or_else(|| self.verdict()))
     }
 
-    /// A run that left machines out, because they serve already, says so.
+    /// A run that left machines out, because they serve already, says so, and so does one whose machines have something
+    /// to look at.
     fn done(&self, report: serde_json::Value) -> Done {
-        let left_out = self.run.record.entries.iter().filter(|entry| entry.step == Step::Skipped);
-        let why: Vec<&str> = left_out.map(|entry| entry.why.as_deref().unwrap_or(&entry.machine)).collect();
-        if why.is_empty() {
-            return Done::Success(report);
+        let entries = &self.run.record.entries;
+        let left_out = entries.iter().filter(|entry| entry.step == Step::Skipped);
+        let left_out: Vec<&str> = left_out.map(|entry| entry.why.as_deref().unwrap_or(&entry.machine)).collect();
+        let warned = entries.iter().flat_map(|entry| &entry.warnings);
+        let mut why: Vec<String> = warned.map(|warned| format!("{}: {}", warned.code, warned.what)).collect();
+        if !left_out.is_empty() {
+            why.push(format!("left out: {}", left_out.join(", ")));
         }
-        Done::Warning { why: format!("left out: {}", why.join(", ")), report }
+        if why.is_empty() { Done::Success(report) } else { Done::Warning { why: why.join("; "), report } }
     }
 
     fn verdict(&self) -> Verdict {
@@ -247,7 +251,8 @@ impl Walk<'_> {
         let (replica, point, state) = match begin::candidate(self.task.catalogue, &entry.machine, &wanted) {
             Ok((record, point)) => (record.name, point, record.state),
             Err(fail) => {
-                self.note(index, |known| (known.step, known.why) = (Step::Failed, Some(fail.what.clone())))?;
+                let step = if fail.code == Code::State { Step::Skipped } else { Step::Failed };
+                self.note(index, |known| (known.step, known.why) = (step, Some(fail.what.clone())))?;
                 return Ok(None);
             }
         };
@@ -303,8 +308,10 @@ impl Walk<'_> {
     }
 
     fn gating(&mut self, index: usize, report: &Report) -> Result<()> {
-        let (point, taken) = (report.point, report.taken);
-        self.note(index, |known| (known.step, known.point, known.taken) = (Step::Gating, point, taken))
+        let (point, taken, warnings) = (report.point, report.taken, report.warnings.clone());
+        self.note(index, |known| {
+            (known.step, known.point, known.taken, known.warnings) = (Step::Gating, point, taken, warnings);
+        })
     }
 
     /// Notes how a machine's turn ended; says whether the plan ends with it.
@@ -362,7 +369,7 @@ fn one(
     task.check()?;
     let replica = known.replica.clone().unwrap_or_default();
     let report = match operate::reports(task.catalogue, session)?.remove(&replica) {
-        Some(Ok((report, _))) => report,
+        Some(Ok(report)) => report,
         Some(Err(fail)) => return Err(fail),
         None => return Err(Fail::new(Code::Failed, format!("session {session} did nothing"))),
     };

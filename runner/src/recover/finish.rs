@@ -177,7 +177,7 @@ pub fn discard(context: &Context, folder: &Folder) -> Result<()> {
     if let Some(machine) = Machine::of(&spec)? {
         Machine::edit(folder, |machine| machine.wanted = Wanted::Off)?;
         if let Some(running) = &machine.running {
-            super::host(&machine.host)?.power_off(running, Duration::ZERO)?;
+            super::host(&machine.host)?.power_off(running)?;
         }
     }
     end_door(folder)?;

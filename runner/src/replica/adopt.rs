@@ -168,6 +168,7 @@ fn point_of(description: MachineDescription, disks: Vec<Top>, taken_ns: i64) -> 
         disks,
         description,
         carried: Carried::default(),
+        gone: Vec::new(),
     }
 }
 

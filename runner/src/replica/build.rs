@@ -64,6 +64,8 @@ pub enum Moved {
     Checked(u64),
     /// Bytes were written.
     Written(u64),
+    /// Bytes of the replica's own layers were written anew on its host: none of them came from anywhere else.
+    Merged(u64),
     /// Blocks were found equal.
     Equal(u64),
     /// A thread was busy for so long.
@@ -75,7 +77,7 @@ impl Moved {
     pub fn looked_at(self) -> u64 {
         match self {
             Self::Read(bytes) | Self::Zeros(bytes) | Self::Checked(bytes) => bytes,
-            Self::Ahead(_) | Self::Written(_) | Self::Equal(_) | Self::Took(..) => 0,
+            Self::Ahead(_) | Self::Written(_) | Self::Merged(_) | Self::Equal(_) | Self::Took(..) => 0,
         }
     }
 }

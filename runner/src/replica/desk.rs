@@ -174,6 +174,22 @@ impl Desk<'_> {
         Ok(Stored { record: row.record.clone().check()?, ..row })
     }
 
+    /// Tells what happens to a replica.
+    ///
+    /// # Errors
+    /// A lost lease.
+    pub fn tell(&self, name: &str, op: &str, what: String) -> Result<()> {
+        let event = Event {
+            object: object(name),
+            op: op.to_owned(),
+            session: self.fence.session,
+            user: self.fence.owner.clone(),
+            reason: Some(what),
+            ..Event::default()
+        };
+        Ok(self.catalogue.event_of(self.fence, &event)?)
+    }
+
     /// Stores a replica.
     ///
     /// # Errors

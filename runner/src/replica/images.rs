@@ -89,16 +89,12 @@ pub fn growth(top: &Path, disk: &HomeDisk, cache: &Arc<BlockCache>) -> Result<u6
     Ok(data(top, Format::Qcow2)?.subtract(&data(&disk.path, disk.format)?).bytes())
 }
 
-/// Refuses an image that another program has open in a way that stands against what is going to be done with it.
+/// [`in_use::free`] of a disk.
 ///
 /// # Errors
-/// [`Code::Busy`] names the programs; I/O.
+/// Its.
 pub fn free(disk: &HomeDisk, against: Against) -> Result<()> {
-    let held = in_use::by(&disk.path, against).map_err(|e| Fail::io(disk.path.display(), "look at", &e))?;
-    let Some(holders) = held else { return Ok(()) };
-    let who = if holders.is_empty() { "a program elsewhere".to_owned() } else { holders.join(", ") };
-    let what = format!("the disk {} is in use by {who}, which is no machine of ours", disk.disk);
-    Err(Fail::new(Code::Busy, what).at(disk.path.display()))
+    in_use::free(&disk.disk, &disk.path, against)
 }
 
 fn run(mut command: Command, image: &Path) -> Result<()> {

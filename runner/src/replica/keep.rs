@@ -14,9 +14,10 @@ use std::{
 };
 
 use aquifer_formats::probe::Format;
+use uuid::Uuid;
 
 use super::{
-    build::{DiskBuild, MARK_BYTES},
+    build::{DiskBuild, MARK_BYTES, Moved},
     desk::{Desk, in_folder},
     layers::{self, beside, name_it, part_of, remove},
     model::{PointRecord, ReplicaRecord, Top},
@@ -38,6 +39,8 @@ pub fn surplus(points: &[PointRecord], keep: u32) -> &[PointRecord] {
 /// # Errors
 /// The catalogue's; I/O.
 pub fn tidy(desk: &Desk<'_>, record: &ReplicaRecord, squash_at: usize) -> Result<()> {
+    // What merges left that were killed goes before another one needs the room.
+    sweep(desk, record, &[])?;
     if let Some(oldest) = desk.points(&record.name)?.first() {
         for top in &oldest.disks {
             squash(desk, record, top, squash_at)?;
@@ -53,9 +56,10 @@ fn squash(desk: &Desk<'_>, record: &ReplicaRecord, top: &Top, squash_at: usize) 
         return Ok(());
     }
     // What was changed from outside is not made to look as if it were ours.
-    let Some((holds, clear_from)) = trust::clear_from(record, top)? else { return Ok(()) };
-    let merged = beside(&path, "merged");
-    super::build::discard(&merged)?;
+    let Some(settled) = trust::clear_from(record, top)? else { return Ok(()) };
+    // Nobody else has this name: who was paused and wakes up gives the layer what was meant for it, or nothing.
+    let id = Uuid::new_v4().simple().to_string();
+    let merged = beside(&path, &format!("merged.{}", id.get(..8).unwrap_or_default()));
     let build = DiskBuild {
         owner: desk.fence.owner.clone(),
         source: layers::open(&path, Format::Qcow2, desk.cache)?,
@@ -67,14 +71,26 @@ fn squash(desk: &Desk<'_>, record: &ReplicaRecord, top: &Top, squash_at: usize) 
         block: record.digest_block,
         mark_bytes: MARK_BYTES,
     };
-    build.run(desk.pace)?;
+    // What is merged was moved here long ago.
+    let pace = |moved: Moved| {
+        (desk.pace)(match moved {
+            Moved::Read(bytes) => Moved::Checked(bytes),
+            Moved::Written(bytes) => Moved::Merged(bytes),
+            Moved::Equal(_) => return Ok(()),
+            other => other,
+        })
+    };
+    build.run(&pace).or_else(|fail| super::build::forget(&merged).and(Err(fail)))?;
     let part = part_of(&merged);
-    if let Some(seal) = trust::Seal::of(&part)? {
-        trust::enter_as(record, &top.file, seal, holds, clear_from)?;
+    desk.catalogue.still_ours(desk.fence)?;
+    // It took its time: what was changed meanwhile is in what was read, or is about to be written over.
+    if trust::clear_from(record, top)? != Some(settled) {
+        return super::build::forget(&merged);
     }
+    trust::replace(record, &top.file, &part, settled)?;
     // Whoever has the old file open goes on reading it; whoever opens the name finds the same bytes.
     name_it(&part, &path)?;
-    super::build::discard(&merged)
+    super::build::forget(&merged)
 }
 
 /// Removes every file of the replica that nothing needs. `also` are layers that an operation under way needs.
@@ -82,6 +98,8 @@ fn squash(desk: &Desk<'_>, record: &ReplicaRecord, top: &Top, squash_at: usize) 
 /// # Errors
 /// The catalogue's; a layer that cannot be read: then nothing is removed.
 pub fn sweep(desk: &Desk<'_>, record: &ReplicaRecord, also: &[Top]) -> Result<()> {
+    // Read first: what another worker enters from now on is not among them.
+    let ours: HashSet<PathBuf> = trust::known(record)?.into_iter().collect();
     let points = desk.points(&record.name)?;
     let mut needed: HashSet<PathBuf> = HashSet::new();
     let failover = record.failover.iter().flat_map(|failover| &failover.tops);
@@ -99,7 +117,7 @@ pub fn sweep(desk: &Desk<'_>, record: &ReplicaRecord, also: &[Top]) -> Result<()
         .flat_map(|point| point.disks.iter().map(|top| digest_file(record, point, &top.disk)))
         .filter_map(|path| path.file_name().map(OsString::from))
         .collect();
-    let ours: HashSet<PathBuf> = trust::known(record)?.into_iter().collect();
+    desk.catalogue.still_ours(desk.fence)?;
     let run = record.unfinished.iter().flat_map(|run| &run.point.disks);
     let begun: HashSet<PathBuf> = run.map(|top| in_folder(&record.folder, &top.file)).collect();
     for disk in folders(&record.folder)? {

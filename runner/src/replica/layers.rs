@@ -8,6 +8,7 @@
 
 use std::{
     fs, io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -19,6 +20,7 @@ use aquifer_formats::{
     storage::{Access, FileStorage},
 };
 use aquifer_vdisk::{BlockCache, Chain, ChainSpec, Delta, Disk, open_chain};
+use rustix::io::Errno;
 
 use super::digests::sync_folder;
 use crate::{
@@ -144,6 +146,54 @@ pub(super) fn beside(path: &Path, ending: &str) -> PathBuf {
 pub fn name_it(part: &Path, path: &Path) -> Result<()> {
     fs::rename(part, path).map_err(|e| Fail::io(path.display(), "name", &e))?;
     sync_folder(path.parent().unwrap_or(Path::new("/")))
+}
+
+/// The same, where nobody else has got the name meanwhile. Done again it goes on.
+///
+/// # Errors
+/// [`Code::Exists`]: somebody has, and keeps it; I/O.
+pub fn name_new(part: &Path, path: &Path) -> Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    let named = match renameat_with(CWD, part, CWD, path, RenameFlags::NOREPLACE) {
+        // A file system that cannot do it in one step.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+            fs::hard_link(part, path).and_then(|()| fs::remove_file(part))
+        }
+        named => named.map_err(io::Error::from),
+    };
+    match named {
+        // Cut short between the two steps the file has both names.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            if inode(part)? != inode(path)? {
+                return Err(taken(path));
+            }
+            remove(part)?;
+        }
+        named => named.map_err(|e| Fail::io(path.display(), "name", &e))?,
+    }
+    sync_folder(path.parent().unwrap_or(Path::new("/")))
+}
+
+/// Refuses the name `path` for `part` where another file has it.
+///
+/// # Errors
+/// [`Code::Exists`]; I/O.
+pub fn can_be_named(part: &Path, path: &Path) -> Result<()> {
+    let there = inode(path)?;
+    if there.is_none() || there == inode(part)? { Ok(()) } else { Err(taken(path)) }
+}
+
+/// Device and inode of what has a name. A link to a file is another one: what it leads to may go.
+fn inode(path: &Path) -> Result<Option<(u64, u64)>> {
+    match path.symlink_metadata() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        found => found.map(|meta| Some((meta.dev(), meta.ino()))).map_err(|e| Fail::io(path.display(), "look at", &e)),
+    }
+}
+
+/// Somebody else has the name `path`.
+pub fn taken(path: &Path) -> Fail {
+    Fail::new(Code::Exists, format!("{} exists already", path.display())).at(path.display())
 }
 
 /// Removes a file; one that is gone is gone.

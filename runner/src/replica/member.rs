@@ -143,8 +143,20 @@ pub fn place(desk: &Desk<'_>, site: &Site, target: &str, spec: &ReplicaSpec) -> 
     if group(site, &record.host) != target && !known.excluded {
         let what = format!("{} stays on {}: another target of its job is for new replicas", spec.name, record.host);
         (desk.warn)(Code::WarnHost, what);
+    } else if let Some(named) = named_elsewhere(site, spec, &record) {
+        let (here, named) = (record.folder.display(), named.display());
+        let what = format!("{} stays in {here}: {named}, which the site file names, is for new replicas", spec.name);
+        (desk.warn)(Code::WarnHost, what);
     }
     Ok(at(spec, &record.host, record.folder))
+}
+
+/// The folder that the site file names for replicas like this one, where that is another than it is in.
+fn named_elsewhere(site: &Site, spec: &ReplicaSpec, record: &ReplicaRecord) -> Option<PathBuf> {
+    let host = site.hosts.get(&record.host)?;
+    let named = if record.host == spec.host { spec.folder.parent()? } else { host.images.as_path() };
+    let real = fs::canonicalize(named).unwrap_or_else(|_| named.to_path_buf());
+    (!record.excluded && record.folder.parent()? != real).then(|| named.to_path_buf())
 }
 
 /// The cluster of a host, or the host itself.

@@ -4,9 +4,14 @@
 //! - Records are versioned; one of a newer version is refused, never guessed at.
 //! - Files are named relative to the replica's folder.
 
-use std::path::PathBuf;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::Metadata,
+    os::unix::fs::MetadataExt,
+    path::PathBuf,
+};
 
-use aquifer_formats::repo::record::MachineDescription;
+use aquifer_formats::repo::{Point, Repository, record::MachineDescription};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -150,6 +155,39 @@ pub struct Home {
     /// How it is described anew, where that is wanted.
     #[serde(default)]
     pub configured: Option<Configured>,
+    /// Names of those of its disks that it has not got yet: they are made with what comes home.
+    #[serde(default)]
+    pub made: Vec<String>,
+    /// Which file was made for each of those, once it is there, where its file system tells: whoever takes it back looks
+    /// whether it is still that one.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub made_files: BTreeMap<String, MadeFile>,
+}
+
+/// What tells a file from all that come after it: its inode goes to the next one once it is removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MadeFile {
+    /// Number of its file system.
+    pub device: u64,
+    /// Number of its inode.
+    pub inode: u64,
+    /// When it was made.
+    pub born: Timestamp,
+}
+
+impl MadeFile {
+    /// None where the file system keeps no birth times.
+    pub fn of(meta: &Metadata) -> Option<Self> {
+        let born = Timestamp::try_from(meta.created().ok()?).ok()?;
+        Some(Self { device: meta.dev(), inode: meta.ino(), born })
+    }
+}
+
+impl Home {
+    /// Whether this disk is not there before something comes home to it.
+    pub fn makes(&self, disk: &str) -> bool {
+        self.kind == HomeKind::New || self.made.iter().any(|made| made == disk)
+    }
 }
 
 /// Two descriptions of production's machine.
@@ -269,8 +307,33 @@ pub struct SourcePoint {
     pub repository: Uuid,
     /// Its machine.
     pub machine: Uuid,
-    /// The point.
+    /// The point, as it was called when it was read.
     pub point: Uuid,
+    /// Whose content it has where it is a copy or was written anew: the repository and the point it was taken as.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub taken_as: Option<(Uuid, Uuid)>,
+}
+
+impl SourcePoint {
+    /// A point of `repo`.
+    pub fn of(repo: &Repository, point: &Point) -> Self {
+        let origin = point.record.as_ref().and_then(|record| record.origin.as_ref());
+        let taken_as = origin.map(|origin| (origin.repository, origin.point));
+        Self { repository: repo.id(), machine: point.machine, point: point.id, taken_as }
+    }
+
+    /// The point among those that `repo` lists of its machine; retention may have written it anew, under another id.
+    pub fn among<'p>(&self, repo: &Repository, listed: &'p [Point]) -> Option<&'p Point> {
+        if repo.id() != self.repository {
+            return None;
+        }
+        let taken_as = self.taken_as.unwrap_or((self.repository, self.point));
+        let same = |point: &&Point| {
+            let identity = point.identity(repo);
+            point.machine == self.machine && (identity.repository, identity.point) == taken_as
+        };
+        listed.iter().find(|point| point.id == self.point).or_else(|| listed.iter().find(same))
+    }
 }
 
 /// A restore point of a replica.
@@ -298,4 +361,15 @@ pub struct PointRecord {
     /// What was moved for it.
     #[serde(default)]
     pub carried: Carried,
+    /// Disks that the point before has, that it has not, and that no rule leaves out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gone: Vec<String>,
+}
+
+impl PointRecord {
+    /// Disks that are not in this point and were in one before it. `earlier` are the points before it.
+    pub fn lacks<'p>(&'p self, earlier: &'p [PointRecord]) -> BTreeSet<&'p str> {
+        let gone = earlier.iter().chain([self]).flat_map(|point| &point.gone).map(String::as_str);
+        gone.filter(|disk| !self.disks.iter().any(|top| top.disk == *disk)).collect()
+    }
 }

@@ -102,6 +102,7 @@ impl Look {
             disks: wanted.map(top).collect(),
             description: self.description.clone(),
             carried: Carried::default(),
+            gone: Vec::new(),
         };
         RunWork::new(spec, point, self.source.clone())
     }

@@ -4,11 +4,14 @@
 //! - The rules of the job's last run are recorded with the replica: a takeover finds them when the site file is lost.
 //! - A restore point keeps the machine as it was; rules are applied to what the host is given.
 //!
-//! Not here: changing addresses inside a guest.
+//! Not here: changing addresses inside a guest (`readdress`).
+
+use std::net::Ipv4Addr;
 
 use aquifer_formats::repo::record::MachineDescription;
 use serde::{Deserialize, Serialize};
 
+pub use crate::site::Through;
 use crate::site::{ReplicationJob, Site};
 
 /// Rules of a replica.
@@ -53,6 +56,33 @@ pub struct Addresses {
     /// Name servers.
     #[serde(default)]
     pub dns: Vec<String>,
+    /// Who changes them in the guest.
+    #[serde(default)]
+    pub through: Through,
+}
+
+impl Addresses {
+    /// What takes the place of an address; none where this rule is not for it.
+    pub fn moved(&self, address: Ipv4Addr) -> Option<Ipv4Addr> {
+        let (from, to): (Vec<&str>, Vec<&str>) = (self.from.split('.').collect(), self.to.split('.').collect());
+        if from.len() != 4 || to.len() != 4 {
+            return None;
+        }
+        let mut new = [0; 4];
+        for (((part, from), to), new) in address.octets().into_iter().zip(from).zip(to).zip(&mut new) {
+            if from != "*" && from.parse() != Ok(part) {
+                return None;
+            }
+            *new = if to == "*" { part } else { to.parse().ok()? };
+        }
+        Some(new.into())
+    }
+
+    /// Length of the network's part; none where the netmask is none.
+    pub fn length(&self) -> Option<u32> {
+        let mask = u32::from(self.mask.parse::<Ipv4Addr>().ok()?);
+        (mask.leading_ones() == mask.count_ones()).then(|| mask.count_ones())
+    }
 }
 
 impl Rules {
@@ -70,6 +100,7 @@ impl Rules {
             mask: rule.mask.clone(),
             gateway: rule.gateway.clone(),
             dns: rule.dns.clone(),
+            through: rule.through,
         });
         Self {
             exclude_disks: site.machines.get(machine).map(|machine| machine.exclude_disks.clone()).unwrap_or_default(),

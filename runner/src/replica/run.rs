@@ -383,7 +383,7 @@ pub(super) fn work_of(
         let name = disk.name.as_str().to_owned();
         Top { file: ReplicaRecord::layer_name(&name, number), disk: name, size: disk.size }
     });
-    let source = SourcePoint { repository: repo.id(), machine: point.machine, point: point.id };
+    let source = SourcePoint::of(&repo, point);
     let record = PointRecord {
         version: VERSION,
         id: Uuid::now_v7(),
@@ -395,6 +395,7 @@ pub(super) fn work_of(
         disks: disks.collect(),
         description: stored.machine,
         carried: Carried::default(),
+        gone: Vec::new(),
     };
     Ok(RunWork::new(spec, record, RunSource::Backup { repository: dir.to_path_buf(), point: source }))
 }

@@ -81,6 +81,7 @@ pub fn count(counts: &Counts, moved: Moved) {
         Moved::Read(bytes) => Counts::add(&counts.read, bytes),
         Moved::Zeros(_) | Moved::Checked(_) => {}
         Moved::Written(bytes) => Counts::add(&counts.written, bytes),
+        Moved::Merged(bytes) => Counts::add(&counts.merged, bytes),
         Moved::Took(stage, took) => counts.stages.add(stage, took),
         Moved::Equal(blocks) => Counts::add(&counts.blocks_equal, blocks),
     }

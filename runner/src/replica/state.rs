@@ -175,6 +175,11 @@ impl State {
         !matches!(self, Self::Absent | Self::Ready | Self::Processing)
     }
 
+    /// Whether a takeover stands that is neither taken back nor final, nor has come home.
+    pub fn is_unsettled(self) -> bool {
+        matches!(self, Self::Failover | Self::FailedFailover | Self::ReadyToSwitch | Self::Failback)
+    }
+
     /// As records and people name it.
     pub fn name(self) -> &'static str {
         match self {
@@ -211,6 +216,23 @@ impl Op {
     /// Whether it puts a stamp with a higher count of changes of sides.
     pub fn changes_sides(self) -> bool {
         matches!(self, Self::Failover | Self::Undo | Self::Switchover | Self::Commit)
+    }
+
+    /// What is typed for it, where there is something: runs of a job have names of their own.
+    fn typed(self) -> Option<&'static str> {
+        Some(match self {
+            Self::Failover => "failover",
+            Self::PlannedFailover => "failover --planned",
+            Self::Start => "replicas --start",
+            Self::Undo => "undo",
+            Self::Permanent => "permanent",
+            Self::Failback => "failback",
+            Self::Switchover => "failback --switch now",
+            Self::Commit => "commit",
+            Self::Remove => "replicas --remove",
+            Self::Replicate => "run (its job)",
+            Self::Verify => return None,
+        })
     }
 
     /// As records and people name it.
@@ -251,7 +273,8 @@ impl From<Refusal> for Fail {
     fn from(refusal: Refusal) -> Self {
         let Refusal { op, have, need, allowed } = refusal;
         let what = format!("{op} is not possible: the replica is {have}, and it needs {}", list(&need));
-        let now = if allowed.is_empty() { "nothing".to_owned() } else { list(&allowed) };
+        let typed: Vec<&str> = allowed.into_iter().filter_map(Op::typed).collect();
+        let now = if typed.is_empty() { "nothing".to_owned() } else { typed.join(", ") };
         Self::new(Code::State, what).at("replica").cause(format!("possible now: {now}"))
     }
 }

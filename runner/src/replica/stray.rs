@@ -296,7 +296,7 @@ pub fn park(desk: &Desk<'_>, site: &Site, name: &str, confirmed: &[Process]) -> 
         let told = stray.told(name, record.epoch);
         // Whoever has lost the lease is refused here, and ends nothing.
         tell(desk, &record, format!("{told}; it is to be turned off"), None)?;
-        let done = desk.host.power_off(&stray.running, std::time::Duration::ZERO).map_err(Fail::from);
+        let done = desk.host.power_off(&stray.running).map_err(Fail::from);
         match done {
             Ok(_) => tell(desk, &record, format!("{told}; process {} is off", stray.pid), None)?,
             Err(fail) => {

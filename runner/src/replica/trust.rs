@@ -7,6 +7,7 @@
 //! Invariants
 //! - A layer is in the ledger before it has its name: a file that the ledger does not know is not ours, whatever its name
 //!   says. It is set aside, never taken and never removed.
+//! - Where layers are merged, the ledger knows the file that has the name and the one that gets it, which say the same.
 //! - A settled layer that looks otherwise than it was settled (length, time of the last write, inode) is proven by digests
 //!   before anything is built on it, or not built on.
 //! - Once seen, a change stays known for every restore point that was there before it, until a digest clears the point.
@@ -96,10 +97,25 @@ pub enum Holds {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Entry {
     seal: Seal,
+    /// What the file with the same content looked like that this one takes the name of: it may still have it, where
+    /// whoever gave the name was killed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    was: Option<Seal>,
     holds: Holds,
     /// It was changed from outside: restore points before this number may not hold what they held.
     #[serde(default)]
     doubtful_before: u64,
+}
+
+impl Entry {
+    fn new(seal: Seal, holds: Holds, doubtful_before: u64) -> Self {
+        Self { seal, was: None, holds, doubtful_before }
+    }
+
+    /// Whether a file that looks like this is the one that was entered.
+    fn is(&self, seen: Option<Seal>) -> bool {
+        seen.is_some_and(|seen| seen == self.seal || Some(seen) == self.was)
+    }
 }
 
 /// What was settled in a folder.
@@ -161,19 +177,25 @@ fn change(record: &ReplicaRecord, how: impl FnOnce(&mut Ledger)) -> Result<()> {
 pub fn enter(record: &ReplicaRecord, file: &str, written: &Path, holds: Holds) -> Result<()> {
     let gone = || Fail::new(Code::NotFound, "a layer is gone").at(written.display());
     let seal = Seal::of(written)?.ok_or_else(gone)?;
-    enter_as(record, file, seal, holds, 0)
+    change(record, |ledger| {
+        ledger.layers.insert(file.to_owned(), Entry::new(seal, holds, 0));
+    })
 }
 
-pub(super) fn enter_as(
-    record: &ReplicaRecord,
-    file: &str,
-    seal: Seal,
-    holds: Holds,
-    doubtful_before: u64,
-) -> Result<()> {
-    change(record, |ledger| {
-        ledger.layers.insert(file.to_owned(), Entry { seal, holds, doubtful_before });
-    })
+/// Enters what is about to take the name of a settled layer and says the same as that one with all below it, of which
+/// `clear_from` said so much. Until it has the name, the one that has it is as good.
+///
+/// # Errors
+/// I/O; [`Code::NotFound`] where there is no such file; [`Code::State`] where the one that has the name was changed.
+pub fn replace(record: &ReplicaRecord, file: &str, written: &Path, (holds, clear): (Holds, u64)) -> Result<()> {
+    let gone = || Fail::new(Code::NotFound, "a layer is gone").at(written.display());
+    let (seal, was) = (Seal::of(written)?.ok_or_else(gone)?, Seal::of(&record.folder.join(file))?);
+    let mut ledger = Ledger::read(&record.folder, record.lineage)?;
+    if !ledger.layers.get(file).is_some_and(|entry| entry.is(was)) {
+        return Err(Fail::new(Code::State, format!("the layer {file} was changed while it was merged")));
+    }
+    ledger.layers.insert(file.to_owned(), Entry { was, ..Entry::new(seal, holds, clear) });
+    ledger.write(&record.folder)
 }
 
 /// Enters a layer that nobody writes to from now on. One that was settled for a restore point stays it: where it looks
@@ -187,13 +209,12 @@ pub fn freeze(record: &ReplicaRecord, file: &str) -> Result<()> {
     let seal = Seal::of(&path)?.ok_or_else(gone)?;
     change(record, |ledger| {
         let entry = match ledger.layers.get(file) {
-            Some(entry @ Entry { holds: Holds::Point(_), .. }) if entry.seal == seal => *entry,
+            Some(entry @ Entry { holds: Holds::Point(_), .. }) if entry.is(Some(seal)) => *entry,
             Some(entry @ Entry { holds: Holds::Point(_), .. }) => {
-                let doubtful_before = entry.doubtful_before.max(record.next_layer);
-                Entry { seal, holds: Holds::Frozen, doubtful_before }
+                Entry::new(seal, Holds::Frozen, entry.doubtful_before.max(record.next_layer))
             }
-            Some(entry) => Entry { seal, holds: Holds::Frozen, ..*entry },
-            None => Entry { seal, holds: Holds::Frozen, doubtful_before: 0 },
+            Some(entry) => Entry::new(seal, Holds::Frozen, entry.doubtful_before),
+            None => Entry::new(seal, Holds::Frozen, 0),
         };
         ledger.layers.insert(file.to_owned(), entry);
     })
@@ -225,7 +246,7 @@ pub fn take_as_live(record: &ReplicaRecord, file: &str, below: &Path) -> Result<
 pub fn is_settled(record: &ReplicaRecord, file: &str, point: Uuid) -> Result<bool> {
     let entry = Ledger::read(&record.folder, record.lineage)?.layers.get(file).copied();
     let seal = Seal::of(&record.folder.join(file))?;
-    Ok(entry.is_some_and(|entry| entry.holds == Holds::Point(point) && seal == Some(entry.seal)))
+    Ok(entry.is_some_and(|entry| entry.holds == Holds::Point(point) && entry.is(seal)))
 }
 
 /// Whether the file under a layer's name is one that a machine of ours writes to.
@@ -246,7 +267,7 @@ pub fn is_live(record: &ReplicaRecord, file: &str) -> Result<bool> {
 pub fn is_frozen(record: &ReplicaRecord, file: &str) -> Result<bool> {
     let entry = Ledger::read(&record.folder, record.lineage)?.layers.get(file).copied();
     let seal = Seal::of(&record.folder.join(file))?;
-    Ok(entry.is_some_and(|entry| entry.holds != Holds::Writes && seal == Some(entry.seal)))
+    Ok(entry.is_some_and(|entry| entry.holds != Holds::Writes && entry.is(seal)))
 }
 
 /// Gives a layer's name free where somebody else's file has it: that is kept beside it.
@@ -284,15 +305,29 @@ pub fn look(record: &ReplicaRecord, point: &PointRecord) -> Result<Vec<Touched>>
     look_at(record, &point.disks, point.number)
 }
 
+/// As [`look`], without what was read since and found to hold what it held. Reads no data.
+///
+/// # Errors
+/// As [`look`].
+pub fn doubtful(record: &ReplicaRecord, point: &PointRecord) -> Result<Vec<Touched>> {
+    let touched = look(record, point)?;
+    let proven = || -> Result<bool> {
+        let known = Ledger::read(&record.folder, record.lineage)?.proven.remove(&point.id);
+        Ok(known.is_some() && known == Some(looks(record, point)?))
+    };
+    if touched.is_empty() || proven()? { Ok(Vec::new()) } else { Ok(touched) }
+}
+
 pub(super) fn look_at(record: &ReplicaRecord, tops: &[Top], number: u64) -> Result<Vec<Touched>> {
     let ledger = Ledger::read(&record.folder, record.lineage)?;
     let mut touched = Vec::new();
     for path in chain(record, tops)? {
         let file = relative(record, &path);
         let seal = Seal::of(&path)?;
-        let good = ledger.layers.get(&file).is_some_and(|entry| {
-            entry.holds != Holds::Writes && Some(entry.seal) == seal && number >= entry.doubtful_before
-        });
+        let good = ledger
+            .layers
+            .get(&file)
+            .is_some_and(|entry| entry.holds != Holds::Writes && entry.is(seal) && number >= entry.doubtful_before);
         if !good {
             touched.push(Touched { file, seal });
         }
@@ -405,7 +440,7 @@ pub fn accept(record: &ReplicaRecord, touched: &[Touched], number: u64) -> Resul
             let before = ledger.layers.get(file);
             let holds = before.map_or(Holds::Frozen, |entry| entry.holds);
             let doubtful_before = before.map_or(0, |entry| entry.doubtful_before).max(number);
-            ledger.layers.insert(file.clone(), Entry { seal, holds, doubtful_before });
+            ledger.layers.insert(file.clone(), Entry::new(seal, holds, doubtful_before));
         }
     })
 }
@@ -416,7 +451,7 @@ pub(super) fn clear_from(record: &ReplicaRecord, top: &Top) -> Result<Option<(Ho
     let mut clear = 0;
     for path in chain(record, std::slice::from_ref(top))? {
         let Some(entry) = ledger.layers.get(&relative(record, &path)) else { return Ok(None) };
-        if Seal::of(&path)? != Some(entry.seal) || entry.holds == Holds::Writes {
+        if !entry.is(Seal::of(&path)?) || entry.holds == Holds::Writes {
             return Ok(None);
         }
         clear = clear.max(entry.doubtful_before);
@@ -438,6 +473,12 @@ pub fn remember(desk: &Desk<'_>, record: &ReplicaRecord) -> Result<()> {
     let points = desk.points(&record.name)?;
     change(record, |ledger| {
         ledger.layers.retain(|file, _| record.folder.join(file).exists());
+        for (file, entry) in ledger.layers.iter_mut().filter(|(_, entry)| entry.was.is_some()) {
+            // It has its name: the file that had it before is none of ours if it comes back.
+            if Seal::of(&record.folder.join(file)).ok().flatten() == Some(entry.seal) {
+                entry.was = None;
+            }
+        }
         ledger.proven.retain(|id, _| points.iter().any(|point| point.id == *id));
         ledger.copy = Some(Copy { record: record.clone(), points });
     })

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use super::{
     BackupJob, CatchUpPoints, CopyJob, CopyMode, Freeze, HealthJob, HealthPoints, Job, JobKind, Keep, NetworkMap,
-    OnImpossible, ReIp, Reading, ReplicaSource, ReplicationJob, prove::What, schedules, shape::Values,
+    OnImpossible, ReIp, Reading, ReplicaSource, ReplicationJob, Through, prove::What, schedules, shape::Values,
 };
 
 /// Bytes of a digest's block where nothing is said.
@@ -244,6 +244,10 @@ fn reip(table: Values<'_, '_>) -> Vec<ReIp> {
                 mask: entry.text("mask")?,
                 gateway: entry.text("gateway"),
                 dns: entry.plain_texts("dns"),
+                through: match entry.text("through").as_deref() {
+                    Some("agent") => Through::Agent,
+                    _ => Through::Programs,
+                },
             })
         })
         .collect()

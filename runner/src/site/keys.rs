@@ -177,7 +177,7 @@ const S3: Shape = Shape {
 
 const HOST_QEMU: Shape = Shape {
     name: "qemu",
-    doc: "Machines that aquifer starts and steers itself. A machine is a folder `IMAGES/MACHINE/` with `machine.toml` and its disks.",
+    doc: "Machines that aquifer starts and steers itself. A machine is a folder `IMAGES/MACHINE/` with `machine.toml` and its disks: `docs/machines.md` says what stands in it, and how a machine is started so that it can be seen.",
     keys: &[
         must("kind", Kind::OneOf(&["qemu"]), "this one"),
         must("images", Kind::Path, "folder of the machines"),
@@ -313,6 +313,11 @@ const REIP: Shape = Shape {
         must("mask", Kind::Text, "netmask"),
         may("gateway", Kind::Text, "default gateway"),
         may("dns", Kind::Texts, "name servers"),
+        may(
+            "through",
+            Kind::OneOf(&["programs", "agent"]),
+            "who changes them: programs of a plan, which are given the rules (default), or the guest's agent, which is waited for",
+        ),
     ],
 };
 
@@ -384,7 +389,7 @@ const BACKUP: Shape = job!(
     may(
         "freeze",
         Kind::OneOf(&["require", "try", "off"]),
-        "application-consistent points by the guest agent: or fail, or crash-consistent with a warning (default), or never"
+        "application-consistent points by the guest agent: or fail; or crash-consistent (default), with a warning where the machine has an agent that does not do it, with a note where it has none; or never"
     ),
     may("parallel_disks", Kind::Number(1, 64), "disks of a machine at once (default 4)"),
 );
@@ -416,7 +421,7 @@ const COPY: Shape = job!(
     may(
         "mode",
         Kind::OneOf(&["immediate", "periodic"]),
-        "every new point, oldest first; or the newest at each run (default)"
+        "every new point, oldest first, after a first run that copies the newest alone; or the newest at each run (default)"
     ),
     may("keep", Kind::Table(&KEEP), "which points stay afterwards"),
 );
@@ -544,7 +549,7 @@ pub const SECRET: Shape = Shape {
     doc: "Where a secret is: never the secret itself.",
     keys: &[
         may("credential", Kind::Text, "name of a systemd credential"),
-        may("file", Kind::Path, "file, readable by its owner only"),
+        may("file", Kind::Path, "file, which is refused unless its owner alone may use it (`chmod 600`)"),
         may("command", Kind::Text, "program that prints it"),
         may("env", Kind::Text, "environment variable"),
     ],

@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
+use serde::{Deserialize, Serialize};
+
 use crate::schedule::Schedule;
 
 /// One repository of a site.
@@ -233,7 +235,8 @@ pub enum OnImpossible {
 pub enum Freeze {
     /// Without it the machine fails.
     Require,
-    /// Without it the point is crash-consistent, with a warning.
+    /// Without it the point is crash-consistent: with a warning where the machine has an agent that does not do it, with
+    /// a note where it has none.
     #[default]
     Try,
     /// Never.
@@ -339,6 +342,19 @@ pub struct ReIp {
     pub gateway: Option<String>,
     /// Name servers.
     pub dns: Vec<String>,
+    /// Who changes them in the guest.
+    pub through: Through,
+}
+
+/// Who changes addresses in a guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Through {
+    /// Programs of a plan, which are given the rule.
+    #[default]
+    Programs,
+    /// The guest's agent, as soon as it answers.
+    Agent,
 }
 
 /// Copies restore points to another repository.

@@ -132,7 +132,8 @@ fn each(
     let Some(table) = value.get_ref().as_table() else { return wrong(reader, key, value, "a table") };
     for (name, value) in table.iter() {
         if !is_name(name.get_ref()) {
-            let what = "a name has letters, digits, `-`, `_` and `.`, and begins with a letter or digit";
+            let what =
+                "a name has letters (a to z, A to Z), digits, `-`, `_` and `.`, and begins with a letter or digit";
             reader.problem(name.span(), format!("`{}`: {what}", name.get_ref().escape_debug()));
         }
         check(reader, name.get_ref(), value);
@@ -141,8 +142,11 @@ fn each(
 
 /// What a thing of a site may be called: also a file name, on any file system.
 pub(super) fn is_name(name: &str) -> bool {
-    let good = |c: char| c.is_alphanumeric() || "-_.".contains(c);
-    !name.is_empty() && name.len() <= 128 && name.chars().all(good) && name.starts_with(char::is_alphanumeric)
+    let good = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    !name.is_empty()
+        && name.len() <= 128
+        && name.chars().all(good)
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
 }
 
 fn parsed(

@@ -6,9 +6,9 @@ use aquifer_formats::repo::{Machine, Point, record::PointRecord};
 
 use super::{PointRef, select::SelectedDisk, spec_of};
 use crate::{
-    context::Context,
+    context::{Context, quoted},
     fail::{Code, Fail, Result},
-    repository::{self, Hold},
+    repository::{self, Hold, Named},
 };
 
 /// A point in the repository, held while it is used.
@@ -43,13 +43,17 @@ pub(super) fn disks(
         _ => fail,
     };
     let repo = repository::open(context).map_err(nowhere)?;
-    let (machine, point) = repository::find(&repo, machine, point)?;
+    let named = repository::find(&repo, machine, point)?;
+    named.warn(context);
+    let Named { machine, point, .. } = named;
     let hold = Arc::new(Hold::read(&repo, &machine, &point, repository::holder(context.out.verb()))?);
     let Some(record) = point.record.clone() else {
-        let what = format!("the point {} of {} cannot be read", point.id, machine.name);
-        return Err(Fail::new(Code::PointIncomplete, what)
-            .at(repo.label())
-            .help(format!("aquifer points {}", machine.name)));
+        let word = format!("{}@{}", machine.name, point.id);
+        let fail = match point.state.why() {
+            Some(_) => repository::damage(&word, &point),
+            None => Fail::new(Code::PointIncomplete, format!("the point {word} cannot be read")).at(repo.label()),
+        };
+        return Err(fail.help(format!("aquifer points {}", quoted(&machine.name))));
     };
     let mut disks = Vec::new();
     for stored in record.disks.iter().filter(|stored| disk.is_none_or(|name| stored.name.as_str() == name)) {

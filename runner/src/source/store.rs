@@ -126,6 +126,7 @@ fn of_remote(machines: &[PathBuf]) -> Result<Vec<StorePoint>> {
         let (name, id) = point.machine();
         // Names are not unique there.
         let machine = if name.is_empty() { id.to_owned() } else { format!("{name} ({id})") };
+        let is_whole = stored.refusal.is_none();
         let export = point.export().and_then(|export| Some(stored.path.parent()?.join(export)));
         points.push(StorePoint {
             machine,
@@ -139,7 +140,8 @@ fn of_remote(machines: &[PathBuf]) -> Result<Vec<StorePoint>> {
             parent: None,
             state: stored.refusal.map_or(StoreState::Complete, StoreState::Missing),
             disks: point.disks().unwrap_or_default().into_iter().map(|disk| (disk.name, disk.size)).collect(),
-            source: export.unwrap_or(stored.path),
+            // What is refused is not named: its description says why when it is opened.
+            source: export.filter(|_| is_whole).unwrap_or(stored.path),
         });
     }
     Ok(points)

@@ -8,6 +8,12 @@ use crate::{
     output::Output,
 };
 
+/// What an event is called that says for what an operation waits, and until when.
+pub const WAIT: &str = "wait";
+
+/// What an event is called that only says what people have to know.
+pub const NOTE: &str = "note";
+
 /// How far the events were shown.
 #[derive(Debug)]
 pub struct Follow {
@@ -40,7 +46,7 @@ impl Follow {
         self
     }
 
-    /// People are told only what goes wrong on the way; records are made of everything all the same.
+    /// People are told only what goes wrong on the way, what is waited for and what they have to know; records are made of everything all the same.
     #[must_use]
     pub fn only_trouble(mut self) -> Self {
         self.trouble = true;
@@ -59,7 +65,7 @@ impl Follow {
                 out.record("event", &record);
                 // The end of a session is told by whoever follows it.
                 let trouble = record.event.error.is_some() && !record.event.object.starts_with("session/");
-                if trouble || !self.trouble {
+                if trouble || !self.trouble || matches!(record.event.op.as_str(), WAIT | NOTE) {
                     out.line(line(&record));
                 }
             }

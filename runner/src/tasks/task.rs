@@ -110,6 +110,8 @@ pub struct Counts {
     pub read_production: AtomicU64,
     /// Bytes written to targets.
     pub written: AtomicU64,
+    /// Bytes of a target's own files that were written anew on it.
+    pub merged: AtomicU64,
     /// Blocks that were equal and moved nothing.
     pub blocks_equal: AtomicU64,
     /// The lowest limit that applies, bytes each second; 0 is none.
@@ -142,6 +144,7 @@ impl Counts {
             bytes_read: get(&self.read),
             bytes_read_production: get(&self.read_production),
             bytes_written: get(&self.written),
+            bytes_merged: get(&self.merged),
             blocks_equal: get(&self.blocks_equal),
             rate: self.rate(Instant::now()),
             rate_limit: (limit > 0).then_some(limit),

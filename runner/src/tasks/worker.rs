@@ -217,7 +217,9 @@ impl Shared<'_> {
                 };
                 let help = match &fail.do_ {
                     Some(Remedy::Command(command)) => Some(command.to_string()),
-                    Some(Remedy::Again(_)) | None => None,
+                    // An option for whoever typed what is carried out here.
+                    Some(Remedy::Again(options)) => options.starts_with("--").then(|| options.to_string()),
+                    None => None,
                 };
                 Outcome::Failed { why, code: fail.code.name().into(), passing: may_pass(fail.code), help }
             }

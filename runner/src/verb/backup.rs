@@ -39,7 +39,7 @@ pub struct Args {
     /// what differs from them
     #[arg(long, conflicts_with_all = ["full", "bitmap"])]
     pub link: bool,
-    /// Read only what this bitmap of the source says has changed since the last point
+    /// Read only what this bitmap of the source says has changed since the last point: one that counted already when that was made
     #[arg(long, value_name = "NAME", conflicts_with = "full")]
     pub bitmap: Option<String>,
     /// Also follow backing files that lie in this folder; may be given several times
@@ -68,10 +68,8 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         Err(aquifer_formats::repo::Error::NotFound { .. }) => None,
         Err(error) => return Err(error.into()),
     };
-    let parent = match &known {
-        Some(machine) if !args.full && !args.link => backup::newest(&repo, machine)?,
-        _ => None,
-    };
+    let before = known.as_ref().map_or(Ok(None), |machine| backup::newest(&repo, machine))?;
+    let parent = before.as_ref().filter(|_| !args.full && !args.link);
     let order = Order {
         context,
         by: "backup",
@@ -88,11 +86,14 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         stages: None,
         notes: None,
     };
+    if let (true, Some(machine)) = (args.dry.dry_run, &known) {
+        order.warn_of_gone_disks(machine, before.as_ref(), &|disk| wanted.iter().any(|known| known.name == *disk));
+    }
     if args.dry.dry_run && args.link {
         return order.plan_link(&wanted);
     }
     if args.dry.dry_run {
-        return order.plan(&repo, &wanted, parent.as_ref()).map(drop);
+        return order.plan(&repo, &wanted, parent).map(drop);
     }
     if args.link {
         // Before the machine is made known.
@@ -102,10 +103,12 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         Some(machine) => machine,
         None => repo.machine_or_new(&args.machine)?,
     };
-    if args.link {
-        return order.link(&repo, &machine, &wanted, description).map(drop);
-    }
-    order.store(&repo, &machine, parent.as_ref(), &wanted, description).map(drop)
+    let made = if args.link {
+        order.link(&repo, &machine, &wanted, description)?
+    } else {
+        order.store(&repo, &machine, parent, &wanted, description)?
+    };
+    order.tell_of_gone_disks(&repo, &machine, &made.record, &[])
 }
 
 fn open_sources(context: &Context, args: &Args) -> Result<Vec<Wanted>> {
@@ -118,7 +121,7 @@ fn open_sources(context: &Context, args: &Args) -> Result<Vec<Wanted>> {
         if wanted.iter().any(|known| known.name == name) {
             return Err(Fail::new(Code::Usage, format!("the disk {name} is named twice")));
         }
-        let hint = args.bitmap.clone().map_or(Hint::None, Hint::Bitmap);
+        let hint = args.bitmap.clone().map_or(Hint::None, Hint::Named);
         wanted.push(backup::open_source(context, &name, &named.source, &options, hint)?);
     }
     Ok(wanted)

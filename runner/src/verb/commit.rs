@@ -1,18 +1,18 @@
 //! `commit`: makes the way home final.
 
-use super::ops::{self, Manner, Wanted, Why};
+use super::ops::{self, Manner, Options, Wanted, Why};
 use crate::{
     cli::{Confirm, DryRun},
     context::Context,
     fail::Result,
-    operate::Act,
+    operate::{Act, RunOfJob},
     replica::{model::HomeKind, state::Op},
 };
 
 /// Options of `commit`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The replicas
+    /// Replicas, or plan/NAME
     #[arg(value_name = "REPLICA", required = true)]
     pub targets: Vec<String>,
     /// Also while production is off
@@ -30,7 +30,9 @@ pub struct Args {
 }
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
-    let manner = Manner { dry: &args.dry, confirm: Some(&args.confirm), cancel_job: false, ops: &[Op::Commit] };
+    let options = Options::default().flag("--force", args.force);
+    let manner =
+        Manner { dry: &args.dry, confirm: Some(&args.confirm), run: RunOfJob::Ends, ops: &[Op::Commit], options };
     ops::carry_out(context, &args.targets, &manner, |_, record| {
         if let Some(failback) = record.failback.as_ref().filter(|failback| failback.home.kind != HomeKind::Original) {
             let home = &failback.home;
@@ -43,6 +45,10 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
             "the way back to {}: from then on undo is not possible, and its writes during the takeover are one of its restore points",
             record.name
         );
-        Ok(Wanted { ask: args.why.ask(&record.name, Act::Commit { force: args.force }), loss: Some(loss) })
+        Ok(Wanted {
+            ask: args.why.ask(&record.name, Act::Commit { force: args.force }),
+            loss: Some(loss),
+            notes: Vec::new(),
+        })
     })
 }

@@ -1,6 +1,9 @@
 //! `config`: checks or shows the site file, or says what may stand in one.
 //!
-//! Not here: reaching hosts and repositories (that is `doctor`, and the jobs themselves).
+//! Not here: whether guests answer and tools are there (that is `doctor`, and the jobs themselves).
+
+mod clash;
+mod there;
 
 use clap::Subcommand;
 use jiff::Timestamp;
@@ -78,13 +81,18 @@ fn check(context: &Context) -> Result<()> {
         }),
     );
     context.out.line(format_args!("{}: valid, repositories: {repositories}", path.display()));
+    let mut unmade = Vec::new();
     for (name, repository) in &site.repositories {
         if crate::repository::open_named(context, name).is_err_and(|fail| fail.code == Code::NoRepository) {
-            let dir = quoted(&repository.url.display().to_string());
             context.out.say(format_args!("repository {name} has not been made yet"));
-            context.out.next(format!("aquifer -r {dir} init"));
+            unmade.push(format!("aquifer -r {} init", quoted(&repository.url.display().to_string())));
         }
     }
+    if !unmade.is_empty() {
+        context.out.next(unmade.join(" && "));
+    }
+    clash::check(context, &site);
+    there::check(context, &site);
     let now = Timestamp::now();
     for (name, job) in &site.jobs {
         let next = next_runs(name, job, now);
@@ -95,7 +103,9 @@ fn check(context: &Context) -> Result<()> {
             (When::Continuous { .. }, _) => "again and again".to_owned(),
             (_, []) => "when asked for".to_owned(),
             (_, next) => {
-                let local = |at: &Timestamp| at.to_zoned(site.zone()).strftime("%F %H:%M %Z").to_string();
+                let whole = next.iter().all(|at| at.as_second() % 60 == 0);
+                let shape = if whole { "%F %H:%M %Z" } else { "%F %H:%M:%S %Z" };
+                let local = |at: &Timestamp| at.to_zoned(site.zone()).strftime(shape).to_string();
                 next.iter().map(local).collect::<Vec<_>>().join(", ")
             }
         };

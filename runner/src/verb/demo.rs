@@ -225,7 +225,7 @@ impl Demo<'_> {
             let _ = console.write_all(b"q");
             running.process.wait_gone(Duration::from_secs(5));
         }
-        host.power_off(running, Duration::ZERO)?;
+        host.power_off(running)?;
         self.context.out.line("the machine was turned off");
         Ok(())
     }
@@ -239,7 +239,7 @@ impl Drop for Demo<'_> {
             if let Ok(mut command) = self.command(&["finalize", "vm", "--discard", "--yes", "--quiet"]) {
                 let _ = command.stdout(Stdio::null()).stderr(Stdio::null()).status();
             }
-            let _ = host.power_off(&running, Duration::ZERO);
+            let _ = host.power_off(&running);
         }
         if !self.kept {
             let _ = fs::remove_dir_all(&self.dir);

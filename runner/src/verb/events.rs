@@ -58,6 +58,8 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     if number.is_some() || args.session.is_none() {
         let filter = EventFilter { object: args.object.clone(), session: number, limit: None };
         if let Some(catalogue) = context.catalogue_if_there()? {
+            // One that there is not is no session without events.
+            number.map(|number| catalogue.session(number)).transpose()?;
             let stored = catalogue.events(args.since.unwrap_or(0), &filter)?;
             all.extend(stored.into_iter().map(|record| Shown::Catalogue(Box::new(record))));
         }

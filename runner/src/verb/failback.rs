@@ -2,17 +2,17 @@
 
 use jiff::Timestamp;
 
-use super::ops::{self, Machines, Manner, Wanted};
+use super::ops::{self, Machines, Manner, Options, Wanted};
 use crate::{
     catalogue::{Catalogue, Wish},
     cli::{Confirm, DryRun},
-    context::Context,
+    context::{Context, quoted},
     fail::{Code, Fail, Result},
     failback::{Drift, drift, estimate},
-    operate::{self, Act, target},
+    operate::{self, Act, RunOfJob, target},
     replica::{
         desk::object,
-        model::{Home, HomeKind, ReplicaRecord, Switch},
+        model::{Home, HomeDisk, HomeKind, ReplicaRecord, Switch},
         state::{Op, State},
     },
     units,
@@ -21,7 +21,7 @@ use crate::{
 /// Options of `failback`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The replicas
+    /// Replicas, or plan/NAME
     #[arg(value_name = "REPLICA", required = true)]
     pub targets: Vec<String>,
     /// Home is a machine that was restored elsewhere beforehand
@@ -56,6 +56,15 @@ pub struct Args {
     pub dry: DryRun,
 }
 
+impl Args {
+    fn options(&self) -> Options {
+        let switch = self.switch.map_or(Switch::Manual, |When(switch)| switch);
+        let options = self.machines.options().value("--to", self.to.clone()).value("--new", self.new.clone());
+        let options = options.switch(switch).flag("--full", self.full).flag("--verify", self.verify);
+        options.drift(self.drift).flag("--no-start", self.no_start)
+    }
+}
+
 /// What becomes of production's description.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum OnDrift {
@@ -85,7 +94,13 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         return Ok(());
     }
     let ops = [Op::Failback, Op::Switchover];
-    let manner = Manner { dry: &args.dry, confirm: Some(&args.confirm), cancel_job: false, ops: &ops };
+    let manner = Manner {
+        dry: &args.dry,
+        confirm: Some(&args.confirm),
+        run: RunOfJob::Ends,
+        ops: &ops,
+        options: args.options(),
+    };
     ops::carry_out(context, &args.targets, &manner, |catalogue, record| {
         if record.state == State::ReadyToSwitch {
             return switch(context, catalogue, args, record);
@@ -96,9 +111,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
 
 fn begin(context: &Context, args: &Args, record: &ReplicaRecord) -> Result<Wanted> {
     // The state is what is wrong first; a target is looked for only where one is needed.
-    record.state.step(Op::Failback).map_err(|refusal| {
-        Fail::from(refusal).at(object(&record.name)).help(format!("aquifer replicas {}", record.name))
-    })?;
+    ops::allowed(record, Op::Failback)?;
     let (kind, word) = match (&args.to, &args.new) {
         (Some(word), _) => (HomeKind::Restored, Some(word.as_str())),
         (_, Some(word)) => (HomeKind::New, Some(word.as_str())),
@@ -110,7 +123,8 @@ fn begin(context: &Context, args: &Args, record: &ReplicaRecord) -> Result<Wante
     }
     let switch = args.switch.map_or(Switch::Manual, |When(switch)| switch);
     let loss = (kind != HomeKind::New).then(|| {
-        let files: Vec<String> = home.disks.iter().map(|disk| disk.path.display().to_string()).collect();
+        let comes = |disk: &&HomeDisk| record.failover.iter().flat_map(|f| &f.tops).any(|top| top.disk == disk.disk);
+        let files: Vec<String> = home.disks.iter().filter(comes).map(|disk| disk.path.display().to_string()).collect();
         let since = record.failover.as_ref().map(|failover| failover.since.to_string()).unwrap_or_default();
         format!(
             "{} of {} becomes what the replica has: what was written there and is not in the replica is lost ({}; the replica serves since {since})",
@@ -125,12 +139,13 @@ fn begin(context: &Context, args: &Args, record: &ReplicaRecord) -> Result<Wante
             Act::Failback { home, switch, power_on: !args.no_start, compare: args.full, verify: args.verify },
         ),
         loss,
+        notes: Vec::new(),
     })
 }
 
 /// Lists what a way home does not send by itself, and does with it what was said.
 fn settle_drift(context: &Context, args: &Args, record: &ReplicaRecord, home: &mut Home) -> Result<()> {
-    let Drift { lines, apply } = drift(record, home, &context.cache()?)?;
+    let Drift { lines, apply, made } = drift(record, home, &context.cache()?)?;
     if lines.is_empty() {
         return Ok(());
     }
@@ -139,12 +154,22 @@ fn settle_drift(context: &Context, args: &Args, record: &ReplicaRecord, home: &m
         .record("drift", &serde_json::json!({ "replica": record.name, "home": home.machine, "differences": lines }));
     lines.iter().for_each(|line| context.out.say(format_args!("{}: {line}", record.name)));
     match args.drift {
-        Some(OnDrift::Keep) => {}
-        Some(OnDrift::Apply) => home.configured = apply,
-        None if args.dry.dry_run => {}
+        Some(OnDrift::Keep) if made.is_empty() => {}
+        Some(OnDrift::Keep) => {
+            let names: Vec<_> = made.iter().map(|disk| disk.disk.as_str()).collect();
+            let what = format!("{} has not got {}: what is there would not come home", home.machine, names.join(", "));
+            let help = format!("aquifer failback {} --drift apply    # makes it", quoted(&record.name));
+            return Err(Fail::new(Code::ConfigDrift, what).at(home.folder.display()).help(help));
+        }
+        Some(OnDrift::Apply) => {
+            home.configured = apply;
+            home.made = made.iter().map(|disk| disk.disk.clone()).collect();
+            home.disks.extend(made);
+        }
         None => {
             let what = format!("{} is described differently at home: {}", record.name, lines.join("; "));
-            return Err(Fail::new(Code::ConfigDrift, what).at(home.folder.display()).help_again("--drift keep"));
+            let help = if made.is_empty() { "--drift keep" } else { "--drift apply" };
+            return Err(Fail::new(Code::ConfigDrift, what).at(home.folder.display()).help_again(help));
         }
     }
     Ok(())
@@ -163,7 +188,7 @@ fn switch(context: &Context, catalogue: &Catalogue, args: &Args, record: &Replic
         unschedule(context, catalogue, &record.name)?;
     }
     let act = Act::Switchover { power_on: !args.no_start };
-    Ok(Wanted { ask: args.machines.ask(&record.name, act), loss: None })
+    Ok(Wanted::of(args.machines.ask(&record.name, act)))
 }
 
 /// Gives a way home that waits another time. Answers whether that was all there was to do.

@@ -1,13 +1,13 @@
 //! `failover`: a replica takes over at a restore point.
 
-use super::ops::{self, Machines, Manner, Wanted};
+use super::ops::{self, Machines, Manner, Options, Wanted};
 use crate::{
     catalogue::Catalogue,
     cli::DryRun,
     context::Context,
     fail::{Code, Fail, Result},
     failover::pick,
-    operate::{Act, Fence, PlannedSpec, production},
+    operate::{Act, Fence, PlannedSpec, RunOfJob, production},
     replica::{
         model::{PointRecord, ReplicaRecord},
         seat,
@@ -15,6 +15,7 @@ use crate::{
     },
     site::JobKind,
     source::PointRef,
+    tasks::follow::at,
 };
 
 /// Options of `failover`.
@@ -59,6 +60,21 @@ impl Args {
     fn point(&self) -> &str {
         self.to.as_deref().unwrap_or("latest")
     }
+
+    /// With the point that is meant, where one is said and there is only one replica to ask.
+    fn options(&self, context: &Context) -> Result<Options> {
+        // Of several each has its own: then it is not compared, and was settled when it was begun.
+        let mut point = None;
+        if let ([name], Some(to)) = (self.targets.as_slice(), &self.to)
+            && let Some(catalogue) = context.catalogue_if_there()?
+            && let Ok(found) = pick(name, &points(&catalogue, name)?, &PointRef::parse(to)?)
+        {
+            point = Some(found.id.to_string());
+        }
+        let options = self.machines.options().value("--to", point).flag("--planned", self.planned);
+        let options = options.flag("--restart", self.restart).fence(self.fence).flag("--force", self.force);
+        Ok(options.flag("--no-start", self.no_start))
+    }
 }
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
@@ -72,20 +88,70 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let manner = Manner {
         dry: &args.dry,
         confirm: None,
-        cancel_job: args.cancel_job,
+        run: if args.cancel_job { RunOfJob::Stops } else { RunOfJob::MayStop },
         ops: &[Op::Failover, Op::PlannedFailover],
+        options: args.options(context)?,
     };
     ops::carry_out(context, &args.targets, &manner, |catalogue, record| {
+        if record.state.is_final() {
+            ops::allowed(record, Op::Failover)?;
+        }
         let act = if args.planned { planned(context, args, record)? } else { at_point(catalogue, args, record)? };
-        Ok(Wanted { ask: args.machines.ask(&record.name, act), loss: None })
+        let notes = if args.dry.dry_run { foresee(context, catalogue, record, &act)? } else { Vec::new() };
+        Ok(Wanted { ask: args.machines.ask(&record.name, act), loss: None, notes })
     })
+}
+
+/// What a takeover would begin with: the point, and what becomes of production.
+fn foresee(context: &Context, catalogue: &Catalogue, record: &ReplicaRecord, act: &Act) -> Result<Vec<String>> {
+    let mut notes = Vec::new();
+    let start = match act {
+        Act::Failover { point: id, start, .. } => {
+            let known = points(catalogue, &record.name)?;
+            if let Some(index) = known.iter().position(|point| point.id.to_string() == *id) {
+                let (earlier, from) = known.split_at(index);
+                for point in from.iter().take(1) {
+                    notes.push(format!("at the point {} of {}", point.id, at(point.taken)));
+                    let lacks = point.lacks(earlier).into_iter();
+                    notes.extend(lacks.map(|disk| format!("without the disk {disk}, which an earlier point had")));
+                }
+            }
+            *start
+        }
+        Act::Planned { start, .. } => {
+            notes.push("at a point that is made of production after it is off".to_owned());
+            *start
+        }
+        _ => return Ok(notes),
+    };
+    let (graceful, force) =
+        ("its guest is asked to turn itself off, and it is turned off after the grace", "it is turned off at once");
+    let then = match act {
+        Act::Planned { .. } => graceful,
+        Act::Failover { fence: Fence::Graceful, .. } => graceful,
+        Act::Failover { fence: Fence::Force, .. } => force,
+        _ => "it is left alone, with the same addresses (--fence none)",
+    };
+    notes.push(match ops::production_of(context, record)? {
+        Some((home, true)) => format!("{home} runs: {then}"),
+        Some((home, false)) => format!("{home} does not run"),
+        None => "where production runs is not known here: nothing is done about it".to_owned(),
+    });
+    notes.push(format!("the machine of {} is {}", record.name, if start { "started" } else { "left off" }));
+    Ok(notes)
+}
+
+/// The restore points of a replica in their order.
+fn points(catalogue: &Catalogue, name: &str) -> Result<Vec<PointRecord>> {
+    let mut points: Vec<PointRecord> =
+        catalogue.points_of::<PointRecord>(name)?.into_iter().map(|row| row.record).collect();
+    points.sort_by_key(|point| point.number);
+    Ok(points)
 }
 
 fn at_point(catalogue: &Catalogue, args: &Args, record: &ReplicaRecord) -> Result<Act> {
     let wanted = PointRef::parse(args.point())?;
-    let mut points: Vec<PointRecord> =
-        catalogue.points_of::<PointRecord>(&record.name)?.into_iter().map(|row| row.record).collect();
-    points.sort_by_key(|point| point.number);
+    let points = points(catalogue, &record.name)?;
     // One that failed stands on its point already. Which point is meant is settled now, not when it begins.
     let point = match &record.failover {
         Some(failed) => {

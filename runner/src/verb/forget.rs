@@ -8,7 +8,7 @@
 use std::time::Instant;
 
 use aquifer_formats::repo::{
-    Machine, Point, PointState, Repository,
+    LEASE_TTL, Machine, Point, PointState, Repository,
     keeper::{self, LastPoint},
     record::{LeaseKind, LeaseRecord},
 };
@@ -17,9 +17,9 @@ use serde::Serialize;
 use crate::{
     cli::{Confirm, DryRun},
     confirm::confirm,
-    context::Context,
+    context::{Context, quoted},
     fail::{Code, Fail, Result},
-    repository,
+    repository::{self, Named},
     source::Source,
     units,
 };
@@ -116,7 +116,7 @@ fn choose(repo: &Repository, words: &[String]) -> Result<Vec<(Machine, Vec<Point
     for word in words {
         let (machine, point) = match Source::parse(word)? {
             Source::Point { machine, point, disk: None } if word.contains('@') => {
-                repository::find(repo, &machine, &point)?
+                meant(word, repository::find(repo, &machine, &point)?)?
             }
             _ => {
                 let what = format!("`{word}` does not name a point; write MACHINE@POINT");
@@ -130,6 +130,19 @@ fn choose(repo: &Repository, words: &[String]) -> Result<Vec<(Machine, Vec<Point
         }
     }
     Ok(chosen)
+}
+
+/// The point, unless the word could as well mean a damaged one: what is deleted is never guessed.
+fn meant(word: &str, named: Named) -> Result<(Machine, Point)> {
+    let Named { machine, point, passed_over } = named;
+    let Some(newest) = passed_over.first() else { return Ok((machine, point)) };
+    let what = format!(
+        "`{word}` may mean {}, which is complete, or {}, which is newer and {}; name one by its id",
+        point.id,
+        newest.id,
+        newest.state.name()
+    );
+    Err(Fail::new(Code::Ambiguous, what).help(format!("aquifer points {}", quoted(&machine.name))))
 }
 
 /// As the keeper will check it: a dry run refuses what the real one refuses.
@@ -197,11 +210,35 @@ fn interrupted(context: &Context, args: &Args, repo: &Repository, machine: &str)
         return Ok(());
     }
     confirm(context, &args.confirm, &loss)?;
+    set_aside(context, repo, &machine)?;
     let mut freed = 0;
-    for what in &left {
-        freed += keeper::discard(repo, &machine, what, repository::holder("forget"))?.bytes;
+    let (mut left, mut full) = (left, None);
+    while !left.is_empty() {
+        let (before, mut again) = (left.len(), Vec::new());
+        for what in left {
+            match keeper::discard(repo, &machine, &what, repository::holder("forget")).map_err(Fail::from) {
+                Ok(swept) => freed += swept.bytes,
+                // One that has written nothing has no room to give; the others have.
+                Err(fail) if fail.code == Code::Capacity => {
+                    again.push(what);
+                    full = Some(fail);
+                }
+                Err(fail) => return Err(fail),
+            }
+        }
+        if let (true, Some(fail)) = (again.len() == before, full.take()) {
+            return Err(fail);
+        }
+        left = again;
     }
     context.out.closing("bytes_freed", freed);
     context.out.line(format_args!("{} freed", units::bytes(freed)));
     Ok(())
+}
+
+/// Sets aside the leases of backups that were killed: what they have left is what is given up.
+fn set_aside(context: &Context, repo: &Repository, machine: &Machine) -> Result<()> {
+    let tell = repository::tell(context)?;
+    let patience = LEASE_TTL + LEASE_TTL / 4;
+    repository::observing(context, |observer| Ok(keeper::reclaim(repo, machine, observer, &tell, patience)?)).map(drop)
 }

@@ -3,24 +3,32 @@
 //! Invariants
 //! - What the state forbids is refused before anything is asked, said or done; with `-n` as well.
 //! - An operation whose controller died is brought to its end first; the same command typed again answers with its end.
+//!   With `-n` that is said, and nothing of what follows it: nobody can tell before.
+
+mod begun;
 
 use std::time::Duration;
 
+pub(super) use begun::{Begun, Options};
 use serde_json::json;
 
 use crate::{
-    catalogue::{Catalogue, SessionId},
+    catalogue::{Catalogue, SessionId, Wish, Work, WorkState},
     cli::{Confirm, DryRun},
     confirm::confirm,
-    context::Context,
+    context::{Context, quoted},
     fail::{Code, Fail, Result},
-    host::Network,
-    operate::{self, Act, Ask, Batches, Report},
-    plan::{find, object, ready_entries},
+    failover::is_placed,
+    host::{Host, Network, qemu::Qemu},
+    operate::{self, Act, Ask, Batches, Report, RunOfJob, Warned, production},
+    plan::{PlanSpec, find, object, ready_entries},
     replica::{
+        desk,
         model::{Carried, ReplicaRecord},
+        seat,
         state::{Op, State},
     },
+    strict::nearest,
     units,
 };
 
@@ -34,7 +42,7 @@ const UNDO_BATCHES: Batches = Batches { size: 5, gap: Duration::from_secs(10) };
 #[derive(Clone, Debug, clap::Args)]
 pub struct Machines {
     /// How long a guest may take to turn itself off before it is turned off
-    #[arg(long, value_name = "TIME", default_value = "15m", value_parser = duration)]
+    #[arg(long, value_name = "TIME", default_value = begun::GRACE, value_parser = duration)]
     pub grace: Duration,
     /// How machines are started.
     #[command(flatten)]
@@ -84,6 +92,23 @@ fn duration(text: &str) -> Result<Duration, String> {
 }
 
 impl Machines {
+    /// These, and where nothing is said what an earlier command was told.
+    pub(super) fn or_told(&self, told: &PlanSpec) -> Self {
+        let mut these = self.clone();
+        if units::parse_duration(begun::GRACE).is_ok_and(|unsaid| unsaid == these.grace) {
+            these.grace = told.grace;
+        }
+        if these.starts.network == Plug::default() && told.network == Network::None {
+            these.starts.network = Plug::None;
+        }
+        these.starts.why.reason = these.starts.why.reason.or_else(|| told.reason.clone());
+        these
+    }
+
+    pub(super) fn options(&self) -> Options {
+        Options::default().grace(self.grace).network(self.starts.network.into())
+    }
+
     pub(super) fn ask(&self, replica: &str, act: Act) -> Ask {
         Ask { grace: self.grace, ..self.starts.ask(replica, act) }
     }
@@ -113,16 +138,41 @@ pub(super) struct Wanted {
     pub(super) ask: Ask,
     /// What is lost, for whoever has to confirm it.
     pub(super) loss: Option<String>,
+    /// What else whoever decides has to know, each in a sentence.
+    pub(super) notes: Vec<String>,
+}
+
+impl Wanted {
+    /// Something that loses nothing.
+    pub(super) fn of(ask: Ask) -> Self {
+        Self { ask, loss: None, notes: Vec::new() }
+    }
 }
 
 /// How a verb is carried out.
 pub(super) struct Manner<'a> {
     pub(super) dry: &'a DryRun,
     pub(super) confirm: Option<&'a Confirm>,
-    /// Whether a run of a job on the replica is stopped.
-    pub(super) cancel_job: bool,
+    /// What becomes of a run of a job on the replica.
+    pub(super) run: RunOfJob,
     /// The operations that a resumed session may have ended with instead.
     pub(super) ops: &'a [Op],
+    /// What was typed: an operation that was cut short goes on with that, or not by this command.
+    pub(super) options: Options,
+}
+
+/// Production's machine, where its host is one of the site file's and it is not running there.
+pub(super) fn production_off(context: &Context, record: &ReplicaRecord) -> Result<Option<String>> {
+    Ok(production_of(context, record)?.filter(|(_, runs)| !runs).map(|(home, _)| home))
+}
+
+/// Production's machine with its host, and whether it runs.
+pub(super) fn production_of(context: &Context, record: &ReplicaRecord) -> Result<Option<(String, bool)>> {
+    let Some(home) = production(context, &record.machine)?.filter(|home| is_placed(&home.folder)) else {
+        return Ok(None);
+    };
+    let runs = Qemu.find(&seat::rooms(context)?.places(&home.folder)).is_some();
+    Ok(Some((format!("{} on {}", home.name, home.host), runs)))
 }
 
 /// The catalogue, for a look; there are no replicas without one.
@@ -131,11 +181,37 @@ pub(super) fn look(context: &Context, name: &str) -> Result<Catalogue> {
     context.catalogue_if_there()?.ok_or_else(missing)
 }
 
+/// There is no replica of that name: those of the machine of that name, or those that are named alike.
+pub(super) fn nobody(catalogue: &Catalogue, name: &str) -> Result<Fail> {
+    let fail = Fail::new(Code::NotFound, format!("there is no replica `{name}`")).help("aquifer replicas");
+    let mut all = catalogue.replicas::<ReplicaRecord>()?;
+    all.retain(|row| !row.record.state.is_final());
+    let of_machine: Vec<&str> =
+        all.iter().filter(|row| row.record.machine == name).map(|row| row.name.as_str()).collect();
+    if !of_machine.is_empty() {
+        let those = of_machine.join(", ");
+        return Ok(fail.at(desk::object(name)).cause(format!("{name} is a machine; its replica is {those}")));
+    }
+    let names: Vec<&str> = all.iter().map(|row| row.name.as_str()).collect();
+    Ok(match nearest(name, &names) {
+        Some(near) => fail.at(desk::object(name)).cause(format!("did you mean `{near}`?")),
+        None if names.is_empty() => fail,
+        None => fail.at(desk::object(name)).cause(format!("there is {}", names.join(", "))),
+    })
+}
+
+/// Refuses what the state of a replica forbids.
+pub(super) fn allowed(record: &ReplicaRecord, op: Op) -> Result<()> {
+    let help = format!("aquifer replicas {}", quoted(&record.name));
+    record.state.step(op).map(drop).map_err(|refusal| Fail::from(refusal).at(object(&record.name)).help(help))
+}
+
 /// The record of a replica.
 pub(super) fn record(catalogue: &Catalogue, name: &str) -> Result<ReplicaRecord> {
-    let row = catalogue.replica::<ReplicaRecord>(name)?;
-    let missing = || Fail::new(Code::NotFound, format!("there is no replica `{name}`")).help("aquifer replicas");
-    row.ok_or_else(missing)?.record.check()
+    match catalogue.replica::<ReplicaRecord>(name)? {
+        Some(row) => row.record.check(),
+        None => Err(nobody(catalogue, name)?),
+    }
 }
 
 /// Carries out what a verb wants of these replicas.
@@ -150,12 +226,18 @@ pub(super) fn carry_out(
     let (names, batches) = expand(context, &catalogue, names, manner)?;
     let names = names.as_slice();
     names.iter().try_for_each(|name| record(&catalogue, name).map(drop))?;
-    if !manner.dry.dry_run {
+    let refs: Vec<&str> = names.iter().map(String::as_str).collect();
+    let mut unsettled = Vec::new();
+    if manner.dry.dry_run {
+        unsettled = foresee_first(context, &catalogue, names, manner)?;
+    } else {
         catalogue = context.catalogue_with_lease(LEASE)?;
-        let refs: Vec<&str> = names.iter().map(String::as_str).collect();
-        let cut_short = operate::interrupted(context, &catalogue, &refs, manner.cancel_job)?;
+        let cut_short = operate::interrupted(context, &catalogue, &refs, manner.run)?;
         for session in &cut_short {
-            context.out.warn(Code::WarnInterrupted, format!("session {session} was cut short and goes on"), None);
+            if catalogue.session(*session)?.wish == Wish::Run {
+                asked_the_same(&catalogue, *session, names, manner)?;
+                context.out.warn(Code::WarnInterrupted, format!("session {session} was cut short and goes on"), None);
+            }
             super::run::follow(context, &catalogue, *session, stop)?;
             if told_already(context, &catalogue, *session, names, manner.ops)? {
                 return Ok(());
@@ -164,7 +246,7 @@ pub(super) fn carry_out(
     }
     let mut asks = Vec::new();
     let mut losses = Vec::new();
-    for name in names {
+    for name in names.iter().filter(|name| !unsettled.contains(name)) {
         let mut wanted = want(&catalogue, &record(&catalogue, name)?)?;
         let record = operate::check(&catalogue, &wanted.ask)?;
         wanted.ask.seen = Some(record.state);
@@ -172,14 +254,16 @@ pub(super) fn carry_out(
         let line = format!("{name}: {} -> {to}", record.state);
         if manner.dry.dry_run {
             let fields = json!({ "replica": name, "operation": wanted.ask.act.op(), "from": record.state, "to": to,
-                                 "loss": wanted.loss, "asks": wanted.ask });
+                                 "loss": wanted.loss, "notes": wanted.notes, "asks": wanted.ask });
             context.out.record("plan", &fields);
             context.out.line(format_args!("would lead {line}"));
+            wanted.notes.iter().for_each(|note| context.out.line(format_args!("  {note}")));
             if let Some(loss) = &wanted.loss {
                 context.out.line(loss);
             }
         } else {
             context.out.say(line);
+            wanted.notes.iter().for_each(|note| context.out.say(format_args!("  {note}")));
         }
         losses.extend(wanted.loss);
         asks.push(wanted.ask);
@@ -226,6 +310,56 @@ fn expand(
     Ok((those, undo.then_some(UNDO_BATCHES)))
 }
 
+/// Says what comes to its end before anything else is done to these replicas; those of them that it is about.
+fn foresee_first<'n>(
+    context: &Context,
+    catalogue: &Catalogue,
+    names: &'n [String],
+    manner: &Manner<'_>,
+) -> Result<Vec<&'n String>> {
+    let refs: Vec<&str> = names.iter().map(String::as_str).collect();
+    let under_way = operate::under_way(catalogue, &refs, manner.run)?;
+    let mut unsettled = Vec::new();
+    for session in under_way.cut_short {
+        let mut begun = Vec::new();
+        for work in catalogue.work_of(session)?.into_iter().filter(|work| work.kind == operate::KIND) {
+            let Ok(ask) = serde_json::from_value::<Ask>(work.spec) else { continue };
+            unsettled.extend(names.iter().filter(|name| **name == ask.replica));
+            begun.push(Begun::operation(&ask));
+        }
+        if catalogue.session(session)?.wish == Wish::Run {
+            asked_the_same(catalogue, session, names, manner)?;
+        }
+        would_go_on(context, session, &begun);
+    }
+    for (session, work) in under_way.to_stop {
+        let of_it = catalogue.work_of(session)?.into_iter().find(|other| other.id == work).map(|work| work.object);
+        unsettled.extend(names.iter().filter(|name| of_it.as_ref() == Some(&desk::object(name))));
+        context.out.line(format_args!("would ask session {session} to stop first"));
+        context.out.record("stops", &json!({ "session": session.0 }));
+    }
+    Ok(unsettled)
+}
+
+/// Says that a session which was cut short would be gone on with.
+pub(super) fn would_go_on(context: &Context, session: SessionId, begun: &[Begun]) {
+    let all: Vec<String> = begun.iter().map(Begun::to_string).collect();
+    context.out.line(format_args!("would go on with session {session}, which was cut short: {}", all.join("; ")));
+    context.out.record("goes_on", &json!({ "session": session.0, "with": all }));
+}
+
+/// Refuses to go on with operations of these replicas that this command would begin in another way.
+fn asked_the_same(catalogue: &Catalogue, session: SessionId, names: &[String], manner: &Manner<'_>) -> Result<()> {
+    let is_open = |work: &Work| matches!(work.state, WorkState::Ready | WorkState::Running);
+    for work in catalogue.work_of(session)?.into_iter().filter(|work| work.kind == operate::KIND && is_open(work)) {
+        let Ok(ask) = serde_json::from_value::<Ask>(work.spec) else { continue };
+        if names.contains(&ask.replica) && manner.ops.contains(&ask.act.op()) {
+            Begun::operation(&ask).same(session, &manner.options)?;
+        }
+    }
+    Ok(())
+}
+
 /// Whether a session that was cut short has ended with what is wanted now; then that is told.
 fn told_already(
     context: &Context,
@@ -236,7 +370,7 @@ fn told_already(
 ) -> Result<bool> {
     let reports = operate::reports(catalogue, session)?;
     let same = |name: &String| {
-        reports.get(name).and_then(|done| done.as_ref().ok()).is_some_and(|(report, _)| ops.contains(&report.op))
+        reports.get(name).and_then(|done| done.as_ref().ok()).is_some_and(|report| ops.contains(&report.op))
     };
     if !names.iter().all(same) {
         return Ok(false);
@@ -251,9 +385,10 @@ fn tell(context: &Context, catalogue: &Catalogue, session: SessionId) -> Result<
     let count = reports.len();
     for (name, outcome) in reports {
         match outcome {
-            Ok((report, why)) => {
-                if let Some(why) = why {
-                    context.out.warn(Code::WarnHost, format!("{name}: {why}"), None);
+            Ok(report) => {
+                for Warned { code, what } in &report.warnings {
+                    let code = Code::find(code).unwrap_or(Code::WarnHost);
+                    context.out.warn(code, format!("{name}: {what}"), None);
                 }
                 context.out.record("replica", &report);
                 context.out.line(line(&report));
@@ -298,7 +433,7 @@ fn line(report: &Report) -> String {
 }
 
 fn next(report: &Report) -> String {
-    let name = crate::context::quoted(&report.replica);
+    let name = quoted(&report.replica);
     match report.state {
         State::Failover => format!("aquifer failback {name}    # or undo, or permanent"),
         State::ReadyToSwitch => format!("aquifer failback {name} --switch now    # or undo"),

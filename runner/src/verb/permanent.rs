@@ -1,18 +1,18 @@
 //! `permanent`: makes a takeover final; the replica becomes an ordinary machine.
 
-use super::ops::{self, Manner, Wanted, Why};
+use super::ops::{self, Manner, Options, Wanted, Why};
 use crate::{
     cli::{Confirm, DryRun},
     context::Context,
     fail::Result,
-    operate::Act,
+    operate::{Act, RunOfJob},
     replica::state::Op,
 };
 
 /// Options of `permanent`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The replicas
+    /// Replicas, or plan/NAME
     #[arg(value_name = "REPLICA", required = true)]
     pub targets: Vec<String>,
     /// Why.
@@ -27,13 +27,15 @@ pub struct Args {
 }
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
-    let manner = Manner { dry: &args.dry, confirm: Some(&args.confirm), cancel_job: false, ops: &[Op::Permanent] };
+    let options = Options::default();
+    let manner =
+        Manner { dry: &args.dry, confirm: Some(&args.confirm), run: RunOfJob::Ends, ops: &[Op::Permanent], options };
     ops::carry_out(context, &args.targets, &manner, |catalogue, record| {
         let points = catalogue.points_of::<serde_json::Value>(&record.name)?.len();
         let loss = format!(
             "{} restore points of {}; its disks become single images, and its job leaves {} out from then on",
             points, record.name, record.machine
         );
-        Ok(Wanted { ask: args.why.ask(&record.name, Act::Permanent), loss: Some(loss) })
+        Ok(Wanted { ask: args.why.ask(&record.name, Act::Permanent), loss: Some(loss), notes: Vec::new() })
     })
 }

@@ -7,9 +7,9 @@ use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::json;
 
-use super::ops::{LEASE, Machines};
+use super::ops::{Begun, LEASE, Machines, Options, would_go_on};
 use crate::{
-    catalogue::{Catalogue, NewSession, NewWork, Retries, SessionId, SessionResult, Wish},
+    catalogue::{Catalogue, NewSession, NewWork, Retries, Session, SessionId, SessionResult, Wish},
     cli::DryRun,
     context::{Context, quoted},
     fail::{Code, Fail, Result},
@@ -20,6 +20,9 @@ use crate::{
     source::PointRef,
     tasks::follow::at,
 };
+
+/// The restore point that is meant where none is said.
+const LATEST: &str = "latest";
 
 /// Before backups and copies: a site waits for it.
 const PRIORITY: i32 = 800;
@@ -34,7 +37,7 @@ pub struct Args {
     #[arg(value_name = "NAME")]
     pub name: Option<String>,
     /// With `run`: `latest`, or the newest points not after this RFC 3339 time
-    #[arg(long, value_name = "POINT", default_value = "latest")]
+    #[arg(long, value_name = "POINT", default_value = LATEST)]
     pub to: String,
     /// How machines are treated.
     #[command(flatten)]
@@ -78,7 +81,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     match args.action {
         Action::List => Ok(()),
         Action::Show => show(context, name, plan),
-        Action::Check => check(context, name, plan, &PointRef::parse(&args.to)?),
+        Action::Check => check(context, name, plan, &args.to),
         Action::Run => begin(context, name, &args.to, &args.machines, &args.dry, None),
         Action::Halt => halt(context, name, &args.dry),
         Action::Resume => resume(context, name, args),
@@ -110,16 +113,18 @@ fn show(context: &Context, name: &str, plan: &Plan) -> Result<()> {
     let run = show_one(context, name, plan)?;
     let catalogue = context.catalogue_if_there()?;
     for entry in &plan.entries {
-        let replica = catalogue.as_ref().and_then(|c| candidate(c, &entry.machine, &PointRef::Latest(0)).ok());
+        let replica = catalogue.as_ref().map(|c| candidate(c, &entry.machine, &PointRef::Latest(0)));
         let known = run.as_ref().and_then(|run| run.record.entries.iter().find(|e| e.machine == entry.machine));
         let (replica, newest) = match &replica {
-            Some((record, point)) => (
+            Some(Ok((record, point))) => (
                 format!("{} is {}", record.name, record.state),
                 point.as_ref().map_or_else(|| "no points".to_owned(), |p| format!("newest {}", at(p.taken))),
             ),
+            Some(Err(fail)) => (fail.what.to_string(), String::new()),
             None => ("no replica".to_owned(), String::new()),
         };
-        context.out.line(format_args!("  {:<16} {replica}, {newest}{}", entry.machine, of_run(known)));
+        let comma = if newest.is_empty() { "" } else { ", " };
+        context.out.line(format_args!("  {:<16} {replica}{comma}{newest}{}", entry.machine, of_run(known)));
         context
             .out
             .record("entry", &json!({ "machine": entry.machine, "replica": replica, "newest": newest, "run": known }));
@@ -135,7 +140,8 @@ fn of_run(known: Option<&EntryRecord>) -> String {
 }
 
 /// Looks whether a plan could run: what is wrong is a warning each.
-fn check(context: &Context, name: &str, plan: &Plan, wanted: &PointRef) -> Result<()> {
+fn check(context: &Context, name: &str, plan: &Plan, to: &str) -> Result<()> {
+    let wanted = &PointRef::parse(to)?;
     let mut wrong: Vec<String> = Vec::new();
     let programs = plan.pre.iter().chain(&plan.post);
     let gates = plan.entries.iter().flat_map(|entry| &entry.gates).filter_map(|gate| match gate {
@@ -179,7 +185,8 @@ fn check(context: &Context, name: &str, plan: &Plan, wanted: &PointRef) -> Resul
         context.out.warn(Code::WarnCheck, what.clone(), None);
     }
     context.out.closing("ready", wrong.is_empty());
-    context.out.next(format!("aquifer plan run {}", quoted(name)));
+    let to = if to == LATEST { String::new() } else { format!(" --to {}", quoted(to)) };
+    context.out.next(format!("aquifer plan run {}{to}", quoted(name)));
     Ok(())
 }
 
@@ -194,13 +201,23 @@ pub(super) fn begin(
 ) -> Result<()> {
     let stop = context.stop()?;
     let plan = find(context.site()?, name)?;
-    let wanted = PointRef::parse(to)?;
+    PointRef::parse(to)?;
+    let typed = machines.options().point(to);
     if dry.dry_run {
-        return check(context, name, plan, &wanted);
+        let catalogue = context.catalogue_if_there()?;
+        return match catalogue.as_ref().map(|catalogue| open(catalogue, name)).transpose()?.flatten() {
+            Some(open) => open.asked(&typed, Begun::same).and_then(|()| open.foresee(context, name, plan)),
+            None => check(context, name, plan, to),
+        };
     }
     let catalogue = context.catalogue_with_lease(LEASE)?;
-    if let Some(open) = open_session(&catalogue, name)? {
-        return follow(context, &catalogue, name, open, stop);
+    if let Some(open) = open(&catalogue, name)? {
+        open.asked(&typed, Begun::same)?;
+        if open.is_cut_short() {
+            let what = format!("session {} was cut short and goes on", open.session.id);
+            context.out.warn(Code::WarnInterrupted, what, None);
+        }
+        return follow(context, &catalogue, name, open.session.id, stop);
     }
     let spec = PlanSpec {
         plan: name.to_owned(),
@@ -232,10 +249,47 @@ pub(super) fn begin(
     follow(context, &catalogue, name, session, stop)
 }
 
-/// The session of a plan that has not ended.
-fn open_session(catalogue: &Catalogue, name: &str) -> Result<Option<SessionId>> {
-    let open = catalogue.open_work()?.into_iter().find(|work| work.object == object(name));
-    Ok(open.and_then(|work| work.session))
+/// A run of a plan that has not ended.
+struct Open {
+    session: Session,
+    /// Whether somebody alive has it, or it waits for somebody's word.
+    is_in_hands: bool,
+    begun: Begun,
+}
+
+/// The run of a plan that has not ended.
+fn open(catalogue: &Catalogue, name: &str) -> Result<Option<Open>> {
+    let Some(work) = catalogue.open_work()?.into_iter().find(|work| work.object == object(name)) else {
+        return Ok(None);
+    };
+    let Some(session) = work.session else { return Ok(None) };
+    let spec: PlanSpec = serde_json::from_value(work.spec).map_err(|e| {
+        Fail::new(Code::Corrupt, "what a run of the plan was told cannot be read").at(object(name)).cause(e)
+    })?;
+    let is_in_hands = super::run::is_in_hands(catalogue, session)?;
+    Ok(Some(Open { session: catalogue.session(session)?, is_in_hands, begun: Begun::plan(&spec) }))
+}
+
+impl Open {
+    fn is_cut_short(&self) -> bool {
+        !self.is_in_hands
+    }
+
+    /// Refuses what it was not begun with. One that somebody asked to stop ends as it was begun.
+    fn asked(&self, typed: &Options, as_begun: impl Fn(&Begun, SessionId, &Options) -> Result<()>) -> Result<()> {
+        if self.session.wish == Wish::Cancel { Ok(()) } else { as_begun(&self.begun, self.session.id, typed) }
+    }
+
+    /// Says that it would be gone on with, and how far it is.
+    fn foresee(&self, context: &Context, name: &str, plan: &Plan) -> Result<()> {
+        if self.is_cut_short() {
+            would_go_on(context, self.session.id, std::slice::from_ref(&self.begun));
+        } else {
+            context.out.line(format_args!("would follow session {}, which is under way", self.session.id));
+        }
+        context.out.closing("session", self.session.id.0);
+        show(context, name, plan)
+    }
 }
 
 fn follow(
@@ -283,7 +337,7 @@ fn halt(context: &Context, name: &str, dry: &DryRun) -> Result<()> {
     let nothing =
         || Fail::new(Code::State, format!("plan {name} is not under way")).help(format!("aquifer plan show {name}"));
     let catalogue = context.catalogue_if_there()?.ok_or_else(nothing)?;
-    let open = open_session(&catalogue, name)?.ok_or_else(nothing)?;
+    let open = open(&catalogue, name)?.ok_or_else(nothing)?.session.id;
     if dry.dry_run {
         context.out.line(format_args!("would halt session {open}"));
         return Ok(());
@@ -300,9 +354,11 @@ fn resume(context: &Context, name: &str, args: &Args) -> Result<()> {
         fail.help(format!("aquifer plan show {name}"))
     };
     let catalogue = context.catalogue_if_there()?.ok_or_else(nothing)?;
-    if let Some(open) = open_session(&catalogue, name)? {
+    if let Some(found) = open(&catalogue, name)? {
+        found.asked(&args.machines.options().point(&args.to), Begun::goes_on)?;
+        let open = found.session.id;
         if args.dry.dry_run {
-            context.out.line(format_args!("would go on with session {open}"));
+            would_go_on(context, open, std::slice::from_ref(&found.begun));
             return Ok(());
         }
         catalogue.wish(open, Wish::Run, &context.user(), Some("resumed"))?;
@@ -310,5 +366,17 @@ fn resume(context: &Context, name: &str, args: &Args) -> Result<()> {
         return follow(context, &context.catalogue_with_lease(LEASE)?, name, open, stop);
     }
     let run = last_run(&catalogue, name)?.filter(|run| run.state != state::COMPLETED).ok_or_else(nothing)?;
-    begin(context, name, &args.to, &args.machines, &args.dry, Some(run.id))
+    let (to, machines) = as_begun(&catalogue, &run, args)?;
+    begin(context, name, &to, &machines, &args.dry, Some(run.id))
+}
+
+/// What is said, and for the rest what the run that has ended was told.
+fn as_begun(catalogue: &Catalogue, run: &Run, args: &Args) -> Result<(String, Machines)> {
+    let works = run.record.session.map(|session| catalogue.work_of(SessionId(session))).transpose()?;
+    let mut told = works.into_iter().flatten().filter(|work| work.kind == plan::KIND);
+    let Some(told) = told.find_map(|work| serde_json::from_value::<PlanSpec>(work.spec).ok()) else {
+        return Ok((args.to.clone(), args.machines.clone()));
+    };
+    let machines = args.machines.or_told(&told);
+    Ok((if args.to == LATEST { told.to } else { args.to.clone() }, machines))
 }

@@ -1,4 +1,7 @@
 //! `points`: machines and their restore points, of the repository or of another product's store.
+//!
+//! Invariants
+//! - One that is listed and cannot be read is warned of, with why: nobody learns of it only when it is needed.
 
 use aquifer_formats::repo::{
     Machine, Point, PointState,
@@ -84,8 +87,9 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let (machines, only) = match source {
         None => (repo.machines()?, None),
         Some(Source::Point { machine, point, .. }) if names_a_point(args) => {
-            let (machine, point) = repository::find(&repo, &machine, &point)?;
-            (vec![machine], Some(point.id))
+            let named = repository::find(&repo, &machine, &point)?;
+            named.warn(context);
+            (vec![named.machine], Some(named.point.id))
         }
         Some(Source::Point { machine, .. }) => (vec![repo.machine(&machine)?], None),
         Some(_) => {
@@ -102,6 +106,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         for point in &kept {
             context.out.record("point", &record(machine, point));
             context.out.line(sentence(point));
+            repository::warn_of_damage(context, machine, point);
             if only.is_some() {
                 details(context, point);
             }
@@ -142,8 +147,9 @@ fn stored(context: &Context, points: &[StorePoint]) -> Result<()> {
                 point.created.map_or_else(|| "unknown".to_owned(), |at| at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string());
             let (kind, state) = (point.kind.name(), point.state.name());
             context.out.line(format_args!("  {created}  {kind:<9} {:>9}  {state}  {source}", units::bytes(size)));
-            if let Some(why) = point.state.why() {
-                context.out.line(format_args!("    {why}"));
+            if let (StoreState::Missing(why) | StoreState::Corrupted(why), word) = (&point.state, quoted(&source)) {
+                let what = format!("{}: the point {} of {created} is {state} ({why})", point.machine, point.id);
+                context.out.warn(Code::WarnDamagedPoint, what, Some(&format!("aquifer verify {word}")));
             }
         }
     }
@@ -178,7 +184,7 @@ fn record<'a>(machine: &'a Machine, point: &'a Point) -> PointRecord<'a> {
         point: point.id.to_string(),
         created: point.created(),
         state: point.state.name(),
-        why: why(&point.state),
+        why: point.state.why(),
         kind: point.record.as_ref().map(|record| record.kind),
         parent: point.record.as_ref().and_then(|record| record.parent).map(|id| id.to_string()),
         pinned: point.pinned,
@@ -188,20 +194,12 @@ fn record<'a>(machine: &'a Machine, point: &'a Point) -> PointRecord<'a> {
     }
 }
 
-fn why(state: &PointState) -> Option<&str> {
-    match state {
-        PointState::Complete | PointState::Incomplete => None,
-        PointState::Missing { path } => Some(path),
-        PointState::Corrupted { why } => Some(why),
-    }
-}
-
 /// What can be done with a point in its state.
 fn allowed(point: &Point) -> &'static [&'static str] {
     match (&point.state, point.pinned) {
         (PointState::Complete, false) => &["info", "mount", "recover", "map", "diff", "export", "verify", "forget"],
         (PointState::Complete, true) => &["info", "mount", "recover", "map", "diff", "export", "verify"],
-        (PointState::Corrupted { .. }, false) => &["verify", "forget"],
+        (PointState::Missing { .. } | PointState::Corrupted { .. }, false) => &["verify", "forget"],
         (_, false) => &["forget"],
         (_, true) => &[],
     }
@@ -242,8 +240,5 @@ fn details(context: &Context, point: &Point) {
         let top = linked.files.first().map_or("", |file| file.path.as_str());
         let files = units::count(linked.files.len(), "file");
         context.out.line(format_args!("    disk {} stands on {files} of {}: {top}", disk.name, linked.format));
-    }
-    if let Some(why) = why(&point.state) {
-        context.out.line(format_args!("    {why}"));
     }
 }

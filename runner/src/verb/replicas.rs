@@ -9,16 +9,16 @@ use std::{fs, os::unix::fs::MetadataExt, path::Path};
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::ops::{self, Manner, Starts, Wanted};
+use super::ops::{self, Manner, Options, Starts, Wanted};
 use crate::{
     catalogue::{Catalogue, NewSession, NewWork, SessionResult, Stored},
     cli::{Confirm, DryRun},
     confirm::confirm,
     context::{Context, quoted},
     fail::{Code, Fail, Result},
-    host::qemu::Qemu,
+    host::{Host, qemu::Qemu},
     job::give_up::{self, Act},
-    operate::Act as Ask,
+    operate::{Act as Ask, RunOfJob},
     output::plain,
     replica::{
         desk::object,
@@ -41,7 +41,7 @@ pub struct Args {
     /// Also those that were given up
     #[arg(long)]
     pub all: bool,
-    /// Give it up: its files stay, as an ordinary machine, and its job leaves the machine out
+    /// Give it up: no file is deleted, they stay as an ordinary machine, and its job leaves the machine out. Does not ask
     #[arg(long, requires = "replica", conflicts_with_all = ["delete", "readmit"])]
     pub remove: bool,
     /// Give it up and delete its files; the next run of its job makes it anew
@@ -99,6 +99,9 @@ struct Listed<'a> {
     newest: Option<Timestamp>,
     replica_lag_seconds: Option<i64>,
     bytes_on_disk: u64,
+    /// Whether its machine runs, while it serves.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    runs: Option<bool>,
     /// Machines of it that run where it does not serve.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     strays: Vec<Stray>,
@@ -109,13 +112,17 @@ struct ListedPoint<'a> {
     #[serde(flatten)]
     point: &'a PointRecord,
     allowed_operations: &'a [Op],
+    /// Why no takeover begins at it as it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    trouble: Option<String>,
 }
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     if let (true, Some(name)) = (args.start, &args.replica) {
-        let manner = Manner { dry: &args.dry, confirm: None, cancel_job: false, ops: &[Op::Start] };
+        let options = Options::default().network(args.starts.network.into());
+        let manner = Manner { dry: &args.dry, confirm: None, run: RunOfJob::Ends, ops: &[Op::Start], options };
         return ops::carry_out(context, std::slice::from_ref(name), &manner, |_, record| {
-            Ok(Wanted { ask: args.starts.ask(&record.name, Ask::Start), loss: None })
+            Ok(Wanted::of(args.starts.ask(&record.name, Ask::Start)))
         });
     }
     if let Some((name, Act::TakeBack)) = args.act() {
@@ -133,7 +140,10 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     };
     let found: Vec<_> = stored.iter().filter(wanted).collect();
     if let (Some(name), true) = (&args.replica, found.is_empty()) {
-        return Err(Fail::new(Code::NotFound, format!("there is no replica `{name}`")).help("aquifer replicas"));
+        return Err(match &catalogue {
+            Some(catalogue) => ops::nobody(catalogue, name)?,
+            None => Fail::new(Code::NotFound, format!("there is no replica `{name}`")).help("aquifer replicas"),
+        });
     }
     for row in &found {
         if let Some(catalogue) = &catalogue {
@@ -165,9 +175,12 @@ fn give_up(context: &Context, args: &Args, catalogue: Option<&Catalogue>, name: 
             units::bytes(bytes_of(&record.folder))
         ),
         Act::Remove => {
-            format!("{name} leaves the list with {}; its files stay", units::count(points, "restore point"))
+            format!(
+                "{name} leaves the list with {}; its files stay, nothing is deleted",
+                units::count(points, "restore point")
+            )
         }
-        Act::Readmit => format!("the next run of its job makes {name} again"),
+        Act::Readmit => readmitted(context, name, &record.folder),
         Act::Drop => format!(
             "lost: what is known here of {name}, with {}; {} is left alone",
             units::count(points, "restore point"),
@@ -199,6 +212,17 @@ fn give_up(context: &Context, args: &Args, catalogue: Option<&Catalogue>, name: 
         _ => loss,
     };
     work(context, args, catalogue, &give_up::work(name, act, &confirmed), (act, &told))
+}
+
+/// What follows from letting a replica's job make it again: files that stayed are nobody's to overwrite.
+fn readmitted(context: &Context, name: &str, folder: &Path) -> String {
+    let again = format!("the next run of its job makes {name} again");
+    if !folder.exists() {
+        return again;
+    }
+    let shown = folder.display().to_string();
+    context.out.next(format!("mv {} {}", quoted(&shown), quoted(&format!("{shown}.given-up"))));
+    format!("{again}, once what it left in {shown} has been moved or deleted: that is not overwritten")
 }
 
 /// Learns of a replica from its folder.
@@ -275,6 +299,27 @@ fn tell_of_changes(context: &Context, record: &ReplicaRecord, points: &[PointRec
     context.out.warn(Code::WarnResync, what, None);
 }
 
+/// Whether the machine of a replica that serves runs: its guest may have turned it off.
+fn runs(context: &Context, record: &ReplicaRecord) -> Option<bool> {
+    if !matches!(record.state, State::Failover | State::ReadyToSwitch) {
+        return None;
+    }
+    let rooms = seat::rooms(context).ok()?;
+    Some(Qemu.find(&rooms.places(&record.folder)).is_some())
+}
+
+/// What is wrong with the layers of a restore point, as far as their looks tell. Reads none of their data.
+fn trouble(record: &ReplicaRecord, point: &PointRecord) -> Option<String> {
+    match trust::doubtful(record, point) {
+        Ok(touched) if touched.is_empty() => None,
+        Ok(touched) => {
+            let files: Vec<_> = touched.into_iter().map(|layer| layer.file).collect();
+            Some(format!("{} was changed from outside", files.join(", ")))
+        }
+        Err(fail) => Some(format!("its layers cannot be read: {}", fail.what)),
+    }
+}
+
 fn show(context: &Context, catalogue: &Catalogue, record: &ReplicaRecord, with_points: bool) -> Result<()> {
     let mut points: Vec<PointRecord> =
         catalogue.points_of::<PointRecord>(&record.name)?.into_iter().map(|row| row.record).collect();
@@ -291,6 +336,7 @@ fn show(context: &Context, catalogue: &Catalogue, record: &ReplicaRecord, with_p
         newest,
         replica_lag_seconds: newest.map(|taken| Timestamp::now().duration_since(taken).as_secs().max(0)),
         bytes_on_disk: bytes_of(&record.folder),
+        runs: runs(context, record),
         strays,
     };
     context.out.record("replica", &listed);
@@ -301,14 +347,25 @@ fn show(context: &Context, catalogue: &Catalogue, record: &ReplicaRecord, with_p
         context.out.warn(Code::WarnHost, stray.told(&record.name, record.epoch), help);
     }
     tell_of_changes(context, record, &points);
+    // While something is done to it, its layers change by right.
+    let is_ready = record.state == State::Ready && listed.operation.is_none() && record.folder.exists();
+    let trouble = |point: &PointRecord| if is_ready { trouble(record, point) } else { None };
+    let newest = points.last().and_then(&trouble);
+    if let Some(trouble) = &newest {
+        let what = format!("the newest point of {} is no place to take over at: {trouble}", record.name);
+        context.out.warn(Code::WarnResync, what, Some("aquifer explain W_RESYNC"));
+    }
     if with_points {
         for point in &points {
+            let trouble = trouble(point);
             // A takeover begins at any point of one that is ready; the one it stands on is taken with `latest`.
-            let allowed: &[Op] = if record.state == State::Ready { &[Op::Failover] } else { &[] };
-            context.out.record("point", &ListedPoint { point, allowed_operations: allowed });
-            context.out.line(point_line(point));
+            let is_allowed = record.state == State::Ready && trouble.is_none();
+            let allowed: &[Op] = if is_allowed { &[Op::Failover] } else { &[] };
+            let told = trouble.as_ref().map(|trouble| format!("  ({trouble})")).unwrap_or_default();
+            context.out.record("point", &ListedPoint { point, allowed_operations: allowed, trouble });
+            context.out.line(format_args!("{}{told}", point_line(point)));
         }
-        if record.state == State::Ready {
+        if record.state == State::Ready && newest.is_none() {
             context.out.next(format!("aquifer failover {}", quoted(&record.name)));
         }
     }
@@ -324,9 +381,10 @@ fn line(listed: &Listed<'_>) -> String {
         _ => String::new(),
     };
     let operation = listed.operation.as_deref().map(|op| format!(", {op} under way")).unwrap_or_default();
+    let off = if listed.runs == Some(false) { " (its machine is off: --start starts it)" } else { "" };
     let half = if record.unfinished.is_some() { ", a run was interrupted" } else { "" };
     format!(
-        "{:<20} of {} on {}: {}{operation}, {}{newest}, {}{half}",
+        "{:<20} of {} on {}: {}{off}{operation}, {}{newest}, {}{half}",
         record.name,
         record.machine,
         record.host,
@@ -340,8 +398,9 @@ fn point_line(point: &PointRecord) -> String {
     let carried = &point.carried;
     let size: u64 = point.disks.iter().map(|disk| disk.size).sum();
     let id = point.id.to_string();
+    let gone: String = point.gone.iter().map(|disk| format!(", without {disk}")).collect();
     format!(
-        "  {}  {}  {} in {}, {} read, {} written",
+        "  {}  {}  {} in {}{gone}, {} read, {} written",
         at(point.taken),
         id,
         units::bytes(size),

@@ -2,7 +2,8 @@
 //!
 //! Invariants
 //! - A job that runs already is not begun a second time. One whose run was interrupted goes on with that run.
-//! - `-n` says each step and what it is expected to read, and changes nothing: not even a catalogue is made.
+//! - `-n` says each step and what it is expected to read, and changes nothing: not even a catalogue is made. Where a run
+//!   was interrupted, that one and what is left of it is said; where one is under way, it refuses what a run is refused.
 
 use std::{thread, time::Duration};
 
@@ -77,7 +78,21 @@ pub(super) fn find<'s>(context: &Context, site: &'s Site, name: &str) -> Result<
 /// Says what a run would do.
 fn foresee(context: &Context, site: &Site, name: &str, job: &Job) -> Result<()> {
     let mut total = Some(0u64);
-    for work in expand::works(site, name, job, false) {
+    let mut works = expand::works(site, name, job, false);
+    if let Some(catalogue) = context.catalogue_if_there()?
+        && let Some(open) = catalogue.job(name)?.open_session
+    {
+        if is_in_hands(&catalogue, open)? {
+            let what = format!("job {name} is being worked on: session {open}");
+            return Err(Fail::new(Code::Busy, what).help(format!("aquifer sessions {open}")));
+        }
+        let mut left = catalogue.work_of(open)?;
+        left.retain(|work| matches!(work.state, WorkState::Ready | WorkState::Running));
+        works.retain(|work| left.iter().any(|left| left.object == work.object));
+        context.out.record("goes_on", &serde_json::json!({ "session": open.0 }));
+        context.out.line(format_args!("would go on with session {open}, which was interrupted"));
+    }
+    for work in works {
         for step in job::foresee(context, site, job, &work)? {
             context.out.record("step", &step);
             let bytes = step.bytes.map(|bytes| format!(" (about {})", units::bytes(bytes))).unwrap_or_default();
@@ -122,7 +137,7 @@ fn begin(context: &Context, catalogue: &Catalogue, site: &Site, args: &Args, job
 }
 
 /// Whether somebody works on a session, or has been asked to wait with it.
-fn is_in_hands(catalogue: &Catalogue, id: SessionId) -> Result<bool> {
+pub(super) fn is_in_hands(catalogue: &Catalogue, id: SessionId) -> Result<bool> {
     let now = jiff::Timestamp::now();
     let held = catalogue.session(id)?.wish != Wish::Run;
     let live = |work: &crate::catalogue::Work| {
@@ -195,16 +210,19 @@ fn conclude(context: &Context, catalogue: &Catalogue, args: &Args, id: SessionId
     }
 }
 
-/// The failure of a session: with the code of its only failed work, else a code of its own.
+/// The failure of a session: with the code that all of its failed work has, else a code of its own.
 fn failure(catalogue: &Catalogue, session: &Session, reason: &str) -> Result<Fail> {
     let works = catalogue.work_of(session.id)?;
     let failed: Vec<_> = works.iter().filter(|work| work.state == WorkState::Failed).collect();
-    let said = |key: &str| match failed.as_slice() {
-        [one] => one.outcome.as_ref().and_then(|outcome| outcome.get(key)).and_then(|value| value.as_str()),
-        _ => None,
+    let said = |key: &str| {
+        let mut each = failed.iter().map(|work| work.outcome.as_ref()?.get(key)?.as_str());
+        let first = each.next().flatten();
+        first.filter(|first| each.all(|other| other == Some(*first)))
     };
     let code = said("code").and_then(Code::find);
     let what = format!("session {}: {} of {} failed: {reason}", session.id, failed.len(), works.len());
-    let help = said("do").map_or_else(|| format!("aquifer sessions {}", session.id), str::to_owned);
+    let help = said("do")
+        .filter(|help| !help.starts_with("--"))
+        .map_or_else(|| format!("aquifer sessions {}", session.id), str::to_owned);
     Ok(Fail::new(code.unwrap_or(Code::Failed), what).help(help))
 }

@@ -1,7 +1,8 @@
 //! `serve`: carries out the site file. Begins the runs of jobs when they are due, and works on them.
 //!
 //! Invariants
-//! - SIGTERM is an orderly stop: work in hand is given back where it stands; the next start goes on with it.
+//! - SIGTERM is an orderly stop: work in hand is given back where it stands; the next start goes on with it. It ends with
+//!   0, whatever jobs have warned of meanwhile: those have their sessions.
 //! - Several may serve one site on one PostgreSQL: each run begins once.
 
 use std::{
@@ -91,6 +92,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let had = outcome?;
     follow.show(&catalogue, &context.out)?;
     context.out.closing("work", had);
+    context.out.closing("exit", 0);
     context.out.say("stopped in order; the next start goes on");
     Ok(())
 }

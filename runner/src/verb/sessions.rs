@@ -123,12 +123,16 @@ pub(super) fn line(session: &Session) -> String {
         0 => String::new(),
         _ => format!(", {} read, {} written", units::bytes(progress.bytes_read), units::bytes(progress.bytes_written)),
     };
+    let merged = match progress.bytes_merged {
+        0 => String::new(),
+        bytes => format!(", {} merged on the target", units::bytes(bytes)),
+    };
     let took = session.ended.map_or(String::new(), |ended| {
         let seconds = u64::try_from(ended.duration_since(session.begun).as_secs()).unwrap_or(0);
         format!(" in {}", units::seconds(seconds))
     });
     let reason = session.reason.as_deref().map(|reason| format!("  ({reason})")).unwrap_or_default();
-    format!("{:>5}  {}  {}{job}: {how}{took}{moved}{reason}", session.id.0, at(session.begun), session.kind)
+    format!("{:>5}  {}  {}{job}: {how}{took}{moved}{merged}{reason}", session.id.0, at(session.begun), session.kind)
 }
 
 fn work_line(work: &Work) -> String {

@@ -1,13 +1,13 @@
 //! `undo`: takes the last step of a replica back.
 
-use super::ops::{self, Manner, Starts, Wanted};
+use super::ops::{self, Manner, Options, Starts, Wanted};
 use crate::{
     catalogue::Catalogue,
     cli::{Confirm, DryRun},
-    context::Context,
-    fail::Result,
+    context::{Context, quoted},
+    fail::{Code, Fail, Result},
     failover::loss,
-    operate::Act,
+    operate::{Act, RunOfJob},
     replica::{
         model::{PointRecord, ReplicaRecord},
         state::{Op, State},
@@ -18,12 +18,15 @@ use crate::{
 /// Options of `undo`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The replicas
+    /// Replicas, or plan/NAME
     #[arg(value_name = "REPLICA", required = true)]
     pub targets: Vec<String>,
     /// Also where a machine cannot be turned off because its host does not answer
     #[arg(long)]
     pub force: bool,
+    /// Where a takeover is taken back and production is off: start it, so that it serves again
+    #[arg(long)]
+    pub restart: bool,
     /// How machines are started.
     #[command(flatten)]
     pub starts: Starts,
@@ -36,14 +39,33 @@ pub struct Args {
 }
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
-    let manner = Manner { dry: &args.dry, confirm: Some(&args.confirm), cancel_job: false, ops: &[Op::Undo] };
+    let options = Options::default().flag("--force", args.force);
+    let options = options.flag("--restart", args.restart).network(args.starts.network.into());
+    let manner =
+        Manner { dry: &args.dry, confirm: Some(&args.confirm), run: RunOfJob::Ends, ops: &[Op::Undo], options };
     ops::carry_out(context, &args.targets, &manner, |catalogue, record| {
         if !args.dry.dry_run && record.state == State::ReadyToSwitch {
             super::failback::unschedule(context, catalogue, &record.name)?;
         }
-        let ask = args.starts.ask(&record.name, Act::Undo { force: args.force });
-        Ok(Wanted { ask, loss: lost(context, catalogue, record)? })
+        let ask = args.starts.ask(&record.name, Act::Undo { force: args.force, restart: args.restart });
+        let notes = production_then(context, args, record)?.into_iter().collect();
+        Ok(Wanted { ask, loss: lost(context, catalogue, record)?, notes })
     })
+}
+
+/// What becomes of production, where a takeover is taken back while it is off.
+fn production_then(context: &Context, args: &Args, record: &ReplicaRecord) -> Result<Option<String>> {
+    if !matches!(record.state, State::Failover | State::FailedFailover) {
+        if args.restart && matches!(record.state, State::Failback | State::ReadyToSwitch) {
+            let what = format!("{} serves again when its way home is taken back: production stays off", record.name);
+            return Err(Fail::new(Code::State, what).help(format!("aquifer undo {}", quoted(&record.name))));
+        }
+        return Ok(None);
+    }
+    Ok(ops::production_off(context, record)?.map(|home| match args.restart {
+        true => format!("{home} is started"),
+        false => format!("{home} is off, and stays off: nobody serves (--restart starts it)"),
+    }))
 }
 
 /// What is lost, in a sentence.

@@ -7,6 +7,7 @@
 //! - Damage is listed once for each stored place, with file, offset and the ranges of the disk it costs,
 //!   and ends nothing; the exit code says that there was some.
 //! - A listed point that is not whole any more is damage; one that was never completed is none.
+//! - No older point is checked in place of a damaged one that `latest` or a time means.
 //! - An interrupted check is gone on with by the same command, as far as its files have not changed.
 //! - Nothing that is checked is written, and nothing repaired.
 //!
@@ -28,9 +29,9 @@ use parking_lot::Mutex;
 
 use self::{memory::Memory, report::Tally};
 use crate::{
-    context::Context,
+    context::{Context, quoted},
     fail::{Code, Fail, Result},
-    repository,
+    repository::{self, Named},
     source::{
         SelectedDisk, SelectedPoint, Selection, Source, SourceOptions,
         files::{self, FileState},
@@ -70,23 +71,12 @@ struct Checked {
     damage: Vec<Lost>,
 }
 
-/// What is wrong with a point that was whole once.
-fn lost(word: &str, state: &PointState) -> Option<Fail> {
-    let why = match state {
-        PointState::Complete | PointState::Incomplete => return None,
-        PointState::Missing { path } => format!("{path} is gone"),
-        PointState::Corrupted { why } => why.clone(),
-    };
-    let error = aquifer_formats::repo::Error::PointState { path: word.to_owned(), state: state.name(), why };
-    Some(Fail::from(error))
-}
-
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let stop = context.stop()?;
     let mut check = Check { context, stop, memory: Memory::open(context, &target(context, args)?, args.afresh)? };
     let mut tally = Tally::default();
     let outcome = match &args.source {
-        Some(source) => check.selection(&select(context, source, &args.options)?, &mut tally),
+        Some(source) => check.source(source, args, &mut tally),
         None => check.repository(args, &mut tally),
     };
     if let Err(fail) = outcome {
@@ -115,16 +105,38 @@ struct Check<'a> {
 }
 
 impl Check<'_> {
+    /// What the word means: `latest` and times mean what was received, damaged or not.
+    fn source(&mut self, word: &str, args: &Args, tally: &mut Tally) -> Result<()> {
+        // Without a repository, what is wrong with the word is better said below.
+        if let (Source::Point { machine, point, .. }, Ok(repo)) = (Source::parse(word)?, repository::open(self.context))
+        {
+            // One that is damaged altogether is refused with the state of its newest point.
+            let Named { machine, point, passed_over } = repository::find(&repo, &machine, &point)?;
+            for damaged in &passed_over {
+                let word = format!("{}@{}", machine.name, damaged.id);
+                tally.point(self.context, &word, repository::damage(&word, damaged));
+            }
+            if !passed_over.is_empty() {
+                let older = quoted(&format!("{}@{}", machine.name, point.id));
+                self.context.out.say(format_args!("not checked: the older point; aquifer verify {older}"));
+                return Ok(());
+            }
+        }
+        self.selection(&select(self.context, word, &args.options)?, tally)
+    }
+
     /// Every point that was ever complete.
     fn repository(&mut self, args: &Args, tally: &mut Tally) -> Result<()> {
         let repo = repository::open(self.context)?;
         for machine in repo.machines()? {
             for point in repo.points(&machine)? {
                 let word = format!("{}@{}", machine.name, point.id);
-                match lost(&word, &point.state) {
-                    Some(fail) => tally.point(self.context, &word, fail),
-                    None if point.state == PointState::Incomplete => {}
-                    None => self.selection(&select(self.context, &word, &args.options)?, tally)?,
+                match point.state {
+                    PointState::Incomplete => {}
+                    PointState::Missing { .. } | PointState::Corrupted { .. } => {
+                        tally.point(self.context, &word, repository::damage(&word, &point));
+                    }
+                    PointState::Complete => self.selection(&select(self.context, &word, &args.options)?, tally)?,
                 }
             }
         }

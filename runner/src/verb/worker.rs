@@ -96,5 +96,9 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let had = outcome?;
     follow.show(&catalogue, &context.out)?;
     context.out.closing("work", had);
+    if !args.until_idle {
+        // Asked to end: what it warned of was told, and is in the sessions.
+        context.out.closing("exit", 0);
+    }
     Ok(())
 }

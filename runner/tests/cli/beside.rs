@@ -3,14 +3,17 @@
 
 use std::{
     fs,
+    os::unix::fs::FileExt,
     process::{Command, Stdio},
+    time::Duration,
 };
 
+use aquifer_runner::host::in_use;
 use serde_json::Value;
 
 use crate::{
     carrier::{Process, wait},
-    harness::Outcome,
+    harness::{Outcome, Room},
     replication::Site,
     takeover,
 };
@@ -219,7 +222,9 @@ fn what_is_described_differently_at_home_is_listed_and_decided_before_anything_i
     let listed = refused.one("drift")["differences"].to_string();
     assert!(listed.contains("processors: 1 at the replica, 2 at home"), "{listed}");
     assert!(listed.contains("the network card 52:54:00:00:00:07 is at home only"), "{listed}");
-    assert_eq!(json(&[&way[..], &["-n"]].concat()).code, 0);
+    let foreseen = json(&[&way[..], &["-n"]].concat());
+    assert_eq!(foreseen.one("error")["code"], "E_CONFIG_DRIFT", "who only looks is told the same: {}", foreseen.stdout);
+    assert_eq!(json(&[&way[..], &["-n", "--drift", "keep"]].concat()).code, 0);
     assert_eq!(site.state(), "failover", "nothing was done");
     let applied = json(&[&way[..], &["--drift", "apply", "--yes"]].concat());
     assert!(applied.code <= 1, "{}{}", applied.stdout, applied.stderr);
@@ -231,4 +236,115 @@ fn what_is_described_differently_at_home_is_listed_and_decided_before_anything_i
     let kept = json(&[&way[..], &["--drift", "keep", "--verify", "--yes"]].concat());
     assert!(kept.code <= 1, "{}{}", kept.stdout, kept.stderr);
     assert_eq!(fs::read_to_string(&home).expect("text"), changed);
+}
+
+/// A machine of one raw image that cannot be read in less than a second, with a backup and a replica of production itself.
+fn of_one_image() -> Room {
+    let room = Room::new();
+    room.ok(["init"]);
+    fs::create_dir_all(room.path("prod/files")).expect("a folder");
+    fs::create_dir_all(room.path("dr")).expect("a folder");
+    fs::write(room.path("prod/files/vda.raw"), vec![7; 16 << 20]).expect("an image");
+    room.write_site(&format!(
+        "version = 1\n[repository]\nnas = {{ url = \"{}\" }}\n[host.prod]\nkind = \"qemu\"\nimages = \"{}\"\n\
+         [host.dr]\nkind = \"qemu\"\nimages = \"{}\"\n[machine]\nfiles = {{ from = \"prod:files\" }}\n\
+         [job.night]\nkind = \"backup\"\nmachines = [\"files\"]\nto = \"nas\"\nretry = {{ count = 0 }}\n\
+         limits = {{ read = \"8MiB/s\" }}\n[job.copy]\nkind = \"replication\"\nmachines = [\"files\"]\ntarget = {{ host = \"dr\" }}\n\
+         source = {{ from = \"production\" }}\nretry = {{ count = 0 }}\n",
+        room.text("repo"),
+        room.text("prod"),
+        room.text("dr"),
+    ));
+    room
+}
+
+#[test]
+fn no_point_is_made_of_images_that_somebody_writes_to() {
+    let room = of_one_image();
+    let image = room.path("prod/files/vda.raw");
+    let busy = |args: &[&str]| {
+        let outcome = room.json([&["-c", "site.toml"], args].concat());
+        let error = outcome.one("error");
+        assert_eq!((outcome.code, error["code"].as_str()), (11, Some("E_BUSY")), "{args:?}: {}", outcome.stdout);
+        error
+    };
+    // Somebody has it open, and has not written anything yet.
+    let socket = room.path("held");
+    let mut door = Command::new("qemu-nbd");
+    door.args(["-t", "-f", "raw", "-k"]).arg(&socket).arg(&image);
+    let door = Process::start(door);
+    wait("it has the image open", || matches!(in_use::by(&image, in_use::Against::Writers), Ok(Some(_))));
+    let by_hand = format!("vda=raw:{}", image.display());
+    for args in [&["run", "night"][..], &["run", "copy"], &["backup", "files", "--disk", &by_hand]] {
+        let error = busy(args);
+        assert!(error["what"].as_str().is_some_and(|what| what.contains("qemu-nbd")), "{error}");
+        let look = format!("fuser -v {}", image.display());
+        assert!(error["do"].as_str().is_some_and(|help| help.starts_with(&look)), "a command: {error}");
+    }
+    assert!(door.kill());
+
+    // Somebody without locks writes while it is read.
+    let mut run = Process::start(room.command(["-c", "site.toml", "run", "night"]));
+    assert_eq!(run.ends_within(Duration::from_millis(700)), None, "it is read too fast for this test");
+    let file = fs::OpenOptions::new().write(true).open(&image).expect("the image");
+    file.write_all_at(&[9; 512], 0).expect("a write");
+    assert_eq!(run.ends(), Some(11), "the point would have been of no moment");
+    assert!(room.json(["points"]).kind("point").is_empty(), "a point of two states is listed");
+
+    room.ok(["-c", "site.toml", "run", "night"]);
+    room.ok(["export", "files@latest", "out.raw"]);
+    assert!(fs::read(room.path("out.raw")).expect("out") == fs::read(&image).expect("image"));
+    room.ok(["-c", "site.toml", "run", "copy"]);
+}
+
+#[test]
+fn a_replica_whose_hosts_folder_was_moved_in_the_site_file_stays_where_it_is_and_says_so() {
+    let mut site = Site::new("");
+    site.back_up("r1", false);
+    assert!(!site.replicate()["warnings"].to_string().contains("stays in"));
+    fs::create_dir(site.room.path("dr2")).expect("a folder");
+    let images = |name: &str| format!("images = \"{}\"", site.room.text(name));
+    let (before, after) = (images("dr"), images("dr2"));
+    site.rewrite(&before, &after);
+    site.change(1);
+    site.back_up("r1", false);
+    let told = site.replicate()["warnings"].to_string();
+    let (here, named) = (site.room.text("dr/db01_replica"), site.room.text("dr2"));
+    assert!(told.contains(&format!("stays in {here}: {named}, which the site file names")), "{told}");
+    assert!(!site.room.path("dr2/db01_replica").exists());
+    site.assert_point(&site.points()[1], &site.disks);
+}
+
+#[test]
+fn an_image_that_looks_like_a_copy_is_told_and_a_machine_that_runs_without_it_is_taken_without_it() {
+    let room = of_one_image();
+    let (prod, runtime) = (room.text("prod"), room.path("rp"));
+    let text = fs::read_to_string(room.path("site.toml")).expect("a site file");
+    let images = format!("images = \"{prod}\"\n");
+    let text = text.replace(&images, &format!("{images}runtime = \"{}\"\n", runtime.display()));
+    fs::write(room.path("site.toml"), text).expect("a site file");
+    fs::copy(room.path("prod/files/vda.raw"), room.path("prod/files/vda-old.raw")).expect("a copy");
+    let json = |args: &[&str]| room.json(["-c", "site.toml"].iter().chain(args));
+    let checked = json(&["config", "check"]);
+    assert_eq!(checked.code, 1, "{}", checked.stdout);
+    assert!(checked.stdout.contains("vda-old.raw beside vda.raw is taken for a disk of its own"), "{}", checked.stdout);
+    let ran = json(&["run", "copy"]);
+    assert_eq!(ran.code, 1, "{}", ran.stdout);
+    assert!(ran.stdout.contains("vda-old.raw beside vda.raw"), "{}", ran.stdout);
+
+    let monitor = runtime.join("files/qmp.sock");
+    fs::create_dir_all(runtime.join("files")).expect("a folder");
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.args(["-nodefaults", "-S", "-machine", "q35", "-accel", "tcg", "-m", "32M", "-display", "none", "-qmp"]);
+    qemu.arg(format!("unix:{},server=on,wait=off", monitor.display()));
+    qemu.arg("-drive").arg(format!("if=virtio,format=raw,file={prod}/files/vda.raw")).stdin(Stdio::null());
+    let running = Process(qemu.spawn().expect("qemu"));
+    wait("QEMU does not come up", || monitor.exists());
+    let ran = json(&["run", "night"]);
+    assert_eq!(ran.code, 1, "{}{}", ran.stdout, ran.stderr);
+    assert!(ran.stdout.contains("vda-old.raw is no disk of the running machine, and left out"), "{}", ran.stdout);
+    drop(running);
+    let points = room.json(["points", "files"]).kind("point");
+    let disks: Vec<_> = points[0]["disks"].as_array().expect("disks").iter().map(|disk| &disk["disk"]).collect();
+    assert_eq!(disks, ["vda"]);
 }

@@ -16,8 +16,8 @@ fn changed_image(room: &Room) -> Vec<u8> {
     write(&room.path("disk.raw"), &bytes);
     must("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &room.text("disk.raw"), &room.text("disk.qcow2")]);
     room.ok(["init"]);
-    room.ok(["backup", "web", "--disk", "vda=./disk.qcow2"]);
     must("qemu-img", &["bitmap", "--add", &room.text("disk.qcow2"), "since"]);
+    room.ok(["backup", "web", "--disk", "vda=./disk.qcow2"]);
     let mut commands = Vec::new();
     for (place, value) in [(3, 2), (20, 3), (45, 4)] {
         bytes[place * MIB..place * MIB + (64 << 10)].fill(value);
@@ -82,4 +82,28 @@ fn every_range_of_a_dirty_context_is_stored() {
     server.wait().expect("its end");
     assert_eq!(outcome.code, 0, "{}", outcome.stderr);
     judge(&room, &expected);
+}
+
+#[test]
+fn a_bitmap_that_cannot_know_is_not_believed() {
+    for (how, said) in [("disabled", "disabled"), ("late", "did not count yet")] {
+        let room = Room::new();
+        let mut expected = changed_image(&room);
+        let image = room.text("disk.qcow2");
+        room.ok(["backup", "web", "--disk", "vda=./disk.qcow2", "--bitmap", "since"]);
+        if how == "disabled" {
+            must("qemu-img", &["bitmap", "--disable", &image, "since"]);
+        }
+        expected[10 * MIB..10 * MIB + (64 << 10)].fill(9);
+        must("qemu-io", &["-f", "qcow2", "-c", "write -P 9 10M 64k", &image]);
+        let name = if how == "late" { "nightly" } else { "since" };
+        if how == "late" {
+            must("qemu-img", &["bitmap", "--add", &image, name]);
+        }
+        let outcome = room.json(["backup", "web", "--disk", "vda=./disk.qcow2", "--bitmap", name]);
+        assert_eq!(outcome.code, 1, "{how}: {}", outcome.stderr);
+        let warning = outcome.one("warning");
+        assert!(warning["what"].as_str().is_some_and(|what| what.contains(said)), "{how}: {warning}");
+        judge(&room, &expected);
+    }
 }

@@ -57,22 +57,23 @@ fn disk() -> &'static Path {
     path
 }
 
-/// A site with that guest as `db01`, a small one as `web01`, a job for points, one for replicas, and a plan.
+/// A site with that guest as `db01`, a small one without an agent as `web01`, jobs for points and for replicas of each, and
+/// a plan.
 struct Site {
     room: Room,
 }
 
 impl Site {
     /// `etc` are files that tell the guest what to do.
-    fn new(etc: &[&str]) -> Self {
+    fn new(etc: &[(&str, &str)]) -> Self {
         let room = Room::new();
         for folder in ["prod/db01", "prod/web01", "dr"] {
             fs::create_dir_all(room.path(folder)).expect("a folder");
         }
         let raw = room.text("db01.raw");
         fs::copy(disk(), &raw).expect("a disk");
-        for name in etc {
-            fs::write(room.path("told"), "").expect("a file");
+        for (name, content) in etc {
+            fs::write(room.path("told"), content).expect("a file");
             let image = format!("{raw}?{FILE_SYSTEM}");
             tool("debugfs", &["-w", "-R", &format!("write {} /etc/{name}", room.text("told")), &image]);
         }
@@ -95,7 +96,9 @@ impl Site {
              [machine]\ndb01 = {{ from = \"prod:db01\" }}\nweb01 = {{ from = \"prod:web01\" }}\n\
              [job.night]\nkind = \"backup\"\nmachines = [\"db01\"]\nto = \"nas\"\nfreeze = \"require\"\nretry = {{ count = 0 }}\n\
              [job.small]\nkind = \"backup\"\nmachines = [\"web01\"]\nto = \"nas\"\n\
-             [job.dr]\nkind = \"replication\"\nmachines = [\"db01\", \"web01\"]\n\
+             [job.dr]\nkind = \"replication\"\nmachines = [\"db01\"]\n\
+             source = {{ from = \"backup\", repositories = [\"nas\"] }}\ntarget = {{ host = \"dr\" }}\nretry = {{ count = 0 }}\n\
+             [job.plain]\nkind = \"replication\"\nmachines = [\"web01\"]\n\
              source = {{ from = \"backup\", repositories = [\"nas\"] }}\ntarget = {{ host = \"dr\" }}\nretry = {{ count = 0 }}\n\
              [plan.all]\nentries = [{{ machine = \"db01\", GATES, on_failure = \"wait\" }}, {{ machine = \"web01\" }}]\n",
             room.dir.path().display()
@@ -192,6 +195,16 @@ impl Site {
         format!("{out}?{FILE_SYSTEM}")
     }
 
+    /// Points of both machines, and their replicas.
+    fn replicate(&self) {
+        self.does(&["run", "small"]);
+        let vda = format!("vda={}", self.room.text("prod/db01/vda.qcow2"));
+        let machine = self.room.text("prod/db01/machine.toml");
+        self.room.ok(["backup", "db01", "--disk", &vda, "--machine", &machine]);
+        self.does(&["run", "dr"]);
+        self.does(&["run", "plain"]);
+    }
+
     fn gates(&self, gates: &str) {
         let path = self.room.path("site.toml");
         let text = fs::read_to_string(&path).expect("a site file");
@@ -205,7 +218,7 @@ impl Drop for Site {
     fn drop(&mut self) {
         for folder in ["prod/db01", "dr/db01_replica", "dr/web01_replica"] {
             if let Some(running) = self.running(folder) {
-                let _ = Qemu.power_off(&running, Duration::ZERO);
+                let _ = Qemu.power_off(&running);
             }
         }
     }
@@ -305,12 +318,8 @@ fn a_guest_is_frozen_for_its_point_told_of_it_and_goes_on_whatever_becomes_of_th
 #[test]
 fn a_plan_goes_on_when_port_page_and_agent_answer_and_not_before() {
     // Its page is there from the start; its agent comes when the page `start` is asked for.
-    let site = Site::new(&["no-agent"]);
-    site.room.ok(["-c", "site.toml", "run", "small"]);
-    let vda = format!("vda={}", site.room.text("prod/db01/vda.qcow2"));
-    let machine = site.room.text("prod/db01/machine.toml");
-    site.room.ok(["backup", "db01", "--disk", &vda, "--machine", &machine]);
-    site.does(&["run", "dr"]);
+    let site = Site::new(&[("no-agent", "")]);
+    site.replicate();
 
     let halted = |args: &[&str], why: &str| {
         let halt = site.json(&[args, &["--grace", "1s"]].concat());
@@ -355,4 +364,38 @@ fn a_plan_goes_on_when_port_page_and_agent_answer_and_not_before() {
     assert!(!table.to_string().contains("HOST_FORWARD"), "{table}");
     site.does(&["undo", "plan/all", "--yes"]);
     assert!(site.running("dr/db01_replica").is_none() && site.running("dr/web01_replica").is_none());
+}
+
+#[test]
+fn a_guest_that_takes_over_has_the_addresses_of_the_other_side() {
+    // What looks for it on the other side finds only 10.0.2.15.
+    let site = Site::new(&[("address", "192.168.7.15/24")]);
+    let path = site.room.path("site.toml");
+    let text = fs::read_to_string(&path).expect("a site file");
+    let rule = "target = { host = \"dr\" }\nreip = [{ from = \"192.168.7.*\", to = \"10.0.2.*\", mask = \"255.255.255.0\", \
+                gateway = \"10.0.2.2\", dns = [\"10.0.2.3\"], through = \"agent\" }]";
+    // Only for the job of the machine with an agent: it is the first.
+    fs::write(&path, text.replacen("target = { host = \"dr\" }", rule, 1)).expect("a site file");
+    site.gates("gates = [\"tcp:80\", \"http:80/\"], timeout = \"20s\"");
+    site.replicate();
+
+    let run = site.does(&["plan", "run", "all", "--grace", "1s"]);
+    assert_eq!(
+        (run.code, &run.one("plan")["state"]),
+        (0, &json!("completed")),
+        "nobody waited in vain: {}",
+        run.stdout
+    );
+    let events = site.json(&["events"]).kind("transition");
+    let told = events.iter().find(|event| event["op"] == "readdress").expect("an event");
+    assert_eq!(told["reason"], "192.168.7.15 is now 10.0.2.15", "{told}");
+    let interfaces = site.asks("dr/db01_replica", "guest-network-get-interfaces", &json!({})).to_string();
+    assert!(interfaces.contains("\"10.0.2.15\"") && !interfaces.contains("192.168.7.15"), "{interfaces}");
+    // Asked for once more, there is nothing to do, and nothing to complain about.
+    let again = site.json(&["replicas", "db01_replica", "--start"]);
+    assert_eq!(again.code, 0, "{}", again.stdout);
+    // A point keeps the machine as it was: what is taken back has the addresses of production.
+    site.does(&["undo", "plan/all", "--yes"]);
+    let disk = site.disk_of("latest");
+    assert_eq!(tool("debugfs", &["-R", "cat /etc/address", &disk]), "192.168.7.15/24");
 }

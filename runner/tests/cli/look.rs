@@ -3,7 +3,10 @@
 
 use std::{fs, os::unix::fs::MetadataExt, process::Command, time::Duration};
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use crate::{
+    carrier::Process,
     harness::{Outcome, Room},
     images,
 };
@@ -142,6 +145,19 @@ fn a_mount_in_the_background_serves_until_it_is_told() {
     assert!(gone, "it goes on after SIGTERM");
     let failed = room.json(["mount", "nothing.qcow2", "--detach", "--nbd", "unix:/nowhere/else/s"]);
     assert_ne!(failed.code, 0);
+}
+
+#[test]
+fn a_signal_ends_a_walk_through_zeros_without_end() {
+    let room = Room::new();
+    // Minutes of looking at tables that do not exist.
+    let mut make = Command::new("qemu-img");
+    make.args(["create", "-q", "-f", "qcow2", "-o", "cluster_size=2M"]).arg(room.path("empty.qcow2")).arg("1E");
+    assert!(make.status().expect("qemu-img").success());
+    let mut walk = Process::start(room.command(["verify", "empty.qcow2"]));
+    assert_eq!(walk.ends_within(Duration::from_millis(500)), None, "the disk is too small for this test");
+    kill_process(Pid::from_child(&walk.0), Signal::TERM).expect("a signal");
+    assert_eq!(walk.ends(), Some(143));
 }
 
 #[test]

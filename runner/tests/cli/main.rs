@@ -3,11 +3,13 @@
 mod beside;
 mod bitmap;
 mod carrier;
+mod checked;
 mod cluster;
 mod contract;
 mod docs;
 mod foreign;
 mod golden;
+mod gone;
 mod harness;
 mod hostile;
 mod images;
@@ -18,6 +20,7 @@ mod kept;
 mod ledger;
 mod look;
 mod measure;
+mod older_point;
 #[path = "../../../tests/src/postgres.rs"]
 #[allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "shared with the tests of the other rooms")]
 mod postgres;
@@ -27,11 +30,16 @@ mod reclaim;
 mod replication;
 mod replication_killed;
 mod repo_jobs;
+mod retained;
 mod running;
 mod signals;
 mod site_jobs;
 mod storm;
 mod takeover;
+mod takeover_held;
 mod takeover_kept;
 mod takeover_killed;
+mod takeover_shown;
+mod takeover_told;
+mod takeover_waits;
 mod whole;

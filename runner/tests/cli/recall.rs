@@ -5,7 +5,7 @@
 use std::{fs, path::Path, process::Command};
 
 use aquifer_runner::{
-    catalogue::{Catalogue, End, Fence, NewSession, NewWork, Outcome as Ended, Retries},
+    catalogue::{End, NewSession},
     host::{Host, Process, qemu::Qemu},
     job::give_up::{self, Act},
     replica::{
@@ -13,10 +13,10 @@ use aquifer_runner::{
         state::State,
     },
 };
-use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use crate::{
+    carrier::as_worker,
     harness::{BINARY, Outcome, Room},
     takeover::{REPLICA, Site},
 };
@@ -65,29 +65,9 @@ fn tool(program: &str, args: &[&str]) {
     assert!(output.status.success() && !said.contains("failed"), "{program} {args:?}: {said}");
 }
 
-/// Changes the catalogue as a worker does.
-fn as_worker(site: &Site, change: impl FnOnce(&Catalogue, &Fence)) {
-    let catalogue = site.room.catalogue();
-    let new = NewWork {
-        kind: "test".into(),
-        object: String::new(),
-        job: None,
-        session: None,
-        priority: 300,
-        run_at: Timestamp::UNIX_EPOCH,
-        needs: Vec::new(),
-        retries: Retries::default(),
-        spec: Value::Null,
-    };
-    catalogue.enqueue(&new).expect("enqueue");
-    let (_, fence) = catalogue.claim("test", &["test"], Timestamp::now()).expect("claim").expect("work");
-    change(&catalogue, &fence);
-    catalogue.finish(&fence, &Ended::Success(Value::Null), None).expect("done");
-}
-
 /// The catalogue loses a replica, as one that was made anew.
 fn lose(site: &Site) {
-    as_worker(site, |catalogue, fence| {
+    as_worker(&site.room, |catalogue, fence| {
         for row in catalogue.points_of::<PointRecord>(REPLICA).expect("points") {
             catalogue.drop_point(fence, REPLICA, &row.id).expect("drop");
         }
@@ -98,7 +78,7 @@ fn lose(site: &Site) {
 
 /// A machine was started, and whoever did that died before it was recorded.
 fn unrecorded(site: &Site, epoch: u64) {
-    as_worker(site, |catalogue, fence| {
+    as_worker(&site.room, |catalogue, fence| {
         let mut row = catalogue.replica::<ReplicaRecord>(REPLICA).expect("read").expect("a replica");
         (row.record.state, row.record.failover, row.record.epoch) = (State::Ready, None, epoch);
         row.state = row.record.state.name().to_owned();
@@ -290,6 +270,34 @@ fn a_layer_that_is_changed_below_a_machine_that_serves_is_told_before_it_comes_h
 }
 
 #[test]
+fn a_layer_that_is_changed_or_gone_is_told_while_the_replica_is_ready() {
+    let site = Site::new(1);
+    let listed = || site.json(&["replicas", REPLICA]);
+    let quiet = listed();
+    assert_eq!((quiet.code, quiet.kind("warning").len()), (0, 0), "{}", quiet.stdout);
+    assert_eq!(quiet.one("point")["allowed_operations"], serde_json::json!(["failover"]), "{}", quiet.stdout);
+    let layer = site.room.path("dr").join(REPLICA).join("vda/1.qcow2");
+    let aside = site.room.path("aside.qcow2");
+    let tells = |word: &str| {
+        let told = listed();
+        let warning = told.one("warning");
+        assert_eq!((told.code, &warning["code"]), (1, &"W_RESYNC".into()), "{}", told.stdout);
+        let point = told.one("point");
+        assert_eq!(point["allowed_operations"], serde_json::json!([]), "{point}");
+        for text in [&warning["what"], &point["trouble"]] {
+            assert!(text.as_str().is_some_and(|text| text.contains(word)), "{text}");
+        }
+    };
+    fs::rename(&layer, &aside).expect("rename");
+    tells("cannot be read");
+    fs::rename(&aside, &layer).expect("rename");
+    assert_eq!(listed().code, 0, "it is there again");
+    let held = fs::read(&layer).expect("a layer");
+    fs::write(&layer, &held).expect("a layer");
+    tells("vda/1.qcow2 was changed from outside");
+}
+
+#[test]
 fn the_machine_that_serves_is_not_parked_because_its_stamp_cannot_be_read() {
     let site = Site::new(1);
     site.does(&["failover", REPLICA]);
@@ -322,14 +330,14 @@ fn nothing_is_parked_that_was_not_confirmed_or_while_an_operation_is_open() {
     unrecorded(&site, site.record().epoch);
     let park = ["replicas", REPLICA, "--park", "--yes"];
     let mut open = None;
-    as_worker(&site, |catalogue, fence| {
+    as_worker(&site.room, |catalogue, fence| {
         let begun = catalogue.begin_operation(fence, &format!("replica/{REPLICA}"), "failover", &Value::Null);
         open = Some(begun.expect("an operation"));
     });
     let busy = site.refused(&park, "E_BUSY");
     assert_eq!(as_printed(&site.room, &busy).code, 0, "{busy}");
     assert!(site.running("dr").is_some(), "it may be the one that is to serve");
-    as_worker(&site, |catalogue, fence| {
+    as_worker(&site.room, |catalogue, fence| {
         let open = catalogue.adopt_operation(fence, open.expect("open")).expect("adopt");
         catalogue.end_operation(fence, open.id, &End::Failed("a test".into()), &[]).expect("end");
     });
@@ -360,6 +368,6 @@ fn a_replica_is_not_dropped_while_a_machine_runs_that_was_started_and_not_record
     assert!(held["what"].as_str().is_some_and(|what| what.contains(&running.process.pid.to_string())), "{held}");
     assert_eq!(as_printed(&site.room, &held).code, 0, "{held}");
     assert_eq!((site.state().as_str(), site.running("dr").map(|now| now.process)), ("ready", Some(running.process)));
-    Qemu.power_off(&running, std::time::Duration::ZERO).expect("off");
+    Qemu.power_off(&running).expect("off");
     assert_eq!(site.json(&drop).code, 0);
 }

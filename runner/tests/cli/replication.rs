@@ -275,12 +275,21 @@ fn a_replica_is_made_of_backups_and_each_run_moves_what_changed() {
 fn points_below_the_kept_ones_are_merged_by_copying() {
     let mut site = Site::new("restore_points_to_keep = 2");
     let mut expected = Vec::new();
+    let mut merged = 0;
     for _ in 0..12 {
         site.back_up("r1", false);
-        site.replicate();
+        let ran = site.json(&["run", "dr"]);
+        assert!(ran.code <= 1, "{}{}", ran.stdout, ran.stderr);
+        // What was moved is told apart from what was merged where it lies.
+        let progress = &ran.one("session")["progress"];
+        let report = ran.one("replicated");
+        assert_eq!(bytes(progress, "bytes_written"), bytes(&report, "bytes_written"), "{progress}");
+        assert_eq!(bytes(progress, "bytes_read"), bytes(&report, "bytes_read"), "{progress}");
+        merged += bytes(progress, "bytes_merged");
         expected.push(site.disks.clone());
         site.change(1);
     }
+    assert!(merged > 0, "nothing was merged");
     let points = site.points();
     assert_eq!(points.len(), 2);
     points.iter().zip(&expected[10..]).for_each(|(point, disks)| site.assert_point(point, disks));
@@ -503,7 +512,15 @@ fn a_replica_is_given_up_and_let_in_again() {
     let held = site.json(&["run", "dr"]);
     assert!(held.kind("warning").iter().any(|warning| warning["code"] == "W_ON_HOLD"), "{}", held.stdout);
     assert_eq!(site.json(&["replicas", "db01_replica", "--remove"]).code, 3, "twice");
-    assert_eq!(site.json(&["replicas", "db01_replica", "--readmit"]).code, 0);
+    let readmitted = site.room.run(["-c", &site.room.text("site.toml"), "replicas", "db01_replica", "--readmit"]);
+    assert_eq!(readmitted.code, 0, "{}", readmitted.stderr);
+    let shown = folder.display();
+    assert!(
+        readmitted.stdout.contains(&format!("once what it left in {shown} has been moved")),
+        "{}",
+        readmitted.stdout
+    );
+    assert!(readmitted.stderr.contains(&format!("next: mv {shown} {shown}.given-up")), "{}", readmitted.stderr);
     // The machine that stayed is nobody's to overwrite.
     let refused = site.json(&["run", "dr"]);
     assert_eq!(refused.one("error")["code"], "E_EXISTS", "{}", refused.stdout);

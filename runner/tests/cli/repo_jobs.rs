@@ -25,7 +25,7 @@ impl Site {
         let text = format!(
             "version = 1\nhome = \"{dir}/home\"\n[repository]\nnas = {{ url = \"{dir}/repo\", default = true }}\nvault = {{ url = \"{dir}/vault\" }}\n[machine]\nfiles = {{ disks = {{ data = \"{dir}/data.qcow2\" }} }}\n{jobs}"
         );
-        room.write_site(&text);
+        room.write_site(&text.replace("DIR", &dir));
         room.ok(["init"]);
         room.ok(["-r", &room.text("vault"), "init", "--block", "256KiB"]);
         tool("qemu-img", &["create", "-q", "-f", "qcow2", &room.text("data.qcow2"), "8M"]);
@@ -146,24 +146,87 @@ fn damage_is_found_marked_and_put_right_from_a_copy() {
     let after = site.points("repo");
     assert_eq!(after.len(), 1, "{after:?}");
     assert_ne!(after[0]["point"], before[0]["point"], "a new point has its place");
+    // The session says afterwards what was done, and of what.
+    let ask = |args: &[&str]| site.room.json(["-c", "site.toml"].iter().chain(args));
+    let sessions = ask(&["sessions", "--job", "h"]).kind("session");
+    let session = sessions.iter().filter_map(|session| session["id"].as_i64()).max().expect("a session").to_string();
+    let came = ask(&["sessions", &session]).one("work")["outcome"]["why"].to_string();
+    assert!(came.contains("is damaged") && came.contains("1 damaged, 1 repaired"), "{came}");
+    let mut events = ask(&["events", &session]).kind("transition");
+    events.retain(|event| event["op"] == "repair");
+    let ids = [&before[0]["point"], &after[0]["point"]].map(|id| id.as_str().expect("an id"));
+    let what = format!("files@{} was put right as {} from vault", ids[0], ids[1]);
+    assert!(events.len() == 1 && events[0]["reason"] == what && events[0]["object"] == "machine/files", "{events:?}");
     assert_eq!(after[0]["created"], before[0]["created"]);
     site.compare("repo", "latest", &site.image("now.raw"));
     site.ok("h");
 }
 
-fn layer(repo: &Path) -> PathBuf {
-    let mut folders = vec![repo.to_path_buf()];
+#[test]
+fn lost_points_are_reported_and_put_right_from_a_copy() {
+    let more = "[job.c]\nkind = \"copy\"\nmachines = [\"files\"]\nfrom = [\"nas\"]\nto = \"vault\"\nmode = \"immediate\"\n[job.h]\nkind = \"health\"\nrepository = \"nas\"\npoints = \"all\"\nrepair_from = [\"vault\"]\n[job.alone]\nkind = \"health\"\nrepository = \"nas\"\npoints = \"all\"\n";
+    let site = Site::new(&format!("{BACKUP}{more}"));
+    let mut images = Vec::new();
+    for round in 1..3u8 {
+        site.random(round.into(), "0", 2 << 20);
+        site.ok("b");
+        site.ok("c");
+        images.push(site.image(&format!("{round}.raw")));
+    }
+    let layer_of = |point: &Value| {
+        let id = point["point"].as_str().expect("an id");
+        let found = layers(&site.room.path("repo")).into_iter().find(|path| path.display().to_string().contains(id));
+        found.expect("a layer")
+    };
+    let remove = |path: &Path| fs::remove_file(path).expect("remove");
+    let truncate = |path: &Path| {
+        let file = fs::OpenOptions::new().write(true).open(path).expect("open");
+        file.set_len(5000).expect("cut");
+    };
+    // One of the two that each layer has of what describes it.
+    let spare = |path: &Path| {
+        let mut bytes = fs::read(path).expect("read");
+        bytes[100] ^= 0xff;
+        fs::write(path, bytes).expect("write");
+    };
+    for harm in [&remove as &dyn Fn(&Path), &truncate, &spare] {
+        for lost in [1, 0] {
+            let before = site.points("repo");
+            harm(&layer_of(&before[lost]));
+            let alone = site.run("alone");
+            assert_eq!(alone.code, 1, "{}{}", alone.stdout, alone.stderr);
+            let id = before[lost]["point"].as_str().expect("an id");
+            assert!(alone.stderr.contains(id), "it is named: {}", alone.stderr);
+            let mended = site.run("h");
+            assert_eq!(mended.code, 1, "{}{}", mended.stdout, mended.stderr);
+            let after = site.points("repo");
+            assert_eq!(after.len(), 2, "{after:?}");
+            assert!(after.iter().all(|point| point["state"] == "complete"), "{after:?}");
+            for (back, image) in ["latest~1", "latest"].iter().zip(&images) {
+                site.compare("repo", back, image);
+            }
+            site.ok("h");
+        }
+    }
+}
+
+fn layers(repo: &Path) -> Vec<PathBuf> {
+    let (mut folders, mut found) = (vec![repo.to_path_buf()], Vec::new());
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(folder).expect("list") {
             let path = entry.expect("entry").path();
             if path.is_dir() {
                 folders.push(path);
             } else if path.extension().is_some_and(|end| end == "aql") {
-                return path;
+                found.push(path);
             }
         }
     }
-    panic!("no layer")
+    found
+}
+
+fn layer(repo: &Path) -> PathBuf {
+    layers(repo).pop().expect("a layer")
 }
 
 #[test]
@@ -360,4 +423,47 @@ fn a_check_gives_way_and_goes_on_where_it_was() {
     let bytes = |report: &Value| report["bytes_read"].as_u64().expect("bytes");
     assert!(bytes(&cut) > 0 && bytes(&rest) > 0, "{cut} {rest}");
     assert_eq!(bytes(&cut) + bytes(&rest), bytes(&whole), "it goes on where it was: {cut} {rest}");
+}
+
+#[test]
+fn a_check_that_gave_way_tells_in_the_end_what_an_unbroken_one_tells() {
+    let site = Site::new(
+        "more = { disks = { a = \"raw:DIR/a.raw\", z = \"DIR/data.qcow2\" } }\n\
+         [job.two]\nkind = \"backup\"\nmachines = [\"more\"]\nto = \"nas\"\n\
+         [job.h]\nkind = \"health\"\nrepository = \"nas\"\nmachines = [\"more\"]\nlimits = { read = \"2MiB/s\" }\n",
+    );
+    fs::write(site.room.path("a.raw"), vec![3; 1 << 20]).expect("write");
+    // A check looks for others behind each leaf, which says of 16 MiB what they hold.
+    tool("qemu-img", &["resize", "-q", &site.room.text("data.qcow2"), "128M"]);
+    for leaf in 0..8u64 {
+        site.random(leaf + 1, &format!("{}M", leaf * 16), 1 << 20);
+    }
+    site.ok("two");
+    // One of the two copies of what describes the first disk.
+    let first = layers(&site.room.path("repo")).into_iter().find(|path| path.ends_with("a.aql")).expect("a layer");
+    let mut bytes = fs::read(&first).expect("read");
+    bytes[100] ^= 0xff;
+    fs::write(&first, bytes).expect("write");
+
+    let check = || site.room.json(["-c", &site.room.text("site.toml"), "run", "h"]);
+    let unbroken = check();
+    assert_eq!(unbroken.code, 1, "{}{}", unbroken.stdout, unbroken.stderr);
+    let mut mount = site.room.command(["mount", "more", "--nbd", &format!("unix:{}", site.room.text("s"))]);
+    let mut mount = mount.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("mount");
+    let until = Instant::now() + Duration::from_secs(60);
+    while !site.room.path("s").exists() {
+        assert!(Instant::now() < until, "nobody reads");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let cut = check();
+    assert_eq!(cut.code, 0, "it gave way in the second disk: {}{}", cut.stdout, cut.stderr);
+    mount.kill().expect("kill");
+    mount.wait().expect("reap");
+    let rest = check();
+    assert_eq!(rest.code, 1, "{}{}", rest.stdout, rest.stderr);
+    let told = |outcome: &Outcome| {
+        let warnings = outcome.kind("warning");
+        warnings.iter().any(|warning| warning["what"].as_str().is_some_and(|what| what.contains("no second copy")))
+    };
+    assert!(told(&unbroken) && told(&rest), "{}{}", unbroken.stdout, rest.stdout);
 }

@@ -353,8 +353,18 @@ fn the_guest_is_frozen_for_a_moment_and_thawed_whatever_happens() {
     assert_eq!(code, 0, "{said}");
     assert_eq!(newest(&machine)["consistency"], "file_system");
     assert_eq!(told.try_iter().collect::<Vec<_>>(), ["guest-fsfreeze-freeze", "guest-fsfreeze-thaw"]);
-    // One that refuses: as after a loss of power, and that is said.
+    // None: as after a loss of power, and that is a note.
     fs::remove_file(machine.runtime().join("agent.sock")).expect("remove");
+    let bare = job(&machine, "b").arg("--json").output().expect("run");
+    let noted = crate::harness::Outcome::of(bare);
+    assert_eq!(noted.code, 0, "{}{}", noted.stdout, noted.stderr);
+    let note = noted.one("not_frozen");
+    assert_eq!((&note["machine"], &note["agent"]), (&json!("db01"), &json!(false)), "{note}");
+    let id = noted.one("session")["id"].to_string();
+    let site = machine.room.text("site.toml");
+    let work = machine.room.json(["-c", &site, "sessions", &id]).one("work");
+    assert_eq!(work["outcome"]["report"]["db01"]["not_frozen"], note["why"], "{work}");
+    // One that refuses: that is said.
     let refuse = |command: &str| match command {
         "guest-fsfreeze-freeze" => Some(json!({ "error": { "class": "GenericError", "desc": "no hooks today" } })),
         _ => Some(json!({ "return": 0 })),

@@ -79,6 +79,14 @@ fn work_is_begun_stopped_and_shown() {
     assert_eq!((session["id"].as_i64(), session["state"].as_str()), (Some(1), Some("waiting")), "{session}");
     let again = room.json(with(&["run", "night", "--no-wait"]));
     assert_eq!(again.one("session")["id"], 1, "the open run goes on instead of a second one");
+    let foreseen = room.json(with(&["run", "night", "-n"]));
+    assert_eq!((foreseen.code, &foreseen.one("goes_on")["session"]), (0, &1.into()), "{}", foreseen.stdout);
+    assert!(!foreseen.kind("step").is_empty(), "and what is left of it: {}", foreseen.stdout);
+    room.ok(with(&["sessions", "1", "--pause"]));
+    let held = room.json(with(&["run", "night", "-n"]));
+    assert_eq!((held.code, held.one("error")["code"].as_str()), (11, Some("E_BUSY")), "as the run is: {}", held.stdout);
+    assert_eq!(room.json(with(&["run", "night"])).code, 11);
+    room.ok(with(&["sessions", "1", "--resume"]));
     assert_eq!(room.json(with(&["sessions", "1", "--cancel", "-n"])).code, 0);
     assert_eq!(room.json(with(&["sessions", "1"])).one("session")["wish"], "run");
     let cancelled = room.json(with(&["sessions", "1", "--cancel"]));
@@ -88,6 +96,7 @@ fn work_is_begun_stopped_and_shown() {
     assert_eq!((twice.code, twice.one("error")["code"].as_str()), (3, Some("E_STATE")));
     let last = room.json(with(&["jobs", "night"])).one("job");
     assert_eq!(last["last_result"], "cancelled");
+    assert!(room.json(with(&["run", "night", "-n"])).kind("goes_on").is_empty(), "it has ended");
     let events = room.json(with(&["events", "1"])).kind("transition");
     assert!(events.len() >= 4 && events.iter().all(|e| e["session"] == 1), "{events:?}");
 }

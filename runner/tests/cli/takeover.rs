@@ -4,7 +4,6 @@
 use std::{fs, path::PathBuf, process::Command, time::Duration};
 
 use aquifer_runner::{
-    catalogue::{NewWork, Retries},
     host::{Host, Network, Power, Rooms, placed::Placed, qemu::Qemu, qmp::Qmp},
     recover::shape::Wishes,
     replica::{
@@ -14,10 +13,12 @@ use aquifer_runner::{
     },
     verb::demo::guest::{DISK_BYTES_MIN, put_on},
 };
-use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use crate::harness::{Outcome, Room};
+use crate::{
+    carrier::as_worker,
+    harness::{Outcome, Room},
+};
 
 const WAIT: Duration = Duration::from_secs(20);
 pub(crate) const REPLICA: &str = "db01_replica";
@@ -83,20 +84,6 @@ impl Site {
     /// One run of the job, as a worker does it; the point's id.
     fn replicate(&self) -> String {
         let room = &self.room;
-        let catalogue = room.catalogue();
-        let new = NewWork {
-            kind: "test".into(),
-            object: String::new(),
-            job: None,
-            session: None,
-            priority: 300,
-            run_at: Timestamp::UNIX_EPOCH,
-            needs: Vec::new(),
-            retries: Retries::default(),
-            spec: Value::Null,
-        };
-        catalogue.enqueue(&new).expect("enqueue");
-        let (_, fence) = catalogue.claim("test", &["test"], Timestamp::now()).expect("claim").expect("work");
         let home: Value = serde_json::from_slice(&fs::read(room.path("home/installation.json")).expect("installation"))
             .expect("json");
         let id = home["id"].as_str().and_then(|id| id.parse().ok()).expect("an id");
@@ -114,24 +101,23 @@ impl Site {
             options: RunOptions::default(),
             rules: Default::default(),
         };
-        let desk = Desk {
-            catalogue: &catalogue,
-            fence: &fence,
-            host: &Qemu,
-            rooms: &rooms,
-            me: &me,
-            cache: &cache,
-            pace: &|_| Ok(()),
-            warn: &|_, _| {},
-            network: Network::None,
-            grace: Duration::ZERO,
-            alive: &|| Ok(()),
-        };
-        let ran = replicate(&desk, &spec).expect("a run");
+        let ran = as_worker(room, |catalogue, fence| {
+            let desk = Desk {
+                catalogue,
+                fence,
+                host: &Qemu,
+                rooms: &rooms,
+                me: &me,
+                cache: &cache,
+                pace: &|_| Ok(()),
+                warn: &|_, _| {},
+                network: Network::None,
+                grace: Duration::ZERO,
+                alive: &|| Ok(()),
+            };
+            replicate(&desk, &spec).expect("a run")
+        });
         let Ran::Made(points) = ran else { panic!("{ran:?}") };
-        catalogue
-            .finish(&fence, &aquifer_runner::catalogue::Outcome::Success(Value::Null), None)
-            .expect("the work is done");
         points.last().expect("a point").id.to_string()
     }
 
@@ -222,7 +208,7 @@ impl Drop for Site {
     fn drop(&mut self) {
         for side in ["prod", "dr"] {
             if let Some(running) = self.running(side) {
-                let _ = Qemu.power_off(&running, Duration::ZERO);
+                let _ = Qemu.power_off(&running);
             }
         }
     }
@@ -286,6 +272,7 @@ fn a_takeover_at_an_older_point_comes_home_and_is_made_final() {
     let done = site.does(&["commit", REPLICA, "--force", "--yes"]);
     assert_eq!(done["state"], "ready");
     assert_eq!(done["allowed_operations"][0], "replicate");
+    assert!(!site.has_logs());
 }
 
 #[test]
@@ -314,7 +301,7 @@ fn a_machine_that_ended_while_it_serves_is_started_by_a_word() {
     site.does(&["failover", REPLICA]);
     site.write("dr", 0x55, "16M", "64k");
     let running = site.running("dr").expect("it runs");
-    Qemu.power_off(&running, Duration::ZERO).expect("it ends");
+    Qemu.power_off(&running).expect("it ends");
     let refused = site.refused(&["failover", REPLICA], "E_STATE");
     assert!(refused["do"].as_str().is_some_and(|help| help.contains("--start")), "{refused}");
     let report = site.does(&["replicas", REPLICA, "--start"]);
@@ -431,8 +418,13 @@ fn a_plan_runs_its_programs_waits_at_its_gates_and_is_taken_back() {
     let shut = site.json(&["plan", "run", "all", "--grace", "1s", "--network", "none"]);
     assert_eq!(shut.one("error")["code"], "E_FAILED", "{}", shut.stdout);
     fs::write(site.room.path("gate"), "#!/bin/sh\nexit 0\n").expect("gate");
-    let rest = site.json(&["plan", "resume", "all", "--grace", "1s", "--network", "none"]);
+    // What was told need not be told again.
+    let rest = site.json(&["plan", "resume", "all", "--reason", "drill"]);
     assert!(rest.code <= 1, "{}{}", rest.stdout, rest.stderr);
+    let session = rest.one("plan")["run"]["record"]["session"].as_i64().expect("a session");
+    let works = site.room.catalogue().work_of(aquifer_runner::catalogue::SessionId(session)).expect("works");
+    let told = &works.first().expect("the plan's").spec;
+    assert_eq!((&told["network"], &told["reason"]), (&json!("none"), &json!("drill")), "{told}");
 }
 
 #[test]

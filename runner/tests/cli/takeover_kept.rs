@@ -177,7 +177,7 @@ fn a_machine_that_runs_there_on_other_disks_is_not_taken_for_ours() {
     assert_eq!(error["exit"], 2, "{error}");
     assert!(error["what"].as_str().is_some_and(|what| what.contains("own.qcow2")), "{error}");
     assert_eq!(site.state(), "failed_failover");
-    Qemu.power_off(&stranger, Duration::ZERO).expect("it ends");
+    Qemu.power_off(&stranger).expect("it ends");
     site.does(&["failover", REPLICA]);
     assert_eq!(site.state(), "failover");
 }

@@ -64,6 +64,10 @@ impl Host for Fake {
         dir.join("nvram.fd")
     }
 
+    fn logs(&self, dir: &Path) -> Vec<PathBuf> {
+        vec![dir.join("log")]
+    }
+
     fn start(&self, _: &Shape, disks: &[Attachment], places: &Places) -> Result<Running> {
         if self.refuses.swap(false, Ordering::Relaxed) {
             return Err(Error::Shape { what: "it does not want to".into() });
@@ -122,7 +126,11 @@ impl Host for Fake {
         Err(Error::Shape { what: "no doors here".into() })
     }
 
-    fn power_off(&self, of: &Running, _: Duration) -> Result<()> {
+    fn ask_off(&self, of: &Running, _: Duration, _: &dyn Fn() -> bool) -> Result<bool> {
+        self.power_off(of).map(|()| true)
+    }
+
+    fn power_off(&self, of: &Running) -> Result<()> {
         self.on.lock().remove(of.log.parent().expect("a folder"));
         Ok(())
     }

@@ -289,7 +289,16 @@ impl Stage {
             HomeKind::New => HomeDisk { path: disk.path.with_extension("qcow2"), format: Format::Qcow2, ..disk },
             _ => disk,
         });
-        Home { kind, machine: MACHINE.into(), host: "prod".into(), folder, disks: disks.into(), configured: None }
+        Home {
+            kind,
+            machine: MACHINE.into(),
+            host: "prod".into(),
+            folder,
+            disks: disks.into(),
+            configured: None,
+            made: Vec::new(),
+            made_files: Default::default(),
+        }
     }
 
     /// Makes production's images with these bytes.

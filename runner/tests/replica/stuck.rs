@@ -17,7 +17,8 @@ use aquifer_runner::{
     replica::{
         build::Moved,
         desk::Desk,
-        model::{Home, HomeKind, ReplicaRecord, Switch},
+        layers,
+        model::{Home, HomeKind, MadeFile, ReplicaRecord, Switch},
         recall::{drop_foreign, take_back},
         run::replicate,
         state::State,
@@ -132,6 +133,84 @@ fn a_change_of_sides_that_got_stuck_is_taken_back_and_made_again() {
     fs::write(&variables, "of the takeover").expect("write");
     stage.at(|desk| commit(desk, REPLICA, false)).expect("commit");
     assert!(!variables.exists(), "the next takeover begins with its point's");
+}
+
+/// A way home whose second disk is made there, after its first pass; where that disk is.
+fn makes_a_disk(stage: &Stage) -> PathBuf {
+    let mut dice = Dice::new(59);
+    let mut disks = vec![("vda".to_owned(), vec![0; MIB]), ("vdb".to_owned(), vec![0; MIB])];
+    disks.iter_mut().for_each(|(_, bytes)| {
+        scribble(bytes, 9, &mut dice);
+    });
+    stage.back_up("r1", &disks, true, at(0));
+    stage.made();
+    stage.put_production(&vec![disks[0].clone(), ("vdb".into(), vec![0; 4096])]);
+    let mut home = stage.home(HomeKind::Original);
+    let made = home.folder.join("vdb-2.qcow2");
+    (home.disks[1].path, home.disks[1].format) = (made.clone(), home.disks[0].format);
+    home.made = vec!["vdb".into()];
+    stage.at(|desk| failover(desk, REPLICA, &LATEST, None, true)).expect("failover");
+    goes_home(stage, &home).expect("pass 1");
+    stage.assert_home(&home, &disks, "home");
+    made
+}
+
+/// Changes what the record says of the file that was made for `vdb`.
+fn noted(stage: &Stage, change: impl FnOnce(&mut MadeFile)) {
+    stage.at(|desk| {
+        let mut row = desk.load(REPLICA).expect("load");
+        let home = &mut row.record.failback.as_mut().expect("a way home").home;
+        change(home.made_files.get_mut("vdb").expect("it was noted"));
+        desk.store(row).expect("store");
+    });
+}
+
+#[test]
+fn an_image_that_was_made_is_removed_alone_and_only_while_it_is_that_one() {
+    for is_ours in [true, false] {
+        let stage = Stage::new();
+        let made = makes_a_disk(&stage);
+        let theirs = ["part", "mark", "map", "sums"].map(|ending| made.with_extension(format!("qcow2.{ending}")));
+        theirs.iter().for_each(|path| fs::write(path, "somebody's").expect("write"));
+        if !is_ours {
+            // As it is where somebody's file has got the inode.
+            noted(&stage, |file| file.born = at(0));
+        }
+        stage.warned();
+        stage.at(|desk| give_back(desk, REPLICA, false)).expect("undo");
+        assert_eq!(made.exists(), !is_ours);
+        assert_eq!(stage.warned().contains(&Code::WarnHost), !is_ours);
+        theirs.iter().for_each(|path| assert!(path.exists(), "{}", path.display()));
+    }
+}
+
+#[test]
+fn an_image_that_was_made_and_is_open_stays_where_undo_is_forced() {
+    let stage = Stage::new();
+    let made = makes_a_disk(&stage);
+    let _held = Held::open(&made);
+    assert_eq!(stage.at(|desk| give_back(desk, REPLICA, false)).expect_err("it is open").code, Code::Busy);
+    stage.warned();
+    stage.at(|desk| give_back(desk, REPLICA, true)).expect("undo");
+    assert!(made.exists() && stage.warned().contains(&Code::WarnHost));
+    assert_eq!(record(&stage).state, State::Failover);
+}
+
+#[test]
+fn a_file_that_has_both_its_names_loses_the_first() {
+    let dir = tempfile::tempdir().expect("folder");
+    let [part, path, link] = ["part", "path", "link"].map(|name| dir.path().join(name));
+    fs::write(&part, "ours").expect("write");
+    std::os::unix::fs::symlink(&part, &link).expect("link");
+    assert_eq!(layers::name_new(&part, &link).expect_err("it leads to it only").code, Code::Exists);
+    fs::hard_link(&part, &path).expect("link");
+    layers::can_be_named(&part, &path).expect("it has it");
+    layers::name_new(&part, &path).expect("goes on");
+    assert_eq!((part.exists(), fs::read_to_string(&path).expect("read").as_str()), (false, "ours"));
+    fs::write(&part, "again").expect("write");
+    assert_eq!(layers::can_be_named(&part, &path).expect_err("another's").code, Code::Exists);
+    assert_eq!(layers::name_new(&part, &path).expect_err("another's").code, Code::Exists);
+    assert!(part.exists(), "nothing is lost");
 }
 
 #[test]

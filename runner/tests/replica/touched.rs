@@ -21,7 +21,7 @@ use aquifer_runner::{
         recover::recover,
         run::replicate,
         state::State,
-        trust::{self, Proof},
+        trust::{self, Holds, Proof},
     },
     source::PointRef,
 };
@@ -108,6 +108,27 @@ fn a_layer_that_was_changed_is_not_built_on() {
     assert_eq!(takes_over(&stage, &PointRef::Latest(3), false), Err(Code::BlockCorrupt), "the oldest point");
     takes_over(&stage, &PointRef::Latest(1), false).expect("a point of after it");
     assert!(stage.warned().is_empty());
+}
+
+#[test]
+fn a_merge_that_was_killed_before_its_layer_had_a_name_is_no_change_from_outside() {
+    let stage = Stage::new();
+    let mut dice = Dice::new(27);
+    let expected = replica_of(&stage, 2, &mut dice);
+    let (record, point) = (record(&stage), stage.points().remove(1));
+    let looks = || trust::look(&record, &point).expect("look");
+    let (layer, part) = (stage.file("vda/2.qcow2"), stage.file("vda/2.qcow2.merged.1.part"));
+    fs::copy(&layer, &part).expect("what says the same");
+    trust::replace(&record, "vda/2.qcow2", &part, (Holds::Point(point.id), 0)).expect("enter");
+    assert_eq!(looks(), [], "killed before the name was given");
+    fs::rename(&part, &layer).expect("the name");
+    assert_eq!(looks(), [], "and afterwards");
+    stage.assert_point(&point, &expected[1]);
+    fs::copy(stage.file("vda/1.qcow2"), &part).expect("another file");
+    fs::rename(&part, &layer).expect("the name");
+    assert_eq!(looks().len(), 1, "what is neither was changed");
+    let refused = trust::replace(&record, "vda/2.qcow2", &stage.file("vda/1.qcow2"), (Holds::Point(point.id), 0));
+    assert_eq!(refused.map_err(|fail| fail.code), Err(Code::State), "and is not merged as if it were not");
 }
 
 #[test]

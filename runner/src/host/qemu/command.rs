@@ -23,6 +23,9 @@ use crate::host::{
 
 const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
 
+/// What the serial console said, in the machine's folder.
+pub(super) const CONSOLE_LOG: &str = "console.log";
+
 /// A command line, ready to be started.
 #[derive(Debug)]
 pub(super) struct Line {
@@ -156,7 +159,7 @@ impl Line {
             self.add("-mon", format!("chardev={id},mode=control"));
         }
         let console = escaped(&socket(&self.places, "console.sock"));
-        let log = escaped(&self.places.dir.join("console.log"));
+        let log = escaped(&self.places.dir.join(CONSOLE_LOG));
         let socket_options = "socket,id=console,server=on,wait=off,logappend=on,path=";
         self.add("-chardev", joined(&[&socket_options, &console, &",logfile=", &log]));
         self.add("-serial", "chardev:console");
@@ -237,7 +240,7 @@ pub(super) fn running(process: Process, places: &Places, accel: Accel, log: Path
         orders: socket(places, "qmp.sock"),
         events: socket(places, "events.sock"),
         console: socket(places, "console.sock"),
-        console_log: places.dir.join("console.log"),
+        console_log: places.dir.join(CONSOLE_LOG),
         screen: Some(socket(places, "vnc.sock")),
         log,
     }

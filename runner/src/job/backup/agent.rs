@@ -1,4 +1,5 @@
-//! The agent inside a guest: asked to settle its file systems for the moment in which a point is taken.
+//! The agent inside a guest: asked to settle its file systems for the moment in which a point is taken, and whatever else
+//! its host may ask.
 //!
 //! Invariants
 //! - The guest is not trusted: lines and waits are bounded, nothing it says becomes a path or a command.
@@ -84,7 +85,19 @@ impl Agent {
     }
 
     fn call(&mut self, command: &str, patience: Duration) -> io::Result<Value> {
-        self.send(&json!({ "execute": command }))?;
+        self.ask(command, &json!({}), patience)
+    }
+
+    /// Gives an order with arguments, and waits for its answer.
+    ///
+    /// # Errors
+    /// The guest refuses, or does not answer in time.
+    pub fn ask(&mut self, command: &str, arguments: &Value, patience: Duration) -> io::Result<Value> {
+        let mut order = json!({ "execute": command });
+        if arguments.as_object().is_some_and(|named| !named.is_empty()) {
+            order["arguments"] = arguments.clone();
+        }
+        self.send(&order)?;
         let answer = self.line(Instant::now() + patience)?;
         match answer.get("return") {
             Some(value) => Ok(value.clone()),

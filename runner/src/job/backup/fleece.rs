@@ -17,7 +17,10 @@
 
 use std::{
     fs::{self, OpenOptions},
-    os::unix::{ffi::OsStrExt, fs::OpenOptionsExt},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{MetadataExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
     sync::mpsc::{RecvTimeoutError, Sender, channel},
     thread::{self, JoinHandle},
@@ -227,6 +230,27 @@ pub fn disks(qmp: &mut Qmp, wanted: &[(DiskName, PathBuf)]) -> Result<Vec<LiveDi
         });
     }
     Ok(found)
+}
+
+/// Those of the files that the running machine has not open at all: not as a disk, and not below one. None where one of
+/// its files cannot be looked at: that may be any of them.
+///
+/// # Errors
+/// The monitor fails.
+pub fn unopened(qmp: &mut Qmp, files: &[(DiskName, PathBuf)]) -> Result<Vec<DiskName>> {
+    // By what they are: one file has many names.
+    let seen = |path: &Path| fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
+    let nodes = list(qmp, "query-named-block-nodes", json!({ "flat": true }))?;
+    let mut open = Vec::new();
+    for node in nodes.iter().filter(|node| ["file", "host_device"].contains(&text(node, "drv"))) {
+        let path = Path::new(text(node, "file"));
+        match seen(path).filter(|_| path.is_absolute()) {
+            Some(file) => open.push(file),
+            None => return Ok(Vec::new()),
+        }
+    }
+    let is_strange = |file: &Path| seen(file).is_some_and(|file| !open.contains(&file));
+    Ok(files.iter().filter(|(_, file)| is_strange(file)).map(|(name, _)| name.clone()).collect())
 }
 
 impl Fleece {

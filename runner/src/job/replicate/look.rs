@@ -87,6 +87,9 @@ impl Watched {
             wanted.push(disk);
         }
         some(machine, &disks)?;
+        for what in place.iter().flat_map(|place| place.doubtful(&entry.exclude_disks)) {
+            (desk.warn)(Code::WarnHost, format!("{machine}: {what}"));
+        }
         let description = about(context, entry, machine, place.as_ref(), &wanted)?;
         drop(wanted);
         Ok(Some(Look::at_images(desk, disks, description)?))
@@ -184,6 +187,8 @@ fn caught(context: &Context, desk: &Desk<'_>, entry: &Machine, machine: &str, pl
     some(machine, &files)?;
     let claim = fleece::claim(&sockets)?;
     let mut qmp = fleece::connect(&sockets)?.ok_or_else(|| Fail::new(Code::State, "the machine has just ended"))?;
+    let tell = |what: String| (desk.warn)(Code::WarnHost, format!("{machine}: {what}"));
+    let files = place.opened(&mut qmp, files, &tell)?;
     let disks = fleece::disks(&mut qmp, &files)?;
     drop(qmp);
     let catches = disks.into_iter().map(|disk| Catch { disk, since: None }).collect();

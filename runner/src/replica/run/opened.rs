@@ -19,8 +19,10 @@ use uuid::Uuid;
 
 use crate::{
     fail::{Code, Fail, Result},
+    host::in_use::Against,
     replica::{
         desk::Desk,
+        images,
         layers::{self, said_above},
         model::{HomeDisk, PointRecord, ReplicaRecord, SourcePoint},
         production::Moment,
@@ -100,8 +102,9 @@ impl Opened {
                 let machine = repo.machines()?.into_iter().find(|machine| machine.id == wanted.machine);
                 let gone = || Fail::new(Code::NotFound, format!("the point {} is gone", wanted.point)).at(repo.label());
                 let machine = machine.filter(|_| repo.id() == wanted.repository).ok_or_else(gone)?;
-                let point = repo.points(&machine)?.into_iter().find(|point| point.id == wanted.point);
-                let point = point.filter(|point| point.state == PointState::Complete).ok_or_else(gone)?;
+                let listed = repo.points(&machine)?;
+                let point = wanted.among(&repo, &listed).filter(|point| point.state == PointState::Complete);
+                let point = point.cloned().ok_or_else(gone)?;
                 let hold = Hold::read(&repo, &machine, &point, repository::holder("replicate"))?;
                 Ok(Self { repo: Some((repo, point, Some(hold))), disks: Vec::new() })
             }
@@ -134,22 +137,27 @@ impl Opened {
         let known = repo.points(&machine)?;
         for point in points.iter().rev() {
             let Some(top) = point.disks.iter().find(|top| top.disk == disk) else { continue };
-            let of = point.source.filter(|of| of.repository == repo.id() && of.machine == machine.id);
-            let Some(old) = of.and_then(|of| known.iter().find(|known| known.id == of.point)) else { continue };
+            let old = point.source.and_then(|of| of.among(repo, &known).cloned());
+            // Whatever it is called by now: it has to be the same moment.
+            let Some(old) = old.filter(|old| old.created() == Some(point.taken)) else { continue };
             let Some(above) = said_above(base, &record.folder.join(&top.file))? else { continue };
             let name = aquifer_formats::repo::DiskName::new(disk)?;
             // An older point that cannot be read any more costs reading, nothing else.
-            let Ok(reader) = repo.open_disk(old, &name) else { continue };
+            let Ok(reader) = repo.open_disk(&old, &name) else { continue };
             let old = Chain::of_point(reader, desk.cache.clone());
+            if old.size() != top.size {
+                continue;
+            }
             return Ok(Some(delta_between(&old, source)?.union(&above)));
         }
         Ok(None)
     }
 }
 
-/// Refuses images that were written to since a run began with them.
+/// Refuses images that were written to since a run began with them, or that somebody has open to write.
 pub(super) fn untouched(disks: &[HomeDisk], as_of: &[i64]) -> Result<()> {
     for (disk, as_of) in disks.iter().zip(as_of) {
+        images::free(disk, Against::Writers)?;
         if written(&disk.path)? != *as_of {
             let what = "the image was written to while it was copied: its machine has to be off";
             return Err(Fail::new(Code::State, what).at(disk.path.display()));

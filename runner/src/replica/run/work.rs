@@ -130,6 +130,16 @@ impl RunWork {
         Ok(vec![desk.stored(row)?])
     }
 
+    /// Disks that the point before has, that this one has not, and that no rule leaves out.
+    fn gone(&self, desk: &Desk<'_>, record: &ReplicaRecord) -> Result<Vec<String>> {
+        let mut points = desk.points(&self.name)?;
+        points.retain(|point| point.number < self.point.number);
+        let before = points.last().map(|point| point.disks.as_slice()).unwrap_or_default();
+        let is_here = |top: &&Top| self.point.disks.iter().any(|here| here.disk == top.disk);
+        let gone = before.iter().filter(|top| !is_here(top) && !record.rules.leave_out(&top.disk));
+        Ok(gone.map(|top| top.disk.clone()).collect())
+    }
+
     /// The points that are one too many with the new one.
     fn surplus(&self, desk: &Desk<'_>) -> Result<Vec<u64>> {
         let mut points = desk.points(&self.name)?;
@@ -216,6 +226,7 @@ impl RunWork {
             carried.bytes_read_production = carried.bytes_read;
         }
         self.point.carried = carried;
+        self.point.gone = self.gone(desk, &record)?;
         self.point.made = Timestamp::now();
         Ok(())
     }

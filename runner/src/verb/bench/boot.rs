@@ -142,7 +142,7 @@ impl Drop for Trial<'_> {
             let _ = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
         }
         if let Ok((host, running)) = running {
-            let _ = host.power_off(&running, Duration::ZERO);
+            let _ = host.power_off(&running);
         }
     }
 }
