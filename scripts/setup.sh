@@ -5,9 +5,9 @@
 set -euo pipefail
 
 QEMU=(qemu-system-x86 qemu-utils qemu-block-extra)
-PLAIN=(build-essential pkg-config ca-certificates curl git make python3
+PLAIN=(build-essential pkg-config ca-certificates curl git make python3 python3-pip
        nbdkit libnbd-bin python3-libnbd fio nbd-client ovmf gdisk fdisk dosfstools mtools
-       e2fsprogs xfsprogs btrfs-progs debootstrap grub-common grub-pc-bin grub-efi-amd64-bin busybox-static cpio kmod iproute2 fuse3 zstd xz-utils openssl postgresql socat jq strace tmux rsync b3sum)
+       e2fsprogs xfsprogs btrfs-progs debootstrap grub-common grub-pc-bin grub-efi-amd64-bin busybox-static cpio kmod iproute2 fuse3 zstd lz4 xz-utils openssl postgresql socat jq strace tmux rsync b3sum)
 
 missing() { local p; for p in "$@"; do dpkg-query -W -f='${Status}' "$p" 2>/dev/null | grep -q 'ok installed' || echo "$p"; done; }
 
@@ -33,7 +33,7 @@ main() {
     APT_SUITE=(-t bookworm-backports); install_packages "${QEMU[@]}"
     APT_SUITE=();                      install_packages "${PLAIN[@]}"
     if ! command -v cargo >/dev/null; then
-        echo "setup: no cargo found. Install Rust 1.95 or newer from your distribution or https://rustup.rs, then run this again." >&2
+        echo "setup: no cargo found. Install Rust 1.94 or newer from your distribution or https://rustup.rs, then run this again." >&2
         exit 1
     fi
 }

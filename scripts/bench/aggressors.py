@@ -69,9 +69,9 @@ def tail(uri):
     raise RuntimeError("nothing was measured")
 
 
-def beside(uri, aggressor):
-    """The victim's tail while the aggressor is at it."""
-    other = subprocess.Popen(AGGRESSORS[aggressor](uri), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def beside(uri, aggressor, at=None):
+    """The victim's tail while the aggressor is at it, or at the disk `at` of another server: all they share then is the machine."""
+    other = subprocess.Popen(AGGRESSORS[aggressor](at or uri), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         time.sleep(1.5)
         if other.poll() is not None:

@@ -115,6 +115,7 @@ def native(folder):
     if once(folder, made.name):
         run(AQUIFER, "-r", repo, "init", env=environment(made / "home"))
         run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", folder / "mix.raw", disk)
+        count(disk, 1)
         backup(repo, "mix", "--disk", f"vda={disk}")
         for n, places in enumerate(increments(128)[1], 1):
             script = "".join(f"write -q -s {folder}/donor.bin {place} {BLOCK}\n" for place in places)
@@ -124,10 +125,15 @@ def native(folder):
     return repo
 
 
+def count(disk, n):
+    """Begins the bitmap of increment `n`: it has to count before the point is made that it counts from."""
+    run("qemu-img", "bitmap", "--add", "--enable", disk, f"b{n}")
+
+
 def step(repo, machine, disk, n, script):
     """Changes a disk under a bitmap and backs up what has changed."""
-    run("qemu-img", "bitmap", "--add", "--enable", disk, f"b{n}")
     run("qemu-io", "-f", "qcow2", "-t", "writeback", disk, input=script.encode())
+    count(disk, n + 1)
     backup(repo, machine, "--disk", f"vda={disk}", "--bitmap", f"b{n}")
     run("qemu-img", "bitmap", "--remove", disk, f"b{n}")
 
@@ -154,6 +160,7 @@ def wide(folder):
         run(AQUIFER, "-r", repo, "init", env=environment(made / "home"))
         sparse(raw, 1)
         run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4k", raw, disk)
+        count(disk, 1)
         backup(repo, "wide", "--disk", f"vda={disk}")
         for n in range(1, STEPS + 1):
             step(repo, "wide", disk, n, "".join(f"write -q -P {1 + n} {place} 4k\n" for place in pages(n)))

@@ -189,12 +189,13 @@ def latency(work):
 def aggressor(work):
     """A victim of 500 operations a second beside each greedy client of the same recovery; the budget is twice its quiet tail."""
     group, what, image = "a victim beside an aggressor", "p99 of 500 IOPS beside", work / "mix.qcow2"
-    with aggressors.recovery(image) as (uri, verb), aggressors.qcow2_overlay(image) as theirs:
-        for each in (uri, theirs):
+    with aggressors.recovery(image) as (uri, verb), aggressors.recovery(image) as (unrelated, _), aggressors.qcow2_overlay(image) as theirs:
+        for each in (uri, unrelated, theirs):
             aggressors.read_once(each)
         for name in aggressors.AGGRESSORS:
             budget = None if name == aggressors.HOG else 0.5
             compare(group, f"{what} {name}", lambda: aggressors.beside(uri, name), ("ours, quiet", budget, lambda: aggressors.tail(uri)),
+                    ("ours, while another recovery has it", None, lambda: aggressors.beside(uri, name, unrelated)),
                     ("qemu-nbd, qcow2 overlay", None, lambda: aggressors.beside(theirs, name)), unit="us", better="less", warm=[image])
 
         def hydrating():

@@ -10,6 +10,8 @@ from servers import warm_pages
 ROWS = []
 FAILED = []
 ROUNDS = int(os.environ.get("AQUIFER_BENCH_ROUNDS", "3"))
+# Where a budget asks for a few per cent, single runs differ by more than that.
+CLOSE_ROUNDS = 3 * ROUNDS
 # One side of a row that takes longer than this is not repeated: its noise is small, the reader's time is not.
 LONG_SECONDS = 15
 
@@ -40,12 +42,12 @@ def cpu():
     return used.ru_utime + used.ru_stime
 
 
-def measure(sides, warm=()):
-    """Calls the sides in turn, several times; each answers one figure. Returns (samples, CPU seconds) of each, where the CPU
+def measure(sides, warm=(), rounds=ROUNDS):
+    """Calls the sides in turn, `rounds` times; each answers one figure. Returns (samples, CPU seconds) of each, where the CPU
     is that of all programs of a side, and before each of them the files `warm` are read."""
     samples = [([], []) for _ in sides]
     slow = [False] * len(sides)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for n, side in enumerate(sides):
             if slow[n]:
                 continue
@@ -57,11 +59,11 @@ def measure(sides, warm=()):
     return samples
 
 
-def compare(group, work, ours, *peers, unit, better, warm=()):
+def compare(group, work, ours, *peers, unit, better, warm=(), rounds=ROUNDS):
     """Rows of one work against peers, all measured in turn. A peer is (name, budget, function)."""
     guard = Strangers()
     try:
-        us, *others = measure([ours, *(side for _, _, side in peers)], warm)
+        us, *others = measure([ours, *(side for _, _, side in peers)], warm, rounds)
     except Exception as error:  # what cannot be measured is shown as such
         return lost(group, f"{work}, against {', '.join(p[0] for p in peers)}", error)
     for (name, budget, _), samples in zip(peers, others):

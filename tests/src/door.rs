@@ -65,11 +65,12 @@ pub fn nbd_layer(uri: &str) -> aquifer_formats::Result<Arc<dyn Layer>> {
     Ok(Arc::new(NbdLayer::new(Arc::new(client))))
 }
 
-/// A source whose reads can be held up, and that counts what it gives.
+/// A file whose reads or syncs can be held up, and that counts what it gives.
 #[derive(Debug)]
 pub struct HeldStorage {
     inner: MemoryStorage,
     held: AtomicBool,
+    syncs_held: AtomicBool,
     waiting: AtomicU64,
     read: AtomicU64,
 }
@@ -78,7 +79,8 @@ impl HeldStorage {
     /// A source of `bytes`, not held.
     pub fn new(bytes: Vec<u8>) -> Arc<Self> {
         let inner = MemoryStorage::new("held", bytes);
-        Arc::new(Self { inner, held: AtomicBool::new(false), waiting: AtomicU64::new(0), read: AtomicU64::new(0) })
+        let (held, syncs_held) = (AtomicBool::new(false), AtomicBool::new(false));
+        Arc::new(Self { inner, held, syncs_held, waiting: AtomicU64::new(0), read: AtomicU64::new(0) })
     }
 
     /// Makes every read from now on wait until [`HeldStorage::release`], or fail after half a minute.
@@ -86,12 +88,31 @@ impl HeldStorage {
         self.held.store(true, Ordering::SeqCst);
     }
 
-    /// Lets all reads go.
-    pub fn release(&self) {
-        self.held.store(false, Ordering::SeqCst);
+    /// The same for every sync.
+    pub fn hold_syncs(&self) {
+        self.syncs_held.store(true, Ordering::SeqCst);
     }
 
-    /// Reads that wait now.
+    /// Lets all go.
+    pub fn release(&self) {
+        self.held.store(false, Ordering::SeqCst);
+        self.syncs_held.store(false, Ordering::SeqCst);
+    }
+
+    fn wait_while(&self, held: &AtomicBool) -> io::Result<()> {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let start = Instant::now();
+        while held.load(Ordering::SeqCst) {
+            if start.elapsed() > Duration::from_secs(30) {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Calls that wait now.
     pub fn waiting(&self) -> u64 {
         self.waiting.load(Ordering::SeqCst)
     }
@@ -116,15 +137,7 @@ impl Storage for HeldStorage {
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.waiting.fetch_add(1, Ordering::SeqCst);
-        let start = Instant::now();
-        while self.held.load(Ordering::SeqCst) {
-            if start.elapsed() > Duration::from_secs(30) {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        self.wait_while(&self.held)?;
         self.read.fetch_add(buf.len() as u64, Ordering::SeqCst);
         self.inner.read_at(offset, buf)
     }
@@ -162,6 +175,7 @@ impl Storage for HeldStorage {
     }
 
     fn sync(&self) -> io::Result<()> {
+        self.wait_while(&self.syncs_held)?;
         self.inner.sync()
     }
 }
