@@ -62,6 +62,18 @@ fn it_ends_with_a_plain_local_disk_and_lets_the_source_go() {
 }
 
 #[test]
+fn what_is_still_on_its_way_when_the_source_is_let_go_is_counted() {
+    let (rig, world) = (rig(4), Rig::world());
+    let disk = disk(&rig, &world);
+    let hydrator = Hydrator::start(Arc::clone(&disk), Pace::default()).expect("start");
+    assert_eq!(hydrator.wait(LONG), HydrateState::Done);
+    let before = disk.fetched();
+    // Whoever reads through the chain has it until its read has ended.
+    rig.chain.read(0, &mut [0; 4096]).expect("read");
+    assert_eq!(disk.fetched(), before + 4096);
+}
+
+#[test]
 fn the_guests_write_wins_against_every_copy() {
     for seed in 0..4 {
         let (rig, world) = (rig(8), Rig::world());
@@ -175,7 +187,7 @@ fn what_may_not_be_copied_keeps_nobody_awake() {
         } else {
             rig.source.fail_from_now(Failing::Io);
         }
-        let waiting: Vec<_> = [9u64, 11, 13]
+        let waiting: Vec<std::thread::JoinHandle<_>> = [9u64, 11, 13]
             .map(|at| {
                 let disk = Arc::clone(&disk);
                 std::thread::spawn(move || disk.read(at << 20, &mut [0; 4096]))
@@ -183,7 +195,9 @@ fn what_may_not_be_copied_keeps_nobody_awake() {
             .into();
         let started = Instant::now();
         let known = || {
-            if paused { disk.demand_stats().misses > 0 } else { hydrator.progress().state == HydrateState::SourceAway }
+            // Whoever waits for nothing has told what it read before it ends.
+            let told = || waiting.iter().all(std::thread::JoinHandle::is_finished);
+            if paused { told() } else { hydrator.progress().state == HydrateState::SourceAway }
         };
         while !known() {
             assert!(started.elapsed() < Duration::from_secs(10), "{:?}", hydrator.progress());

@@ -438,7 +438,8 @@ fn a_source_that_fails_delays_and_crawls_is_only_slow() {
         // chain from another is no data of the disk.
         let counted = status(&site).disks[0].fetched;
         let bytes = |from: usize| kit.fetched()[from..].iter().map(|(_, len)| len).sum::<u64>();
-        assert!((bytes(opened).max(1)..=bytes(0)).contains(&counted), "{filter}: status tells {counted}");
+        let asked = bytes(opened).max(1)..=bytes(0);
+        assert!(asked.contains(&counted), "{filter}: status tells {counted}, asked for were {asked:?}");
         site.client().stop(Clients::Disconnect).expect("stop");
         assert!(door.0.wait().expect("wait").success());
         // The three reads were asked for beside the copy.

@@ -63,7 +63,7 @@ pub struct Chain {
     snapshot: Option<Arc<PbsLayer>>,
     cache: Arc<BlockCache>,
     size: u64,
-    fetched: AtomicU64,
+    fetched: Arc<AtomicU64>,
     /// The files it is read from, where its layers cannot tell.
     files: Option<Vec<PathBuf>>,
 }
@@ -82,14 +82,14 @@ impl Chain {
             }
         };
         let map = Some(WindowMap::new(&layers));
-        Ok(Self { layers, map, point: None, snapshot: None, cache, size, fetched: AtomicU64::new(0), files: None })
+        Ok(Self { layers, map, point: None, snapshot: None, cache, size, fetched: Arc::default(), files: None })
     }
 
     /// A native point: one layer, whose own map takes two hops whatever it draws from. What it has left in a disk of
     /// another product is below it, and merged as in any other chain.
     pub fn of_point(point: Arc<aql::Reader>, cache: Arc<BlockCache>) -> Self {
         let size = point.size();
-        let fetched = AtomicU64::new(0);
+        let fetched = Arc::default();
         let mut layers: Vec<Arc<dyn Layer>> = vec![point.clone()];
         layers.extend(point.below().into_iter().flat_map(|below| below.layers().iter().cloned()));
         let map = (layers.len() > 1).then(|| WindowMap::new(&layers));
@@ -108,7 +108,7 @@ impl Chain {
 
     /// A disk of a snapshot whose index says at once where each part is.
     pub fn of_snapshot(snapshot: Arc<PbsLayer>, cache: Arc<BlockCache>) -> Self {
-        let (size, fetched) = (snapshot.size(), AtomicU64::new(0));
+        let (size, fetched) = (snapshot.size(), Arc::default());
         let layers: Vec<Arc<dyn Layer>> = vec![snapshot.clone()];
         Self { layers, map: None, point: None, snapshot: Some(snapshot), cache, size, fetched, files: None }
     }
@@ -147,6 +147,11 @@ impl Chain {
     /// send, less its maps. Blocks that the cache had are not in it.
     pub fn fetched(&self) -> u64 {
         self.fetched.load(Relaxed)
+    }
+
+    /// What [`Chain::fetched`] is told from; it outlives the chain.
+    pub(crate) fn count(&self) -> &Arc<AtomicU64> {
+        &self.fetched
     }
 
     /// Digest over all layers, in order: equal for the same files in the same state. A session refuses

@@ -7,6 +7,7 @@
 //!
 //! Not here: wire formats, queues, threads.
 
+mod fetched;
 mod source;
 mod touched;
 
@@ -16,7 +17,7 @@ use std::{
     path::Path,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -28,6 +29,7 @@ pub use self::source::Parked;
 pub use self::touched::TOUCHED_NAME;
 pub(crate) use self::touched::UNIT_BYTES;
 use self::{
+    fetched::Fetched,
     source::Patience,
     touched::{Touch, Touched},
 };
@@ -52,8 +54,7 @@ pub struct Disk {
     awaited: AtomicBool,
     /// Where absent blocks were read, if that is known from the beginning.
     touched: Option<Touched>,
-    /// Fetched through chains that are gone.
-    fetched_before: AtomicU64,
+    fetched: Fetched,
     overlay: Option<Overlay>,
     /// Acknowledged writes for the next process, where that is wanted.
     unflushed: Option<Unflushed>,
@@ -124,14 +125,17 @@ impl Disk {
         let patience = Patience::new(if overlay.is_some() { PATIENCE } else { Duration::ZERO });
         let demand = Arc::new(Demand::new(size));
         let awaited = AtomicBool::new(false);
-        let fetched_before = AtomicU64::new(0);
+        let fetched = Fetched::default();
+        if let Some(chain) = &chain {
+            fetched.add(chain);
+        }
         Self {
             name,
             size,
             chain: ArcSwapOption::new(chain),
             awaited,
             touched: None,
-            fetched_before,
+            fetched,
             overlay,
             unflushed: None,
             demand,
@@ -564,7 +568,7 @@ impl Disk {
         let done = self.local()?.absent == 0;
         if done {
             self.awaited.store(false, Ordering::Release);
-            self.retire(self.chain.swap(None));
+            self.chain.store(None);
         }
         Ok(done)
     }
@@ -579,24 +583,20 @@ impl Disk {
             let what = format!("the disk has {} bytes, the chain opened anew {}", self.size, chain.size());
             return Err(Error::WrongOverlay { path: self.name.clone(), what });
         }
+        self.fetched.add(chain);
         if self.is_awaited() {
             self.chain.store(Some(Arc::clone(chain)));
             self.awaited.store(false, Ordering::Release);
         } else {
-            self.retire(self.chain.rcu(|old| old.as_ref().map(|_| Arc::clone(chain))));
+            self.chain.rcu(|old| old.as_ref().map(|_| Arc::clone(chain)));
         }
         self.patience.retry();
         Ok(())
     }
 
-    /// Keeps count of what came through a chain that is let go.
-    fn retire(&self, chain: Option<Arc<Chain>>) {
-        self.fetched_before.fetch_add(chain.map_or(0, |chain| chain.fetched()), Ordering::Relaxed);
-    }
-
     /// Bytes of data fetched from the source since the disk was opened; see [`Chain::fetched`].
     pub fn fetched(&self) -> u64 {
-        self.fetched_before.load(Ordering::Relaxed) + self.chain().map_or(0, |chain| chain.fetched())
+        self.fetched.bytes()
     }
 
     /// Bytes of guest writes that are only in memory and journal; 0 without an overlay.
