@@ -63,7 +63,7 @@ fn everything_linked_is_permissive_and_known() {
     let banned = list(&deny, "deny");
     assert!(licences.len() > 5 && banned.contains(&"openssl-sys".to_owned()), "deny.toml is read: {banned:?}");
     let metadata = Command::new(env!("CARGO"))
-        .args(["metadata", "--format-version=1", "--locked", "--offline"])
+        .args(["metadata", "--format-version=1", "--locked"])
         .args(["--filter-platform", "x86_64-unknown-linux-gnu"])
         .current_dir(root())
         .output()
