@@ -412,7 +412,7 @@ impl Order<'_> {
         let disks = before.and_then(|before| before.record.as_ref()).map(|record| record.disks.as_slice());
         for disk in disks.unwrap_or_default().iter().filter(|disk| !is_settled(&disk.name)) {
             let what = format!("{}: disk {} of the point before is not there any more", machine.name, disk.name);
-            self.warn(Code::WarnDiskGone, what, Some("aquifer explain W_DISK_GONE"));
+            self.warn(Code::WarnDiskGone, what, None);
         }
     }
 

@@ -25,6 +25,7 @@ mod session;
 mod slot;
 mod transaction;
 mod url;
+mod work;
 
 use std::{
     fmt, fs, io,
@@ -43,12 +44,13 @@ pub use event::{Event, EventFilter, EventRecord};
 pub use job::{JobState, NewRun, Trigger};
 pub use operation::{End, Operation, OperationId};
 pub use plan_run::PlanRun;
-pub use queue::{Asked, Fence, NewWork, Outcome, Progress, Retries, Work, WorkId, WorkState};
+pub use queue::{Asked, Fence, Left, Outcome, Progress};
 pub use replica::{Change, PointRow, Stored};
 pub use session::{NewSession, Session, SessionFilter, SessionId, SessionResult, SessionState, Wish};
 pub use slot::Need;
 use transaction::{Fault, Tx};
 pub use url::Url;
+pub use work::{NewWork, Retries, Work, WorkId, WorkState};
 
 /// How long a worker may be silent before its work is given to another.
 pub const LEASE: Duration = Duration::from_secs(30);

@@ -34,11 +34,9 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+pub use self::home::{check_home, is_no_replica, made_are_free, stands_still};
 use self::{
-    home::{
-        check_home, describe_home, has_room, made_are_free, name_made, pairs, remove_made, stands_still, still_free,
-        write_home,
-    },
+    home::{describe_home, has_room, name_made, pairs, remove_made, still_free, write_home},
     pass::{Pass, working_of},
 };
 use crate::{
@@ -93,7 +91,7 @@ pub struct BackWork {
 pub fn failback(desk: &Desk<'_>, name: &str, home: Home, switch: Switch, changed: Changed) -> Result<Carried> {
     let record = desk.ready_for(name, Op::Failback)?.record;
     let failover = record.failover.clone().ok_or_else(|| Fail::new(Code::Bug, "a takeover without a record"))?;
-    check_home(desk, &record, &failover, &home)?;
+    check_home(&record, &home, desk.running(&home.folder).is_some(), desk.cache)?;
     let points = desk.points(name)?;
     let point = points.iter().find(|point| point.id == failover.point);
     let number = record.next_layer;
@@ -342,7 +340,7 @@ pub struct SwitchWork {
     epoch: u64,
     protective: PointRecord,
     was_on: bool,
-    power_on: bool,
+    pub(crate) power_on: bool,
     grace_s: u64,
     carried: Carried,
     replica_running: Option<Running>,
@@ -370,7 +368,7 @@ pub fn switchover(desk: &Desk<'_>, name: &str, power_on: bool, grace: Duration) 
     let missing = || Fail::new(Code::Bug, "a way home without a record");
     let failover = record.failover.clone().ok_or_else(missing)?;
     let failback = record.failback.clone().ok_or_else(missing)?;
-    stands_still(desk, &record, &failback)?;
+    stands_still(&record, desk.running(&failback.home.folder).is_some())?;
     let points = desk.points(name)?;
     let base = points.iter().find(|point| point.id == failover.point);
     let number = record.next_layer.max(points.last().map_or(0, |last| last.number + 1));
@@ -552,15 +550,25 @@ pub struct CommitWork {
 /// [`Code::State`], also while production is off and `force` is not given.
 pub fn commit(desk: &Desk<'_>, name: &str, force: bool) -> Result<()> {
     let record = desk.ready_for(name, Op::Commit)?.record;
-    let home = record.failback.as_ref().map(|failback| &failback.home);
-    if let Some(home) = home.filter(|home| !force && desk.running(&home.folder).is_none()) {
-        let what = format!("{} is off: what came home was not tried yet", home.machine);
-        return Err(Fail::new(Code::State, what).at(home.folder.display()).help_again("--force"));
+    if !force && let Some(failback) = &record.failback {
+        is_tried(&failback.home, desk.running(&failback.home.folder).is_some())?;
     }
     let work = CommitWork { kind: CommitWork::KIND.into(), name: name.into(), epoch: record.epoch };
     desk.carry_out(name, work, None)?;
     let record = desk.load(name)?.record;
     keep::sweep(desk, &record, &[])
+}
+
+/// Refuses to make final what came home while nobody has tried it.
+///
+/// # Errors
+/// [`Code::State`] unless its machine `runs`.
+pub fn is_tried(home: &Home, runs: bool) -> Result<()> {
+    if runs {
+        return Ok(());
+    }
+    let what = format!("{} is off: what came home was not tried yet", home.machine);
+    Err(Fail::new(Code::State, what).at(home.folder.display()).help_again("--force"))
 }
 
 impl Work for CommitWork {
@@ -596,7 +604,7 @@ pub struct ReturnWork {
     home: Home,
     /// The sides were changed: production is off again, and the replica on.
     changed: bool,
-    force: bool,
+    pub(crate) force: bool,
     epoch: u64,
     number: u64,
     point: Option<PointRecord>,
@@ -611,9 +619,8 @@ pub struct ReturnWork {
 pub fn give_back(desk: &Desk<'_>, name: &str, force: bool) -> Result<()> {
     let record = desk.ready_for(name, Op::Undo)?.record;
     let failback = record.failback.clone().ok_or_else(|| Fail::new(Code::Bug, "a way home without a record"))?;
-    // Its own machine is turned off first.
-    if !force && desk.running(&failback.home.folder).is_none() {
-        made_are_free(&failback.home)?;
+    if !force {
+        made_are_free(&failback.home, desk.running(&failback.home.folder).is_some())?;
     }
     let points = desk.points(name)?;
     let point = points.into_iter().find(|point| Some(point.id) == failback.protective);

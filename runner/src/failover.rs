@@ -459,7 +459,7 @@ pub struct UndoWork {
     name: String,
     epoch: u64,
     /// The host cannot be reached; its machine may still run.
-    force: bool,
+    pub(crate) force: bool,
 }
 
 /// What taking a takeover back would lose.
@@ -672,7 +672,9 @@ pub struct Planned {
 /// [`Code::State`]; what failed. Once production is off, it is started again where `restart` asks for that.
 pub fn planned(desk: &Desk<'_>, spec: &ReplicaSpec, home: &Path, restart: bool, start_it: bool) -> Result<Planned> {
     desk.ready_for(&spec.name, Op::PlannedFailover)?;
+    can_be_copied(home, desk.running(home).is_some())?;
     // What the backups have need not be copied while everybody waits.
+    let known = desk.points(&spec.name)?;
     if !spec.repositories.is_empty() {
         replicate(desk, spec)?;
     }
@@ -684,11 +686,12 @@ pub fn planned(desk: &Desk<'_>, spec: &ReplicaSpec, home: &Path, restart: bool, 
     let disks: Vec<HomeDisk> = placed.disks.iter().map(images::home_disk).collect();
     let points = desk.points(&spec.name)?;
     let description = points.last().map(|point| point.description.clone()).unwrap_or_default();
-    let free = |disks: &[HomeDisk]| disks.iter().try_for_each(|disk| images::free(disk, Against::Writers));
-    let moved = free(&disks).and_then(|()| replicate_images(desk, spec, disks, description)).and_then(|last| {
-        let reason = Some(PLANNED.to_owned());
-        Ok(Planned { failover: failover(desk, &spec.name, &PointRef::Latest(0), reason, start_it)?, last })
-    });
+    let moved =
+        can_be_copied(home, false).and_then(|()| replicate_images(desk, spec, disks, description)).and_then(|last| {
+            tell_of_gone(desk, &spec.name, &known)?;
+            let reason = Some(PLANNED.to_owned());
+            Ok(Planned { failover: failover(desk, &spec.name, &PointRef::Latest(0), reason, start_it)?, last })
+        });
     if moved.is_err() && was_on && restart {
         let name = placed.described.name.clone().unwrap_or_else(|| spec.machine.clone());
         if let Err(fail) = start(desk, home, &name) {
@@ -696,6 +699,28 @@ pub fn planned(desk: &Desk<'_>, spec: &ReplicaSpec, home: &Path, restart: bool, 
         }
     }
     moved
+}
+
+/// Tells of disks that went with one of the points that were made since these were `known`.
+fn tell_of_gone(desk: &Desk<'_>, name: &str, known: &[PointRecord]) -> Result<()> {
+    let mut points = desk.points(name)?;
+    points.retain(|point| known.iter().all(|before| before.id != point.id));
+    for (point, disk) in points.iter().flat_map(|point| point.gone.iter().map(move |disk| (point, disk))) {
+        let what = format!("disk {disk} of the point before is not there any more: {} has none", point.id);
+        (desk.warn)(Code::WarnDiskGone, what);
+    }
+    Ok(())
+}
+
+/// Refuses production whose disks somebody else writes to: they stand still only while it is off. Its own machine is
+/// turned off first, where it `runs`.
+///
+/// # Errors
+/// [`Code::Busy`]; a machine that is not there.
+pub fn can_be_copied(home: &Path, runs: bool) -> Result<()> {
+    let placed = Placed::read(home)?;
+    let disks = placed.disks.iter().filter(|_| !runs).map(images::home_disk);
+    disks.into_iter().try_for_each(|disk| images::free(&disk, Against::Writers))
 }
 
 /// Whether a folder holds a machine.

@@ -18,12 +18,15 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-pub use ask::{Batches, Begun, RunOfJob, UnderWay, begin, begin_in, check, interrupted, reports, schedule, under_way};
+pub use ask::{
+    Batches, Begun, RunOfJob, UnderWay, after_a_run, begin, begin_in, check, interrupted, is_open_operation, leave,
+    left, refuse_backup, refused, reports, schedule, stop_runs, tell_left, under_way, way_home_is_left,
+};
 pub use place::{Production, production, target};
 pub use report::{Report, Warned};
 
 use crate::{
-    catalogue::{Event, Work, WorkState},
+    catalogue::Event,
     fail::{Code, Fail, Result},
     failback::{self, Changed},
     failover::{self, planned},
@@ -33,10 +36,10 @@ use crate::{
         desk::{Desk, object},
         member,
         model::{Home, Switch},
-        recover::recover_for,
+        recover::{Told, recover_as},
         rules::Through,
         run::ReplicaSpec,
-        seat::{Told, at_desk},
+        seat::{self, at_desk},
         state::{Op, State},
     },
     site::Fencing,
@@ -125,6 +128,9 @@ pub enum Act {
         /// Whether production is started, where a takeover is taken back and production is off.
         #[serde(default)]
         restart: bool,
+        /// The last step is a way home that was cut short: as much of it as there is, and never the takeover.
+        #[serde(default)]
+        way_home: bool,
     },
     /// Making the takeover final.
     Permanent,
@@ -176,6 +182,18 @@ impl Act {
             Self::Permanent => Op::Permanent,
         }
     }
+
+    /// Whether it is part of a way home, which is taken back without the takeover.
+    pub fn is_way_home(&self) -> bool {
+        matches!(self, Self::Failback { .. } | Self::Switchover { .. })
+    }
+
+    /// Adds that it is done also where something speaks against it.
+    pub fn add_force(&mut self) {
+        if let Self::Failover { force, .. } | Self::Commit { force } | Self::Undo { force, .. } = self {
+            *force = true;
+        }
+    }
 }
 
 /// Does what is asked.
@@ -185,7 +203,7 @@ impl Act {
 pub fn run(task: &Task<'_>) -> Result<Done> {
     let ask: Ask = task.spec()?;
     let (done, told) = at_desk(task, ask.network, ask.grace, |desk| ask.carry_out(task, desk));
-    let warned = |(code, what): &Told| Warned { code: code.name().to_owned(), what: what.clone() };
+    let warned = |(code, what): &seat::Told| Warned { code: code.name().to_owned(), what: what.clone() };
     let report = Report { warnings: told.iter().map(warned).collect(), ..done? };
     let report = serde_json::to_value(report).map_err(|e| Fail::new(Code::Bug, e.to_string()))?;
     let why: Vec<String> = told.iter().map(|(code, what)| format!("{}: {what}", code.name())).collect();
@@ -195,7 +213,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
 impl Ask {
     fn carry_out(&self, task: &Task<'_>, desk: &Desk<'_>) -> Result<Report> {
         member::settle(desk, task.context.site()?, &self.replica)?;
-        recover_for(desk, &self.replica, self.act.op())?;
+        recover_as(desk, &self.replica, self.act.op(), self.told())?;
         let ended = task.catalogue.operations_of(task.work.id)?;
         let is_done = |op: Op| ended.iter().any(|known| known.op == op.name() && known.state == "done");
         let before = desk.load(&self.replica)?.record.failback;
@@ -220,7 +238,7 @@ impl Ask {
             }
             Act::Failback { home, switch, power_on, compare, verify } => {
                 if !is_done(Op::Failback) {
-                    refuse_backup(task, desk, name)?;
+                    refuse_backup(task.catalogue, &desk.load(name)?.record.machine)?;
                     let known =
                         if *compare { Changed::default() } else { marks::marks(task.context, &desk.points(name)?)? };
                     let known = Changed { verify: *verify, ..known };
@@ -240,15 +258,16 @@ impl Ask {
                 failback::switchover(desk, name, *power_on, self.grace)?;
             }
             Act::Commit { force } if !is_done(Op::Commit) => failback::commit(desk, name, *force)?,
-            Act::Undo { force, restart } => {
-                let failover = desk.load(name)?.record.failover;
-                let planned = failover.is_some_and(|failover| failover.reason.as_deref() == Some(failover::PLANNED));
-                if !is_done(Op::Undo) {
-                    if desk.load(name)?.record.failback.is_some() {
-                        failback::give_back(desk, name, *force)?;
-                    } else {
-                        failover::undo(desk, name, *force)?;
-                    }
+            Act::Undo { force, restart, way_home } => {
+                let record = desk.load(name)?.record;
+                let planned =
+                    record.failover.is_some_and(|failover| failover.reason.as_deref() == Some(failover::PLANNED));
+                match (is_done(Op::Undo), record.failback.is_some()) {
+                    (true, _) => {}
+                    (false, true) => failback::give_back(desk, name, *force)?,
+                    // What had begun of it was taken back where the operation was brought to its end.
+                    (false, false) if *way_home => {}
+                    (false, false) => failover::undo(desk, name, *force)?,
                 }
                 self.see_to_production(task, desk, *restart, planned)?;
             }
@@ -262,10 +281,26 @@ impl Ask {
         Report::of(desk, self.act.op(), name, before)
     }
 
+    /// What an operation that was cut short is told before it is brought to its end.
+    fn told(&self) -> Told {
+        match self.act {
+            Act::Undo { force, way_home, .. } => Told { force, back: way_home },
+            _ => Told::default(),
+        }
+    }
+
+    /// The state that it leads to from this one.
+    pub fn leads_to(&self, state: State) -> State {
+        match self.act {
+            Act::Undo { way_home: true, .. } => State::Failover,
+            _ => state.step(self.act.op()).map_or(state, |arrow| arrow.success),
+        }
+    }
+
     /// Taking back means the last step: one that somebody else has taken back meanwhile is not followed by the one before.
     fn still_meant(&self, desk: &Desk<'_>) -> Result<()> {
         let now = desk.load(&self.replica)?.record.state;
-        match self.seen.filter(|_| matches!(self.act, Act::Undo { .. })) {
+        match self.seen.filter(|_| matches!(self.act, Act::Undo { way_home: false, .. })) {
             Some(seen) if seen != now => {
                 let what = format!("{} was {seen} when this was asked, and is {now} now", self.replica);
                 Err(Fail::new(Code::State, what).at(object(&self.replica)))
@@ -372,22 +407,6 @@ impl Ask {
         }
         let ask = Self { act: Act::Switchover { power_on }, ..self.clone() };
         schedule(task.context, task.catalogue, &ask, time).map(drop)
-    }
-}
-
-/// Refuses a way home while a backup reads the machine that is turned off for it.
-fn refuse_backup(task: &Task<'_>, desk: &Desk<'_>, name: &str) -> Result<()> {
-    let machine = desk.load(name)?.record.machine;
-    let reads = |work: &Work| {
-        let of_it = work.spec.get("machine").and_then(serde_json::Value::as_str) == Some(machine.as_str());
-        of_it && work.kind == "backup" && work.state == WorkState::Running
-    };
-    match task.catalogue.open_work()?.into_iter().find(reads) {
-        None => Ok(()),
-        Some(work) => {
-            let session = work.session.map(|session| format!("aquifer sessions {session}")).unwrap_or_default();
-            Err(Fail::new(Code::Busy, format!("{machine} is being backed up")).at(work.object).help(session))
-        }
     }
 }
 

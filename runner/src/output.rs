@@ -210,7 +210,10 @@ impl Output {
     /// A warning: said at once, counted, listed at the end, exit code 1.
     pub fn warn(&self, code: Code, what: impl Into<String>, do_: Option<&str>) {
         let what = what.into();
-        let do_ = do_.map(|command| self.ready(command));
+        // What is wrong with these is the same wherever it is told.
+        let is_explained = matches!(code, Code::WarnResync | Code::WarnDiskGone);
+        let explained = is_explained.then(|| format!("aquifer explain {}", code.name()));
+        let do_ = do_.or(explained.as_deref()).map(|command| self.ready(command));
         self.stderr(&format!("{}: {}\n", self.paint("33", code.name()), plain(&what)));
         if let Some(command) = &do_ {
             self.stderr(&format!("  do: {}\n", plain(command)));

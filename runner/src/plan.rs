@@ -26,6 +26,7 @@ use crate::{
     catalogue::{PlanRun, SessionId, WorkId},
     fail::{Code, Fail, Result},
     host::Network,
+    operate::Fence,
     site::{Plan, Site},
 };
 
@@ -45,6 +46,12 @@ pub struct PlanSpec {
     pub network: Network,
     /// Why.
     pub reason: Option<String>,
+    /// What happens to production's machines first, where it is not what the site file says.
+    #[serde(default)]
+    pub fence: Option<Fence>,
+    /// Whether the machines stay off: then there is no gate to wait at.
+    #[serde(default)]
+    pub no_start: bool,
     /// The run that is gone on with.
     pub resumes: Option<i64>,
 }

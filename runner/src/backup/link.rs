@@ -98,9 +98,9 @@ impl Order<'_> {
         match found.files.iter().find(|file| std::path::Path::new(&file.path).starts_with(&ours)) {
             None => Ok(found),
             Some(file) => {
-                let what =
-                    "a compressed archive cannot be stood on: what is read of it is a copy that may go".to_owned();
-                Err(Fail::new(Code::Refused, what).at(&file.path).help("decompress the archive, and link to that"))
+                let what = "a compressed archive cannot be stood on: what is read of it is a copy that may go";
+                let cause = "decompressed, it can be linked to";
+                Err(Fail::new(Code::Refused, what).at(&file.path).cause(cause))
             }
         }
     }

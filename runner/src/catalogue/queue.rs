@@ -15,8 +15,8 @@ use serde_json::Value;
 use sqlx::{Row, any::AnyRow};
 
 use super::{
-    Catalogue, Error, Event, Need, Result, SessionId, SessionResult, Url, Wish,
-    transaction::{Fault, Tx, maybe_time, record, text, time, word, words},
+    Catalogue, Error, Event, NewWork, Result, SessionId, SessionResult, Url, Wish, Work, WorkId, WorkState,
+    transaction::{Fault, Tx, maybe_time, record, text, time, word},
 };
 use crate::tasks::{
     Busy,
@@ -25,112 +25,6 @@ use crate::tasks::{
 
 /// Work whose workers died so often is not handed out once more: it kills them.
 const LOST_MAX: i64 = 5;
-
-/// Number of a piece of work.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct WorkId(pub i64);
-
-impl std::fmt::Display for WorkId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-words! {
-    /// How a piece of work stands.
-    WorkState {
-        /// In the queue, at once or from its time on.
-        Ready "ready"
-        /// In somebody's hands.
-        Running "running"
-        /// Done.
-        Success "success"
-        /// Done, with something to look at.
-        Warning "warning"
-        /// Not done, and not tried again.
-        Failed "failed"
-        /// Stopped on request.
-        Cancelled "cancelled"
-        /// Left out: its object is on hold.
-        Skipped "skipped"
-    }
-}
-
-/// How often failed work is tried again, and when.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Retries {
-    /// So many times more.
-    pub count: u32,
-    /// Milliseconds between a failure and the next attempt.
-    pub interval_ms: i64,
-}
-
-/// A piece of work to put into the queue.
-#[derive(Clone, Debug, PartialEq)]
-pub struct NewWork {
-    /// What kind: `backup`, `replication`, `failover` ...
-    pub kind: String,
-    /// What it changes; two works on one object run one after the other. Empty: nothing that others change.
-    pub object: String,
-    /// The job it belongs to.
-    pub job: Option<String>,
-    /// The session it belongs to.
-    pub session: Option<SessionId>,
-    /// Higher first: 800 restore, 300 backup and replication, 200 copy, 100 upkeep.
-    pub priority: i32,
-    /// Not before.
-    pub run_at: Timestamp,
-    /// Slots it needs, taken with the claim.
-    pub needs: Vec<Need>,
-    /// When it fails for a reason that may pass.
-    pub retries: Retries,
-    /// What to do, for whoever does it.
-    pub spec: Value,
-}
-
-/// A piece of work.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Work {
-    /// Its number.
-    pub id: WorkId,
-    /// What kind.
-    pub kind: String,
-    /// What it changes.
-    pub object: String,
-    /// The job it belongs to.
-    pub job: Option<String>,
-    /// The session it belongs to.
-    pub session: Option<SessionId>,
-    /// Higher first.
-    pub priority: i32,
-    /// When it was put into the queue.
-    pub queued: Timestamp,
-    /// Not before.
-    pub run_at: Timestamp,
-    /// How it stands.
-    pub state: WorkState,
-    /// How often it was begun.
-    pub attempts: u32,
-    /// How often it may still be tried again.
-    pub retries: u32,
-    /// Which claim this is.
-    pub epoch: i64,
-    /// Who has it, or had it last.
-    pub owner: Option<String>,
-    /// When it is given to another, without a sign of life.
-    pub lease_until: Option<Timestamp>,
-    /// Slots it needs.
-    pub needs: Vec<Need>,
-    /// What to do.
-    pub spec: Value,
-    /// How far it is.
-    pub progress: Progress,
-    /// What came of it.
-    pub outcome: Option<Value>,
-    /// When it ended.
-    pub ended: Option<Timestamp>,
-}
 
 /// Proof of a lease on a piece of work: every durable effect carries it; a stale one changes nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -273,6 +167,15 @@ impl Outcome {
     }
 }
 
+/// What becomes of work that whoever had it has left.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Left {
+    /// Nobody goes on with it.
+    Cancelled,
+    /// Whoever goes on with it is told this.
+    Told(Value),
+}
+
 impl Catalogue {
     /// Puts work into the queue.
     pub fn enqueue(&self, new: &NewWork) -> Result<WorkId> {
@@ -400,6 +303,33 @@ impl Catalogue {
                 .fetch_all(pool)
                 .await?;
             rows.iter().map(read).collect()
+        })
+    }
+
+    /// Changes work that nobody has in his hands: `is_free` says of the one that is there now whether that is so.
+    ///
+    /// # Errors
+    /// [`Error::State`] where somebody has it by now, or it has ended.
+    pub fn change_left(&self, id: WorkId, left: &Left, user: &str, is_free: impl Fn(&Work) -> bool) -> Result<()> {
+        self.write("change work that was left", async |tx| {
+            tx.next("dispatch").await?;
+            let work = tx.work(id).await?;
+            let is_open = matches!(work.state, WorkState::Ready | WorkState::Running);
+            if !is_open || !is_free(&work) {
+                let (what, have) = (format!("work {id}"), work.state.to_string());
+                return Err(Error::State { what, have, need: "left by whoever had it" }.into());
+            }
+            match left {
+                Left::Cancelled => tx.settle(&work, &Outcome::Cancelled, None, user).await,
+                Left::Told(spec) => {
+                    sqlx::query("UPDATE work SET spec = $1 WHERE id = $2")
+                        .bind(text(spec)?)
+                        .bind(id.0)
+                        .execute(tx.on())
+                        .await?;
+                    Ok(())
+                }
+            }
         })
     }
 

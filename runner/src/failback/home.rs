@@ -12,44 +12,43 @@ use std::{
     collections::BTreeMap,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
-use aquifer_formats::repo::record::MachineDescription;
+use aquifer_formats::{probe::Format, repo::record::MachineDescription};
+use aquifer_vdisk::{BlockCache, Disk};
 
 use super::pass::working_of;
 use crate::{
     context::quoted,
+    copy::used_bytes,
     fail::{Code, Fail, Result},
     host::{in_use::Against, placed},
     replica::{
         desk::{Desk, Stamp},
         images, layers,
-        model::{FailbackRecord, FailoverRecord, Home, HomeDisk, HomeKind, MadeFile, ReplicaRecord, Top},
+        model::{Home, HomeDisk, HomeKind, MadeFile, ReplicaRecord, Top},
         run::{refuse_strangers, written},
         trust,
     },
     units,
 };
 
-/// Refuses a target before anything is turned off.
-pub(super) fn check_home(
-    desk: &Desk<'_>,
-    record: &ReplicaRecord,
-    failover: &FailoverRecord,
-    home: &Home,
-) -> Result<()> {
+/// Refuses a target before anything is turned off; `runs` is whether its machine does.
+///
+/// # Errors
+/// [`Code::Exists`], [`Code::Refused`]: it is no home; [`Code::NotFound`]: a disk of it is missing; [`Code::Busy`];
+/// [`Code::Capacity`].
+pub fn check_home(record: &ReplicaRecord, home: &Home, runs: bool, cache: &Arc<BlockCache>) -> Result<()> {
+    let tops = record.failover.iter().flat_map(|failover| &failover.tops);
     let at = |fail: Fail| Err(fail.at(home.folder.display()));
-    let folder = std::fs::canonicalize(&home.folder).unwrap_or_else(|_| home.folder.clone());
-    if folder == record.folder {
-        return at(Fail::new(Code::Refused, "a replica cannot come home to itself"));
-    }
+    is_no_replica(record, home)?;
     if home.kind == HomeKind::New {
-        return refuse_strangers(&home.folder);
+        refuse_strangers(&home.folder)?;
+        let all = tops.map(|top| made_bytes(record, top, cache)).sum::<Result<u64>>()?;
+        return has_bytes(&home.folder, all);
     }
-    if Stamp::read(&home.folder)?.is_some() {
-        return at(Fail::new(Code::Refused, format!("{} is a replica, not a home", home.folder.display())));
-    }
-    for top in &failover.tops {
+    for top in tops {
         let Some(disk) = home.disks.iter().find(|disk| disk.disk == top.disk) else {
             let what = format!("{} has no disk {}", home.machine, top.disk);
             let help = format!("aquifer failback {} --drift apply    # makes it", quoted(&record.name));
@@ -59,19 +58,50 @@ pub(super) fn check_home(
             // It was free when it was chosen.
             is_free(&disk.path)?;
         } else {
-            if desk.running(&home.folder).is_none() {
+            if !runs {
                 images::free(disk, Against::Anybody)?;
             }
-            layers::open(&disk.path, disk.format, desk.cache)?;
+            layers::open(&disk.path, disk.format, cache)?;
         }
-        let need = top.size / 64;
-        let folder = disk.path.parent().unwrap_or(Path::new("/"));
-        let stat = rustix::fs::statvfs(folder).map_err(|e| Fail::io(folder.display(), "look at", &e.into()))?;
-        if stat.f_bavail.saturating_mul(stat.f_frsize) < need.min(1 << 20) {
-            return at(Fail::new(Code::Capacity, format!("no space is left in {}", folder.display())));
-        }
+        let need = if home.makes(&disk.disk) { made_bytes(record, top, cache)? } else { (top.size / 64).min(1 << 20) };
+        has_bytes(disk.path.parent().unwrap_or(Path::new("/")), need)?;
     }
     Ok(())
+}
+
+/// Refuses a replica as a home, also the one that comes home.
+///
+/// # Errors
+/// [`Code::Refused`].
+pub fn is_no_replica(record: &ReplicaRecord, home: &Home) -> Result<()> {
+    let folder = std::fs::canonicalize(&home.folder).unwrap_or_else(|_| home.folder.clone());
+    let what = if folder == record.folder {
+        "a replica cannot come home to itself".to_owned()
+    } else if home.kind != HomeKind::New && Stamp::read(&home.folder)?.is_some() {
+        format!("{} is a replica, not a home", home.folder.display())
+    } else {
+        return Ok(());
+    };
+    Err(Fail::new(Code::Refused, what).at(home.folder.display()))
+}
+
+/// What an image takes that is made of a replica's disk, at least.
+fn made_bytes(record: &ReplicaRecord, top: &Top, cache: &Arc<BlockCache>) -> Result<u64> {
+    let chain = layers::open(&record.folder.join(&top.file), Format::Qcow2, cache)?;
+    used_bytes(&Disk::read_only(&top.disk, chain))
+}
+
+/// Refuses a folder that has no room for so much; one that is not there yet has what the one above it has.
+fn has_bytes(folder: &Path, need: u64) -> Result<()> {
+    let there = folder.ancestors().find(|folder| folder.is_dir()).unwrap_or(Path::new("/"));
+    let stat = rustix::fs::statvfs(there).map_err(|e| Fail::io(there.display(), "look at", &e.into()))?;
+    let room = stat.f_bavail.saturating_mul(stat.f_frsize);
+    if room >= need {
+        return Ok(());
+    }
+    let (need, room) = (units::bytes(need), units::bytes(room));
+    let what = format!("what comes home needs {need} in {}, and {room} are left", folder.display());
+    Err(Fail::new(Code::Capacity, what).at(folder.display()))
 }
 
 fn is_free(path: &Path) -> Result<()> {
@@ -100,8 +130,15 @@ pub(super) fn name_made(home: &mut Home, tops: &[Top]) -> Result<()> {
     Ok(())
 }
 
-/// Refuses to begin to take back images that were made while somebody has them open.
-pub(super) fn made_are_free(home: &Home) -> Result<()> {
+/// Refuses to begin to take back images that were made while somebody has them open. The home's own machine is turned off
+/// first, where it `runs`.
+///
+/// # Errors
+/// [`Code::Busy`].
+pub fn made_are_free(home: &Home, runs: bool) -> Result<()> {
+    if runs {
+        return Ok(());
+    }
     let ours = |disk: &&HomeDisk| {
         let found = disk.path.symlink_metadata().ok().and_then(|meta| MadeFile::of(&meta));
         home.made.contains(&disk.disk) && found.is_some() && home.made_files.get(&disk.disk) == found.as_ref()
@@ -187,8 +224,12 @@ pub(super) fn describe_home(home: &Home, description: &MachineDescription, tops:
 }
 
 /// Refuses a home that somebody has changed since the first pass, and layers that it was made of: the second one sends
-/// only what the replica wrote.
-pub(super) fn stands_still(desk: &Desk<'_>, record: &ReplicaRecord, failback: &FailbackRecord) -> Result<()> {
+/// only what the replica wrote. `runs` is whether its machine does.
+///
+/// # Errors
+/// [`Code::State`].
+pub fn stands_still(record: &ReplicaRecord, runs: bool) -> Result<()> {
+    let Some(failback) = &record.failback else { return Ok(()) };
     let (home, name) = (&failback.home, &record.name);
     let known = home.disks.iter().zip(&failback.written);
     let mut changed = known.filter(|(disk, as_of)| written(&disk.path).ok() != Some(**as_of));
@@ -198,15 +239,13 @@ pub(super) fn stands_still(desk: &Desk<'_>, record: &ReplicaRecord, failback: &F
             thawed = Some(sent);
         }
     }
-    let what = match (desk.running(&home.folder), changed.next(), thawed) {
-        (Some(_), ..) => format!("{} runs: what it writes would be lost", home.machine),
-        (None, Some((disk, _)), _) => {
-            format!("{} of {} was written to since the first pass", disk.disk, home.machine)
-        }
-        (None, None, Some(sent)) => format!("the layer {} of {name} was changed since the first pass", sent.file),
-        (None, None, None) => return Ok(()),
+    let what = match (changed.next(), thawed) {
+        _ if runs => format!("{} runs: what it writes would be lost", home.machine),
+        (Some((disk, _)), _) => format!("{} of {} was written to since the first pass", disk.disk, home.machine),
+        (None, Some(sent)) => format!("the layer {} of {name} was changed since the first pass", sent.file),
+        (None, None) => return Ok(()),
     };
     Err(Fail::new(Code::State, what)
         .at(home.folder.display())
-        .help(format!("aquifer undo {name}    # then failback again")))
+        .help(format!("aquifer undo {}    # then failback again", quoted(name))))
 }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::{
-    catalogue::{NewWork, Retries},
+    catalogue::NewWork,
     fail::{Code, Fail, Result},
     host::{Network, Process},
     replica::{
@@ -95,17 +95,8 @@ impl Act {
 
 /// The work; `confirmed` are the processes that [`Act::Park`] may end.
 pub fn work(replica: &str, act: Act, confirmed: &[Process]) -> NewWork {
-    NewWork {
-        kind: KIND.to_owned(),
-        object: object(replica),
-        job: None,
-        session: None,
-        priority: PRIORITY,
-        run_at: jiff::Timestamp::UNIX_EPOCH,
-        needs: Vec::new(),
-        retries: Retries::default(),
-        spec: json!({ "replica": replica, "act": act, "confirmed": confirmed }),
-    }
+    let spec = json!({ "replica": replica, "act": act, "confirmed": confirmed });
+    NewWork::new(KIND, object(replica), PRIORITY, spec)
 }
 
 /// Does it.

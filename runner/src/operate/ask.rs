@@ -9,13 +9,13 @@ use jiff::Timestamp;
 
 use super::{Ask, KIND, Report};
 use crate::{
-    catalogue::{Catalogue, NewSession, NewWork, Retries, SessionId, Wish, Work, WorkId, WorkState},
-    context::Context,
+    catalogue::{Catalogue, Left, NewSession, NewWork, SessionId, Wish, Work, WorkId, WorkState},
+    context::{Context, quoted},
     fail::{Code, Fail, Result},
     replica::{
         desk::object,
         model::ReplicaRecord,
-        state::{Op, State},
+        state::{Op, Refusal, State},
     },
     tasks::is_gone,
 };
@@ -42,20 +42,35 @@ pub fn check(catalogue: &Catalogue, ask: &Ask) -> Result<ReplicaRecord> {
     let Some(row) = catalogue.replica::<ReplicaRecord>(name)? else {
         return Err(Fail::new(Code::NotFound, format!("there is no replica `{name}`")).help("aquifer replicas"));
     };
-    let mut record = row.record.check()?;
-    if record.state == State::Processing && !is_worked_on(catalogue, name)? {
-        // A run that died in the middle: it is brought to its end before anything else is done.
-        record.state = State::Ready;
+    let record = after_a_run(catalogue, row.record.check()?)?;
+    record.state.step(ask.act.op()).map_err(|refusal| refused(&record, refusal))?;
+    Ok(record)
+}
+
+/// What the state of a replica forbids, with what is possible instead: a machine that runs is not started.
+pub fn refused(record: &ReplicaRecord, mut refusal: Refusal) -> Fail {
+    let running = record.failover.as_ref().and_then(|failover| failover.running.as_ref());
+    if running.is_some_and(|running| running.process.is_alive()) {
+        refusal.allowed.retain(|op| *op != Op::Start);
     }
-    let help = match (ask.act.op(), record.state) {
-        (Op::Failover, State::Failover | State::ReadyToSwitch) => {
+    let name = quoted(&record.name);
+    let help = match refusal.op {
+        Op::Failover if refusal.allowed.contains(&Op::Start) => {
             format!("aquifer replicas {name} --start    # where its machine has ended")
         }
         _ => format!("aquifer replicas {name}"),
     };
-    let refused = |refusal| Fail::from(refusal).at(object(name)).help(help.clone());
-    record.state.step(ask.act.op()).map_err(refused)?;
-    Ok(record)
+    Fail::from(refusal).at(object(&record.name)).help(help)
+}
+
+/// A replica as it is for whoever wants something of it now: a run that died in the middle is brought to its end before
+/// anything else is done.
+///
+/// # Errors
+/// The catalogue's.
+pub fn after_a_run(catalogue: &Catalogue, record: ReplicaRecord) -> Result<ReplicaRecord> {
+    let died = record.state == State::Processing && !is_worked_on(catalogue, &record.name)?;
+    Ok(if died { ReplicaRecord { state: State::Ready, ..record } } else { record })
 }
 
 /// What is under way on replicas, and comes to its end before anything else is done to them.
@@ -119,12 +134,90 @@ pub fn under_way(catalogue: &Catalogue, names: &[&str], run: RunOfJob) -> Result
 /// As [`under_way`]; one that was asked to stop does not.
 pub fn interrupted(context: &Context, catalogue: &Catalogue, names: &[&str], run: RunOfJob) -> Result<Vec<SessionId>> {
     let found = under_way(catalogue, names, run)?;
-    for (session, _) in &found.to_stop {
+    stop(context, catalogue, &found.to_stop)?;
+    Ok(found.cut_short)
+}
+
+/// Asks the runs of jobs that have these replicas in their hands to stop, and waits until they have.
+///
+/// # Errors
+/// One that was asked to stop does not.
+pub fn stop_runs(context: &Context, catalogue: &Catalogue, names: &[String]) -> Result<()> {
+    // A replica that something else is done to has no run.
+    let of = |name: &String| under_way(catalogue, &[name], RunOfJob::Stops).map(|found| found.to_stop);
+    let runs: Vec<_> = names.iter().filter_map(|name| of(name).ok()).flatten().collect();
+    stop(context, catalogue, &runs)
+}
+
+fn stop(context: &Context, catalogue: &Catalogue, runs: &[(SessionId, WorkId)]) -> Result<()> {
+    for (session, _) in runs {
         catalogue.wish(*session, Wish::Cancel, &context.user(), Some("a failover goes first"))?;
     }
-    let cancelled: Vec<WorkId> = found.to_stop.iter().map(|(_, work)| *work).collect();
-    out_of_hands(context, catalogue, &cancelled)?;
-    Ok(found.cut_short)
+    out_of_hands(context, catalogue, &runs.iter().map(|(_, work)| *work).collect::<Vec<_>>())
+}
+
+/// The operation of a replica whose worker went away, and which is still to be gone on with.
+///
+/// # Errors
+/// As [`under_way`].
+pub fn left(catalogue: &Catalogue, name: &str) -> Result<Option<(Work, Ask)>> {
+    for session in under_way(catalogue, &[name], RunOfJob::Ends)?.cut_short {
+        let is_ours = |work: &Work| work.object == object(name) && work.kind == KIND && is_open(work);
+        let Some(work) = catalogue.work_of(session)?.into_iter().find(is_ours) else { continue };
+        if catalogue.session(session)?.wish != Wish::Run {
+            continue;
+        }
+        if let Ok(ask) = serde_json::from_value(work.spec.clone()) {
+            return Ok(Some((work, ask)));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether a way home of a replica was cut short and stands as it was left: somebody can go on with it, or it was
+/// cancelled since.
+///
+/// # Errors
+/// As [`under_way`].
+pub fn way_home_is_left(catalogue: &Catalogue, name: &str) -> Result<bool> {
+    if left(catalogue, name)?.is_some_and(|(_, ask)| ask.act.is_way_home()) {
+        return Ok(true);
+    }
+    is_open_operation(catalogue, name, &[Op::Failback, Op::Switchover])
+}
+
+/// Whether the journal has one of these operations of a replica that has not ended.
+///
+/// # Errors
+/// The catalogue's.
+pub fn is_open_operation(catalogue: &Catalogue, name: &str, ops: &[Op]) -> Result<bool> {
+    let open = catalogue.open_operations()?;
+    Ok(open.iter().any(|open| open.object == object(name) && ops.iter().any(|op| op.name() == open.op)))
+}
+
+fn is_open(work: &Work) -> bool {
+    matches!(work.state, WorkState::Ready | WorkState::Running)
+}
+
+/// Lets nobody go on with an operation that was left: another one begins where it stands.
+///
+/// # Errors
+/// Somebody has it by now.
+pub fn leave(context: &Context, catalogue: &Catalogue, work: &Work) -> Result<()> {
+    change_left(context, catalogue, work, &Left::Cancelled)
+}
+
+/// Tells whoever goes on with an operation that was left something else.
+///
+/// # Errors
+/// Somebody has it by now.
+pub fn tell_left(context: &Context, catalogue: &Catalogue, work: &Work, ask: &Ask) -> Result<()> {
+    change_left(context, catalogue, work, &Left::Told(spec(ask)?))
+}
+
+fn change_left(context: &Context, catalogue: &Catalogue, work: &Work, left: &Left) -> Result<()> {
+    let now = Timestamp::now();
+    Ok(catalogue.change_left(work.id, left, &context.user(), |work| !is_in_hands(work, now))?)
 }
 
 /// Waits until runs that were asked to stop have stopped: they hear of it with their next sign of life.
@@ -142,6 +235,27 @@ fn out_of_hands(context: &Context, catalogue: &Catalogue, works: &[WorkId]) -> R
         }
         stop.wait(Duration::from_millis(200));
         stop.check()?;
+    }
+}
+
+/// Refuses a way home while a backup reads the machine that is turned off for it.
+///
+/// # Errors
+/// [`Code::Busy`].
+pub fn refuse_backup(catalogue: &Catalogue, machine: &str) -> Result<()> {
+    let reads = |work: &Work| {
+        let of_it = work.spec.get("machine").and_then(serde_json::Value::as_str) == Some(machine);
+        of_it && work.kind == "backup" && work.state == WorkState::Running
+    };
+    match catalogue.open_work()?.into_iter().find(reads) {
+        None => Ok(()),
+        Some(work) => {
+            let fail = Fail::new(Code::Busy, format!("{machine} is being backed up")).at(work.object);
+            Err(match work.session {
+                Some(session) => fail.help(format!("aquifer sessions {session}")),
+                None => fail,
+            })
+        }
     }
 }
 
@@ -206,20 +320,14 @@ fn put(catalogue: &Catalogue, user: &str, asks: &[Ask], at: &dyn Fn(usize) -> Ti
     let reason = asks.first().and_then(|ask| ask.reason.clone());
     let session = NewSession { kind, job: None, initiator: user.to_owned(), reason, retry_of: None };
     let works = asks.iter().enumerate().map(|(index, ask)| {
-        Ok(NewWork {
-            kind: KIND.to_owned(),
-            object: object(&ask.replica),
-            job: None,
-            session: None,
-            priority: PRIORITY,
-            run_at: at(index),
-            needs: Vec::new(),
-            retries: Retries::default(),
-            spec: serde_json::to_value(ask).map_err(|e| Fail::new(Code::Bug, e.to_string()))?,
-        })
+        Ok(NewWork { run_at: at(index), ..NewWork::new(KIND, object(&ask.replica), PRIORITY, spec(ask)?) })
     });
     let works = works.collect::<Result<Vec<_>>>()?;
     Ok(Begun { session: catalogue.begin_work(&session, &works)? })
+}
+
+fn spec(ask: &Ask) -> Result<serde_json::Value> {
+    serde_json::to_value(ask).map_err(|e| Fail::new(Code::Bug, e.to_string()))
 }
 
 /// What came of an operation.

@@ -81,12 +81,14 @@ impl Report {
             (_, Some(_)) => desk.running(&record.folder),
             _ => None,
         };
+        let mut allowed = record.state.allowed();
+        allowed.retain(|op| *op != Op::Start || running.is_none());
         let times = failback.and_then(|failback| failback.off_since.zip(failback.on_since));
         Ok(Self {
             replica: name.to_owned(),
             op,
             state: record.state,
-            allowed_operations: record.state.allowed(),
+            allowed_operations: allowed,
             point: point.map(|point| point.id),
             taken: point.map(|point| point.taken),
             first: failback.map(|failback| failback.first),

@@ -5,6 +5,7 @@ use crate::{
     catalogue::Catalogue,
     fail::{Code, Fail, Result},
     failover::pick,
+    operate::after_a_run,
     replica::{
         model::{PointRecord, ReplicaRecord},
         state::State,
@@ -42,7 +43,7 @@ pub fn candidate(
     let mut best: Option<(ReplicaRecord, Option<PointRecord>)> = None;
     let mut given_up = None;
     for row in catalogue.replicas::<ReplicaRecord>()? {
-        let record = row.record.check()?;
+        let record = after_a_run(catalogue, row.record.check()?)?;
         if record.machine != machine || record.state == State::Absent {
             continue;
         }
@@ -54,7 +55,7 @@ pub fn candidate(
         let point = pick(&record.name, &points, wanted).ok().cloned();
         let taken = |of: &Option<PointRecord>| of.as_ref().map(|point| point.taken);
         // One that serves already is what there is of the machine.
-        let serves = record.state != State::Ready;
+        let serves = !matches!(record.state, State::Ready | State::Processing);
         if best.as_ref().is_none_or(|(_, other)| serves || taken(&point) > taken(other)) {
             best = Some((record, point));
         }
@@ -65,7 +66,7 @@ pub fn candidate(
     best.ok_or_else(|| match given_up {
         Some(ReplicaRecord { name, state, .. }) => {
             let what = format!("{name} of {machine} is {state}: the plan has nothing to do for it");
-            Fail::new(Code::State, what).help("take it out of the plan in the site file")
+            Fail::new(Code::State, what).help("aquifer config show")
         }
         None => Fail::new(Code::NotFound, format!("there is no replica of {machine}")).help("aquifer replicas"),
     })

@@ -277,8 +277,8 @@ impl Walk<'_> {
                 let act = Act::Failover {
                     force: false,
                     point: point.as_ref().map_or_else(|| self.spec.to.clone(), |point| point.id.to_string()),
-                    start: true,
-                    fence: self.plan.fence.into(),
+                    start: !self.spec.no_start,
+                    fence: self.spec.fence.unwrap_or_else(|| self.plan.fence.into()),
                 };
                 let reason = self.spec.reason.clone().or_else(|| Some(format!("plan {}", self.spec.plan)));
                 let (grace, network) = (self.spec.grace, self.spec.network);
@@ -374,7 +374,7 @@ fn one(
         None => return Err(Fail::new(Code::Failed, format!("session {session} did nothing"))),
     };
     let _ = tell.send(News::Gating(index, Box::new(report)));
-    if entry.gates.is_empty() {
+    if entry.gates.is_empty() || spec.no_start {
         return Ok(());
     }
     let row = task.catalogue.replica::<crate::replica::model::ReplicaRecord>(&replica)?;

@@ -216,9 +216,8 @@ fn place(into: &Path) -> Result<(PathBuf, PathBuf)> {
         }
         Ok(false) if path.join("session.json").exists() => return Err(holds_one_already(&path)),
         Ok(false) => {
-            return Err(Fail::new(Code::Exists, format!("{} is not empty", path.display()))
-                .at(path.display())
-                .help("choose another --into DIR"));
+            let what = format!("{} is not empty: a recovery gets a folder of its own", path.display());
+            return Err(Fail::new(Code::Exists, what).at(path.display()));
         }
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
         Err(e) if e.kind() == std::io::ErrorKind::NotADirectory => return Err(named()),
@@ -242,8 +241,9 @@ fn check_name(context: &Context, name: &str) -> Result<()> {
         let spec = Folder::open(&pointer.dir).and_then(|folder| folder.load());
         if spec.is_ok_and(|spec| spec.id == pointer.id && spec.state.is_live()) {
             let what = format!("a recovery called {name} is in {} and has not ended", pointer.dir.display());
-            let help = format!("add --name NAME, or end it: aquifer finalize {name} --keep");
-            return Err(Fail::new(Code::Exists, what).at(pointer.dir.display()).help(help));
+            let fail = Fail::new(Code::Exists, what).at(pointer.dir.display());
+            let help = format!("aquifer finalize {} --keep    # or give this one another --name", quoted(name));
+            return Err(fail.help(help));
         }
     }
     Ok(())
@@ -263,13 +263,13 @@ fn check_space(at: &Path, disks: &[DiskSpec], options: &Options) -> Result<u64> 
     if free >= need {
         return Ok(free - need);
     }
-    let help = match options.preallocate {
-        Preallocate::Full => "choose another --into DIR, or leave out --preallocate",
-        _ => "choose another --into DIR",
-    };
     let what =
         format!("the recovery needs {} and {} has {} free", units::bytes(need), at.display(), units::bytes(free));
-    Err(Fail::new(Code::Capacity, what).at(at.display()).help(help))
+    let fail = Fail::new(Code::Capacity, what).at(at.display());
+    Err(match options.preallocate {
+        Preallocate::Full => fail.cause("--preallocate takes the room of all disks at once"),
+        _ => fail,
+    })
 }
 
 /// A word of warning where the machine's data will not fit: its copy will have to wait.

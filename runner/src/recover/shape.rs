@@ -142,7 +142,8 @@ pub fn disk_names(found: &[String], described: &Described) -> Result<Vec<String>
         found.len(),
         names(&mut found.iter().map(String::as_str))
     );
-    Err(Fail::new(Code::Usage, what).help("name each disk: --disk NAME=SOURCE"))
+    let named = "`--disk NAME=SOURCE` says for each which one it is";
+    Err(Fail::new(Code::Usage, what).at("the machine's description").cause(named))
 }
 
 fn bus(disk: &str, said: Option<&str>, board: Board, warnings: &mut Vec<String>) -> Bus {

@@ -297,11 +297,9 @@ impl Desk<'_> {
             None if record.state == State::Absent || matches!(open, Some(Op::Remove | Op::Permanent)) => Ok(()),
             None if !has_entries(&record.folder) => {
                 let what = format!("the folder of the replica {} is not there, or is empty", record.name);
-                let help = format!(
-                    "mount what holds it; if it is lost for good: aquifer replicas {} --remove --force",
-                    record.name
-                );
-                Err(Fail::new(Code::RepoOffline, what).at(record.folder.display()).help(help))
+                let help = format!("aquifer replicas {} --remove --force    # if it is lost for good", record.name);
+                let cause = "what holds it may not be mounted";
+                Err(Fail::new(Code::RepoOffline, what).at(record.folder.display()).cause(cause).help(help))
             }
             None if trust::recall(&record.folder)?.is_some_and(|copy| copy.record.is_same_chain(record)) => {
                 let what = format!("the stamp of {} was gone; the ledger of its layers proves it ours", record.name);
@@ -381,7 +379,20 @@ impl Desk<'_> {
     /// # Errors
     /// As [`Desk::carry_out`].
     pub(super) fn go_on<W: Work>(&self, name: &str, operation: &catalogue::Operation) -> Result<W> {
-        self.go_on_with(name, operation, W::plan(self))
+        self.go_on_with(name, operation, |_| ())
+    }
+
+    /// The same, told what its worker was not.
+    ///
+    /// # Errors
+    /// As [`Desk::carry_out`].
+    pub(super) fn go_on_with<W: Work>(
+        &self,
+        name: &str,
+        operation: &catalogue::Operation,
+        tell: impl FnOnce(&mut W),
+    ) -> Result<W> {
+        self.resume(name, operation, W::plan(self), tell)
     }
 
     /// Takes an operation back whose worker died, if it has not passed its point of no return.
@@ -389,12 +400,19 @@ impl Desk<'_> {
     /// # Errors
     /// As [`Desk::carry_out`].
     pub(super) fn go_back<W: Work>(&self, name: &str, operation: &catalogue::Operation) -> Result<W> {
-        self.go_on_with(name, operation, W::plan(self).after_crash(AfterCrash::Back))
+        self.resume(name, operation, W::plan(self).after_crash(AfterCrash::Back), |_| ())
     }
 
-    fn go_on_with<W: Work>(&self, name: &str, operation: &catalogue::Operation, plan: Plan<'_, W>) -> Result<W> {
+    fn resume<W: Work>(
+        &self,
+        name: &str,
+        operation: &catalogue::Operation,
+        plan: Plan<'_, W>,
+        tell: impl FnOnce(&mut W),
+    ) -> Result<W> {
         let data = if operation.data.is_null() { &operation.intent } else { &operation.data };
-        let at = Progress::<W>::read(data.clone())?;
+        let mut at = Progress::<W>::read(data.clone())?;
+        tell(&mut at.work);
         let end = plan.recover(at, &Kept { desk: self, id: operation.id })?;
         self.conclude(name, operation.id, end, Some("its worker died".into()))
     }

@@ -31,6 +31,23 @@ pub fn recover(desk: &Desk<'_>, name: &str) -> Result<()> {
 /// # Errors
 /// As [`recover`].
 pub fn recover_for(desk: &Desk<'_>, name: &str, next: Op) -> Result<()> {
+    recover_as(desk, name, next, Told::default())
+}
+
+/// What whoever goes on with an operation was told that its worker was not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    /// An undo goes on also where a host does not answer.
+    pub force: bool,
+    /// A change of sides is taken back at once: production is not started for that.
+    pub back: bool,
+}
+
+/// As [`recover_for`], with more to say.
+///
+/// # Errors
+/// As [`recover`].
+pub fn recover_as(desk: &Desk<'_>, name: &str, next: Op, told: Told) -> Result<()> {
     let open = desk.catalogue.open_operations()?;
     let Some(open) = open.into_iter().find(|operation| operation.object == object(name)) else { return Ok(()) };
     let open = desk.catalogue.adopt_operation(desk.fence, open.id)?;
@@ -48,17 +65,17 @@ pub fn recover_for(desk: &Desk<'_>, name: &str, next: Op) -> Result<()> {
         RunWork::KIND if !matches!(next, Op::Replicate | Op::PlannedFailover) => {
             desk.go_back::<RunWork>(name, &open).map(drop)
         }
+        UndoWork::KIND => desk.go_on_with::<UndoWork>(name, &open, |work| work.force |= told.force).map(drop),
+        ReturnWork::KIND => desk.go_on_with::<ReturnWork>(name, &open, |work| work.force |= told.force).map(drop),
+        SwitchWork::KIND => desk.go_on_with::<SwitchWork>(name, &open, |work| work.power_on &= !told.back).map(drop),
         RunWork::KIND => desk.go_on::<RunWork>(name, &open).map(drop),
         AdoptWork::KIND => desk.go_on::<AdoptWork>(name, &open).map(drop),
         RemoveWork::KIND => desk.go_on::<RemoveWork>(name, &open).map(drop),
         FailoverWork::KIND => desk.go_on::<FailoverWork>(name, &open).map(drop),
         StartWork::KIND => desk.go_on::<StartWork>(name, &open).map(drop),
-        UndoWork::KIND => desk.go_on::<UndoWork>(name, &open).map(drop),
         PermanentWork::KIND => desk.go_on::<PermanentWork>(name, &open).map(drop),
         BackWork::KIND => desk.go_on::<BackWork>(name, &open).map(drop),
-        SwitchWork::KIND => desk.go_on::<SwitchWork>(name, &open).map(drop),
         CommitWork::KIND => desk.go_on::<CommitWork>(name, &open).map(drop),
-        ReturnWork::KIND => desk.go_on::<ReturnWork>(name, &open).map(drop),
         other => Err(Fail::new(Code::Unsupported, format!("an operation of kind `{other}` is open"))),
     };
     match ended {

@@ -5,7 +5,6 @@
 //! - One piece of work for each machine: one that fails, is tried again or waits holds up no other.
 //! - The object of a piece of work is what it changes; so work of several jobs on one chain or replica takes turns.
 
-use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -53,20 +52,13 @@ pub fn works(site: &Site, name: &str, job: &Job, scheduled: bool) -> Vec<NewWork
             JobKind::Copy(job) => copy(site, job, machine),
             JobKind::Health(job) => health(site, job, machine),
         };
-        NewWork {
-            kind: job.kind.name().to_owned(),
-            object,
-            job: Some(name.to_owned()),
-            session: None,
-            priority: base + if scheduled { SCHEDULED } else { MANUAL },
-            run_at: Timestamp::UNIX_EPOCH,
-            needs,
-            retries: Retries {
-                count: job.retry.count,
-                interval_ms: i64::try_from(job.retry.interval.as_millis()).unwrap_or(i64::MAX / 4),
-            },
-            spec: serde_json::json!({ "job": name, "machine": machine }),
-        }
+        let priority = base + if scheduled { SCHEDULED } else { MANUAL };
+        let spec = serde_json::json!({ "job": name, "machine": machine });
+        let retries = Retries {
+            count: job.retry.count,
+            interval_ms: i64::try_from(job.retry.interval.as_millis()).unwrap_or(i64::MAX / 4),
+        };
+        NewWork { job: Some(name.to_owned()), needs, retries, ..NewWork::new(job.kind.name(), object, priority, spec) }
     };
     machines.into_iter().map(one).collect()
 }

@@ -5,8 +5,12 @@ use crate::{
     cli::{Confirm, DryRun},
     context::Context,
     fail::Result,
+    failback::is_tried,
     operate::{Act, RunOfJob},
-    replica::{model::HomeKind, state::Op},
+    replica::{
+        model::HomeKind,
+        state::{Op, State},
+    },
 };
 
 /// Options of `commit`.
@@ -41,8 +45,11 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
                 record.machine, record.machine, home.host, home.machine
             ));
         }
+        if let Some(failback) = record.failback.as_ref().filter(|_| !args.force && record.state == State::Failback) {
+            is_tried(&failback.home, ops::runs(context, &failback.home.folder)?)?;
+        }
         let loss = format!(
-            "the way back to {}: from then on undo is not possible, and its writes during the takeover are one of its restore points",
+            "lost: the way back to {}: from then on undo is not possible, and its writes during the takeover are one of its restore points",
             record.name
         );
         Ok(Wanted {

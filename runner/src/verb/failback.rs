@@ -8,7 +8,7 @@ use crate::{
     cli::{Confirm, DryRun},
     context::{Context, quoted},
     fail::{Code, Fail, Result},
-    failback::{Drift, drift, estimate},
+    failback::{Drift, check_home, drift, estimate, is_no_replica, stands_still},
     operate::{self, Act, RunOfJob, target},
     replica::{
         desk::object,
@@ -87,7 +87,17 @@ fn when(text: &str) -> Result<When, String> {
 }
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
-    if let [name] = args.targets.as_slice()
+    let plan = args.targets.iter().find(|name| name.starts_with("plan/"));
+    if let (Some(home), true) = (args.to.as_ref().or(args.new.as_ref()), args.targets.len() > 1 || plan.is_some()) {
+        let option = if args.to.is_some() { "--to" } else { "--new" };
+        let what = format!("{option} {home} is one machine, and several replicas cannot come home to it");
+        let fail = Fail::new(Code::Usage, what);
+        return Err(match args.targets.first().filter(|_| plan.is_none()) {
+            Some(first) => fail.help(format!("aquifer failback {} {option} {}", quoted(first), quoted(home))),
+            None => fail.help("aquifer replicas"),
+        });
+    }
+    if let ([name], None) = (args.targets.as_slice(), plan)
         && let Some(When(switch)) = args.switch
         && reschedule(context, args, name, switch)?
     {
@@ -105,11 +115,11 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         if record.state == State::ReadyToSwitch {
             return switch(context, catalogue, args, record);
         }
-        begin(context, args, record)
+        begin(context, catalogue, args, record)
     })
 }
 
-fn begin(context: &Context, args: &Args, record: &ReplicaRecord) -> Result<Wanted> {
+fn begin(context: &Context, catalogue: &Catalogue, args: &Args, record: &ReplicaRecord) -> Result<Wanted> {
     // The state is what is wrong first; a target is looked for only where one is needed.
     ops::allowed(record, Op::Failback)?;
     let (kind, word) = match (&args.to, &args.new) {
@@ -118,9 +128,12 @@ fn begin(context: &Context, args: &Args, record: &ReplicaRecord) -> Result<Wante
         _ => (HomeKind::Original, None),
     };
     let mut home = target(context, record, kind, word)?;
+    is_no_replica(record, &home)?;
     if kind != HomeKind::New {
         settle_drift(context, args, record, &mut home)?;
     }
+    operate::refuse_backup(catalogue, &record.machine)?;
+    check_home(record, &home, ops::runs(context, &home.folder)?, &context.cache()?)?;
     let switch = args.switch.map_or(Switch::Manual, |When(switch)| switch);
     let loss = (kind != HomeKind::New).then(|| {
         let comes = |disk: &&HomeDisk| record.failover.iter().flat_map(|f| &f.tops).any(|top| top.disk == disk.disk);
@@ -180,6 +193,9 @@ fn switch(context: &Context, catalogue: &Catalogue, args: &Args, record: &Replic
     if args.switch != Some(When(Switch::Auto)) {
         let what = format!("{} waits for the change of sides", record.name);
         return Err(Fail::new(Code::State, what).at(object(&record.name)).help_again("--switch now"));
+    }
+    if let Some(failback) = &record.failback {
+        stands_still(record, ops::runs(context, &failback.home.folder)?)?;
     }
     let estimate = estimate(record);
     context.out.record("estimate", &estimate);

@@ -1,17 +1,23 @@
 //! `failover`: a replica takes over at a restore point.
 
-use super::ops::{self, Machines, Manner, Options, Wanted};
+use super::{
+    ops::{self, Machines, Manner, Options, Wanted},
+    plan::How,
+    replicas::trouble,
+};
 use crate::{
     catalogue::Catalogue,
     cli::DryRun,
-    context::Context,
+    context::{Context, quoted},
     fail::{Code, Fail, Result},
-    failover::pick,
+    failover::{can_be_copied, pick},
+    host::placed::Placed,
     operate::{Act, Fence, PlannedSpec, RunOfJob, production},
+    plan::{find, ready_entries},
     replica::{
         model::{PointRecord, ReplicaRecord},
         seat,
-        state::Op,
+        state::{Op, State},
     },
     site::JobKind,
     source::PointRef,
@@ -36,9 +42,9 @@ pub struct Args {
     /// With --planned: start production again when it fails after production was turned off
     #[arg(long, requires = "planned")]
     pub restart: bool,
-    /// What happens to production's machine first, where its host can be reached
-    #[arg(long, value_enum, default_value_t = Fence::None, conflicts_with = "planned")]
-    pub fence: Fence,
+    /// What happens to production's machine first, where its host can be reached [default: none; of a plan: what it says]
+    #[arg(long, value_enum, conflicts_with = "planned")]
+    pub fence: Option<Fence>,
     /// Make everything ready, and leave the machine off
     #[arg(long)]
     pub no_start: bool,
@@ -61,6 +67,21 @@ impl Args {
         self.to.as_deref().unwrap_or("latest")
     }
 
+    /// Refuses what no plan does: its machines are taken as they are, and those that can serve do.
+    fn refuse_for_a_plan(&self, context: &Context, name: &str) -> Result<()> {
+        let asked = [("--planned", self.planned), ("--restart", self.restart), ("--force", self.force)];
+        let Some((option, _)) = asked.into_iter().find(|(_, is_asked)| *is_asked) else { return Ok(()) };
+        let plan = find(context.site()?, name)?;
+        let what = format!("a plan does no takeover with {option}: name the replicas of {name} instead");
+        let replicas = match context.catalogue_if_there()? {
+            Some(catalogue) => ready_entries(&catalogue, plan, &State::ALL)?.0,
+            None => Vec::new(),
+        };
+        let words: Vec<_> = replicas.iter().map(|replica| quoted(replica)).collect();
+        let fail = Fail::new(Code::Usage, what);
+        Err(if words.is_empty() { fail } else { fail.help(format!("aquifer failover {} {option}", words.join(" "))) })
+    }
+
     /// With the point that is meant, where one is said and there is only one replica to ask.
     fn options(&self, context: &Context) -> Result<Options> {
         // Of several each has its own: then it is not compared, and was settled when it was begun.
@@ -72,7 +93,8 @@ impl Args {
             point = Some(found.id.to_string());
         }
         let options = self.machines.options().value("--to", point).flag("--planned", self.planned);
-        let options = options.flag("--restart", self.restart).fence(self.fence).flag("--force", self.force);
+        let options = options.flag("--restart", self.restart).flag("--force", self.force);
+        let options = options.fence(self.fence.filter(|fence| *fence != Fence::None));
         Ok(options.flag("--no-start", self.no_start))
     }
 }
@@ -83,7 +105,10 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         _ => None,
     });
     if let Some(plan) = plan {
-        return super::plan::begin(context, plan, args.point(), &args.machines, &args.dry, None);
+        args.refuse_for_a_plan(context, plan)?;
+        let (machines, to) = (args.machines.clone(), args.point().to_owned());
+        let how = How { to, machines, fence: args.fence, no_start: args.no_start, cancel_job: args.cancel_job };
+        return super::plan::begin(context, plan, &how, &args.dry, None);
     }
     let manner = Manner {
         dry: &args.dry,
@@ -112,14 +137,24 @@ fn foresee(context: &Context, catalogue: &Catalogue, record: &ReplicaRecord, act
                 let (earlier, from) = known.split_at(index);
                 for point in from.iter().take(1) {
                     notes.push(format!("at the point {} of {}", point.id, at(point.taken)));
+                    if let Some(trouble) = trouble(record, point) {
+                        let what =
+                            format!("the point {} of {} may be none to take over at: {trouble}", point.id, record.name);
+                        context.out.warn(Code::WarnResync, what, None);
+                    }
                     let lacks = point.lacks(earlier).into_iter();
                     notes.extend(lacks.map(|disk| format!("without the disk {disk}, which an earlier point had")));
                 }
             }
             *start
         }
-        Act::Planned { start, .. } => {
+        Act::Planned { start, spec, .. } => {
             notes.push("at a point that is made of production after it is off".to_owned());
+            let there = Placed::read(&spec.home)?.disks;
+            let known = points(catalogue, &record.name)?;
+            let last = known.last().into_iter().flat_map(|point| &point.disks);
+            let gone = last.filter(|top| there.iter().all(|disk| disk.name != top.disk));
+            notes.extend(gone.map(|top| format!("without the disk {}, which production has no more", top.disk)));
             *start
         }
         _ => return Ok(notes),
@@ -163,7 +198,7 @@ fn at_point(catalogue: &Catalogue, args: &Args, record: &ReplicaRecord) -> Resul
         }
         None => pick(&record.name, &points, &wanted)?.id.to_string(),
     };
-    Ok(Act::Failover { point, start: !args.no_start, fence: args.fence, force: args.force })
+    Ok(Act::Failover { point, start: !args.no_start, fence: args.fence.unwrap_or_default(), force: args.force })
 }
 
 fn planned(context: &Context, args: &Args, record: &ReplicaRecord) -> Result<Act> {
@@ -180,6 +215,7 @@ fn planned(context: &Context, args: &Args, record: &ReplicaRecord) -> Result<Act
         )
         .help(format!("aquifer failover {}", record.name))
     })?;
+    can_be_copied(&home.folder, ops::runs(context, &home.folder)?)?;
     let replica = seat::spec(context, name, job, &record.machine)?;
     let spec = Box::new(PlannedSpec { replica, home: home.folder });
     Ok(Act::Planned { spec, start: !args.no_start, restart: args.restart })

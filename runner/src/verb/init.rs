@@ -1,6 +1,6 @@
 //! `init`: makes a repository, or takes one over.
 
-use std::{fs, fs::DirBuilder, os::unix::fs::DirBuilderExt};
+use std::{fs, fs::DirBuilder, os::unix::fs::DirBuilderExt, path::Path};
 
 use aquifer_formats::repo::{
     Access, Repository,
@@ -11,9 +11,11 @@ use serde::Serialize;
 
 use crate::{
     cli::DryRun,
-    context::Context,
+    context::{Context, quoted},
     fail::{Code, Fail, Result},
-    repository, units,
+    repository,
+    site::{Job, JobKind},
+    units,
 };
 
 /// Options of `init`.
@@ -93,8 +95,23 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     let repo = Repository::init(&dir, repository::me_for_good(context)?, defaults)?;
     context.out.record("repository", &record(Some(repo.id().to_string())));
     context.out.line(format_args!("repository {} in {}", repo.id(), dir.display()));
-    context.out.next("aquifer backup MACHINE --disk vda=IMAGE");
+    context.out.next(first_backup(context, &dir));
     Ok(())
+}
+
+/// What makes its first restore point: a job of the site file, where one leads here.
+fn first_backup(context: &Context, dir: &Path) -> String {
+    let job = context.site().ok().and_then(|site| {
+        let leads_here = |job: &Job| match &job.kind {
+            JobKind::Backup(job) => site.repositories.get(&job.to).is_some_and(|there| there.url == dir),
+            _ => false,
+        };
+        site.jobs.iter().find(|(_, job)| leads_here(job)).map(|(name, _)| name)
+    });
+    match job {
+        Some(name) => format!("aquifer run {}", quoted(name)),
+        None => "aquifer backup MACHINE --disk vda=IMAGE".to_owned(),
+    }
 }
 
 fn defaults(args: &Args) -> Result<Defaults> {

@@ -7,7 +7,7 @@
 
 mod begun;
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 pub(super) use begun::{Begun, Options};
 use serde_json::json;
@@ -24,7 +24,7 @@ use crate::{
     plan::{PlanSpec, find, object, ready_entries},
     replica::{
         desk,
-        model::{Carried, ReplicaRecord},
+        model::{Carried, PointRecord, ReplicaRecord},
         seat,
         state::{Op, State},
     },
@@ -171,8 +171,13 @@ pub(super) fn production_of(context: &Context, record: &ReplicaRecord) -> Result
     let Some(home) = production(context, &record.machine)?.filter(|home| is_placed(&home.folder)) else {
         return Ok(None);
     };
-    let runs = Qemu.find(&seat::rooms(context)?.places(&home.folder)).is_some();
+    let runs = runs(context, &home.folder)?;
     Ok(Some((format!("{} on {}", home.name, home.host), runs)))
+}
+
+/// Whether the machine in a folder runs there.
+pub(super) fn runs(context: &Context, folder: &Path) -> Result<bool> {
+    Ok(Qemu.find(&seat::rooms(context)?.places(folder)).is_some())
 }
 
 /// The catalogue, for a look; there are no replicas without one.
@@ -202,8 +207,7 @@ pub(super) fn nobody(catalogue: &Catalogue, name: &str) -> Result<Fail> {
 
 /// Refuses what the state of a replica forbids.
 pub(super) fn allowed(record: &ReplicaRecord, op: Op) -> Result<()> {
-    let help = format!("aquifer replicas {}", quoted(&record.name));
-    record.state.step(op).map(drop).map_err(|refusal| Fail::from(refusal).at(object(&record.name)).help(help))
+    record.state.step(op).map(drop).map_err(|refusal| operate::refused(record, refusal))
 }
 
 /// The record of a replica.
@@ -226,22 +230,13 @@ pub(super) fn carry_out(
     let (names, batches) = expand(context, &catalogue, names, manner)?;
     let names = names.as_slice();
     names.iter().try_for_each(|name| record(&catalogue, name).map(drop))?;
-    let refs: Vec<&str> = names.iter().map(String::as_str).collect();
     let mut unsettled = Vec::new();
     if manner.dry.dry_run {
         unsettled = foresee_first(context, &catalogue, names, manner)?;
     } else {
         catalogue = context.catalogue_with_lease(LEASE)?;
-        let cut_short = operate::interrupted(context, &catalogue, &refs, manner.run)?;
-        for session in &cut_short {
-            if catalogue.session(*session)?.wish == Wish::Run {
-                asked_the_same(&catalogue, *session, names, manner)?;
-                context.out.warn(Code::WarnInterrupted, format!("session {session} was cut short and goes on"), None);
-            }
-            super::run::follow(context, &catalogue, *session, stop)?;
-            if told_already(context, &catalogue, *session, names, manner.ops)? {
-                return Ok(());
-            }
+        if settle_first(context, &catalogue, names, manner)? {
+            return Ok(());
         }
     }
     let mut asks = Vec::new();
@@ -250,9 +245,13 @@ pub(super) fn carry_out(
         let mut wanted = want(&catalogue, &record(&catalogue, name)?)?;
         let record = operate::check(&catalogue, &wanted.ask)?;
         wanted.ask.seen = Some(record.state);
-        let to = record.state.step(wanted.ask.act.op()).map(|arrow| arrow.success).unwrap_or(record.state);
-        let line = format!("{name}: {} -> {to}", record.state);
+        let to = wanted.ask.leads_to(record.state);
+        let way_home = matches!(wanted.ask.act, Act::Undo { way_home: true, .. });
+        let cut = if way_home { ", on a way home that was cut short" } else { "" };
+        let line = format!("{name}: {}{cut} -> {to}", record.state);
         if manner.dry.dry_run {
+            let points = catalogue.points_of::<PointRecord>(name)?.into_iter().map(|row| row.record);
+            super::replicas::tell_of_changes(context, &record, &points.collect::<Vec<_>>());
             let fields = json!({ "replica": name, "operation": wanted.ask.act.op(), "from": record.state, "to": to,
                                  "loss": wanted.loss, "notes": wanted.notes, "asks": wanted.ask });
             context.out.record("plan", &fields);
@@ -274,12 +273,44 @@ pub(super) fn carry_out(
     if let Some(asked) = manner.confirm.filter(|_| !losses.is_empty()) {
         confirm(context, asked, &losses.join("\n"))?;
     }
+    leave_ways_home(context, &catalogue, &asks)?;
     let begun = operate::begin_in(context, &catalogue, &asks, batches)?;
     super::run::follow(context, &catalogue, begun.session, stop)?;
     if catalogue.session(begun.session)?.ended.is_none() {
         stop.check().map_err(|fail| fail.help_again(""))?;
     }
     tell(context, &catalogue, begun.session)
+}
+
+/// Brings what was cut short to its end, as it was begun. Answers whether that was what is wanted now, and is told.
+fn settle_first(context: &Context, catalogue: &Catalogue, names: &[String], manner: &Manner<'_>) -> Result<bool> {
+    let refs: Vec<&str> = names.iter().map(String::as_str).collect();
+    for session in operate::interrupted(context, catalogue, &refs, manner.run)? {
+        if is_taken_back(catalogue, session, names, manner)? {
+            continue;
+        }
+        if catalogue.session(session)?.wish == Wish::Run {
+            for (work, ask) in asked_the_same(catalogue, session, names, manner)? {
+                operate::tell_left(context, catalogue, &work, &ask)?;
+            }
+            context.out.warn(Code::WarnInterrupted, format!("session {session} was cut short and goes on"), None);
+        }
+        super::run::follow(context, catalogue, session, context.stop()?)?;
+        if told_already(context, catalogue, session, names, manner.ops)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Lets nobody go on with the ways home that are taken back.
+fn leave_ways_home(context: &Context, catalogue: &Catalogue, asks: &[Ask]) -> Result<()> {
+    for ask in asks.iter().filter(|ask| matches!(ask.act, Act::Undo { way_home: true, .. })) {
+        if let Some((work, _)) = operate::left(catalogue, &ask.replica)? {
+            operate::leave(context, catalogue, &work)?;
+        }
+    }
+    Ok(())
 }
 
 /// The replicas that are meant: those of a plan in whose state the operation is possible, and how many at a time.
@@ -321,6 +352,9 @@ fn foresee_first<'n>(
     let under_way = operate::under_way(catalogue, &refs, manner.run)?;
     let mut unsettled = Vec::new();
     for session in under_way.cut_short {
+        if is_taken_back(catalogue, session, names, manner)? {
+            continue;
+        }
         let mut begun = Vec::new();
         for work in catalogue.work_of(session)?.into_iter().filter(|work| work.kind == operate::KIND) {
             let Ok(ask) = serde_json::from_value::<Ask>(work.spec) else { continue };
@@ -348,16 +382,42 @@ pub(super) fn would_go_on(context: &Context, session: SessionId, begun: &[Begun]
     context.out.record("goes_on", &json!({ "session": session.0, "with": all }));
 }
 
-/// Refuses to go on with operations of these replicas that this command would begin in another way.
-fn asked_the_same(catalogue: &Catalogue, session: SessionId, names: &[String], manner: &Manner<'_>) -> Result<()> {
-    let is_open = |work: &Work| matches!(work.state, WorkState::Ready | WorkState::Running);
-    for work in catalogue.work_of(session)?.into_iter().filter(|work| work.kind == operate::KIND && is_open(work)) {
-        let Ok(ask) = serde_json::from_value::<Ask>(work.spec) else { continue };
-        if names.contains(&ask.replica) && manner.ops.contains(&ask.act.op()) {
-            Begun::operation(&ask).same(session, &manner.options)?;
+/// Whether a session that was cut short is a way home which this command takes back: nobody goes on with that.
+fn is_taken_back(catalogue: &Catalogue, session: SessionId, names: &[String], manner: &Manner<'_>) -> Result<bool> {
+    if !manner.ops.contains(&Op::Undo) {
+        return Ok(false);
+    }
+    for name in names {
+        let left = operate::left(catalogue, name)?.filter(|(work, _)| work.session == Some(session));
+        if left.is_some_and(|(_, ask)| ask.act.is_way_home()) {
+            return Ok(true);
         }
     }
-    Ok(())
+    Ok(false)
+}
+
+/// Refuses to go on with operations of these replicas that this command would begin in another way. That something is
+/// to be done in spite of what speaks against it may be said later: those it is said of now, with that.
+fn asked_the_same(
+    catalogue: &Catalogue,
+    session: SessionId,
+    names: &[String],
+    manner: &Manner<'_>,
+) -> Result<Vec<(Work, Ask)>> {
+    let is_open = |work: &Work| matches!(work.state, WorkState::Ready | WorkState::Running);
+    let mut forced = Vec::new();
+    for work in catalogue.work_of(session)?.into_iter().filter(|work| work.kind == operate::KIND && is_open(work)) {
+        let Ok(mut ask) = serde_json::from_value::<Ask>(work.spec.clone()) else { continue };
+        if names.contains(&ask.replica) && manner.ops.contains(&ask.act.op()) {
+            let begun = Begun::operation(&ask);
+            begun.same(session, &manner.options)?;
+            if begun.is_forced_by(&manner.options) {
+                ask.act.add_force();
+                forced.push((work, ask));
+            }
+        }
+    }
+    Ok(forced)
 }
 
 /// Whether a session that was cut short has ended with what is wanted now; then that is told.
@@ -380,7 +440,7 @@ fn told_already(
 
 /// Tells what came of a session.
 fn tell(context: &Context, catalogue: &Catalogue, session: SessionId) -> Result<()> {
-    let mut failures = Vec::new();
+    let (mut failures, mut ended) = (Vec::new(), Vec::new());
     let reports = operate::reports(catalogue, session)?;
     let count = reports.len();
     for (name, outcome) in reports {
@@ -392,10 +452,13 @@ fn tell(context: &Context, catalogue: &Catalogue, session: SessionId) -> Result<
                 }
                 context.out.record("replica", &report);
                 context.out.line(line(&report));
-                context.out.next(next(&report));
+                ended.push(report);
             }
             Err(fail) => failures.push(fail),
         }
+    }
+    if let Some(next) = next(&ended) {
+        context.out.next(next);
     }
     context.out.closing("session", session.0);
     match (failures.len(), failures.into_iter().next()) {
@@ -414,7 +477,7 @@ fn moved(pass: &str, carried: &Carried) -> String {
 fn line(report: &Report) -> String {
     let mut text = format!("{} is {}", report.replica, report.state);
     if let (Some(point), Some(taken)) = (report.point, report.taken) {
-        let word = if report.state == State::Failover { ", at" } else { ", newest" };
+        let word = if report.state.is_unsettled() { ", at" } else { ", newest" };
         text.push_str(&format!("{word} the point {point} of {}", crate::tasks::follow::at(taken)));
     }
     if let Some(first) = &report.first {
@@ -432,12 +495,18 @@ fn line(report: &Report) -> String {
     text
 }
 
-fn next(report: &Report) -> String {
-    let name = quoted(&report.replica);
-    match report.state {
-        State::Failover => format!("aquifer failback {name}    # or undo, or permanent"),
-        State::ReadyToSwitch => format!("aquifer failback {name} --switch now    # or undo"),
-        State::Failback => format!("aquifer commit {name}    # or undo"),
-        _ => format!("aquifer replicas {name}"),
-    }
+/// What can be done now: with all that ended in the state of the first.
+fn next(ended: &[Report]) -> Option<String> {
+    let state = ended.first()?.state;
+    let names: Vec<_> = ended.iter().filter(|report| report.state == state).map(|r| quoted(&r.replica)).collect();
+    let all = names.join(" ");
+    Some(match state {
+        State::Failover => format!("aquifer failback {all}    # or undo, or permanent"),
+        State::ReadyToSwitch => format!("aquifer failback {all} --switch now    # or undo"),
+        State::Failback => format!("aquifer commit {all}    # or undo"),
+        _ => match names.as_slice() {
+            [one] => format!("aquifer replicas {one}"),
+            _ => "aquifer replicas".to_owned(),
+        },
+    })
 }

@@ -7,6 +7,7 @@ use crate::{
     fail::Result,
     operate::{Act, RunOfJob},
     replica::state::Op,
+    units,
 };
 
 /// Options of `permanent`.
@@ -33,8 +34,10 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     ops::carry_out(context, &args.targets, &manner, |catalogue, record| {
         let points = catalogue.points_of::<serde_json::Value>(&record.name)?.len();
         let loss = format!(
-            "{} restore points of {}; its disks become single images, and its job leaves {} out from then on",
-            points, record.name, record.machine
+            "lost: {} of {}; its disks become single images, and its job leaves {} out from then on",
+            units::count(points, "restore point"),
+            record.name,
+            record.machine
         );
         Ok(Wanted { ask: args.why.ask(&record.name, Act::Permanent), loss: Some(loss), notes: Vec::new() })
     })

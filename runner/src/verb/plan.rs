@@ -9,11 +9,12 @@ use serde_json::json;
 
 use super::ops::{Begun, LEASE, Machines, Options, would_go_on};
 use crate::{
-    catalogue::{Catalogue, NewSession, NewWork, Retries, Session, SessionId, SessionResult, Wish},
+    catalogue::{Catalogue, NewSession, NewWork, Session, SessionId, SessionResult, Wish},
     cli::DryRun,
     context::{Context, quoted},
     fail::{Code, Fail, Result},
     host::{Host, qemu::Qemu},
+    operate::{self, Fence},
     plan::{self, EntryRecord, PlanSpec, Run, candidate, find, last_run, object, state},
     replica::state::State,
     site::{Gate, Plan},
@@ -81,8 +82,8 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     match args.action {
         Action::List => Ok(()),
         Action::Show => show(context, name, plan),
-        Action::Check => check(context, name, plan, &args.to),
-        Action::Run => begin(context, name, &args.to, &args.machines, &args.dry, None),
+        Action::Check => check(context, name, plan, &How::of(args)),
+        Action::Run => begin(context, name, &How::of(args), &args.dry, None),
         Action::Halt => halt(context, name, &args.dry),
         Action::Resume => resume(context, name, args),
     }
@@ -140,8 +141,8 @@ fn of_run(known: Option<&EntryRecord>) -> String {
 }
 
 /// Looks whether a plan could run: what is wrong is a warning each.
-fn check(context: &Context, name: &str, plan: &Plan, to: &str) -> Result<()> {
-    let wanted = &PointRef::parse(to)?;
+fn check(context: &Context, name: &str, plan: &Plan, how: &How) -> Result<()> {
+    let wanted = &PointRef::parse(&how.to)?;
     let mut wrong: Vec<String> = Vec::new();
     let programs = plan.pre.iter().chain(&plan.post);
     let gates = plan.entries.iter().flat_map(|entry| &entry.gates).filter_map(|gate| match gate {
@@ -160,6 +161,9 @@ fn check(context: &Context, name: &str, plan: &Plan, to: &str) -> Result<()> {
         match found {
             None => wrong.push(format!("there is no replica of {}", entry.machine)),
             Some(Err(fail)) => wrong.push(fail.what),
+            Some(Ok((record, _))) if record.state == State::Processing && how.cancel_job => {
+                context.out.line(format_args!("{}: the run that writes to {} is stopped", entry.machine, record.name));
+            }
             Some(Ok((record, _))) if record.state != State::Ready => {
                 wrong.push(format!("{} is {} and would be left out", record.name, record.state));
             }
@@ -185,29 +189,56 @@ fn check(context: &Context, name: &str, plan: &Plan, to: &str) -> Result<()> {
         context.out.warn(Code::WarnCheck, what.clone(), None);
     }
     context.out.closing("ready", wrong.is_empty());
-    let to = if to == LATEST { String::new() } else { format!(" --to {}", quoted(to)) };
-    context.out.next(format!("aquifer plan run {}{to}", quoted(name)));
+    context.out.next(how.begins(name));
     Ok(())
 }
 
+/// How the machines of a plan take over.
+#[derive(Clone, Debug)]
+pub(super) struct How {
+    /// At which point.
+    pub(super) to: String,
+    /// How they are treated.
+    pub(super) machines: Machines,
+    /// What happens to production's first, where it is not what the site file says.
+    pub(super) fence: Option<Fence>,
+    /// Whether they stay off.
+    pub(super) no_start: bool,
+    /// Whether runs of jobs that write to their replicas are stopped.
+    pub(super) cancel_job: bool,
+}
+
+impl How {
+    fn of(args: &Args) -> Self {
+        let (to, machines) = (args.to.clone(), args.machines.clone());
+        Self { to, machines, fence: None, no_start: false, cancel_job: false }
+    }
+
+    /// The command that begins it.
+    fn begins(&self, name: &str) -> String {
+        let said = Options::default().point(&self.to).fence(self.fence).flag("--no-start", self.no_start);
+        let said = said.flag("--cancel-job", self.cancel_job);
+        let is_plain = self.fence.is_none() && !self.no_start && !self.cancel_job;
+        let verb = if is_plain { "plan run" } else { "failover --plan" };
+        format!("aquifer {verb} {} {said}", quoted(name)).trim_end().to_owned()
+    }
+
+    fn options(&self) -> Options {
+        self.machines.options().point(&self.to).fence(self.fence).flag("--no-start", self.no_start)
+    }
+}
+
 /// Begins a run of a plan, or goes on with one, and follows it.
-pub(super) fn begin(
-    context: &Context,
-    name: &str,
-    to: &str,
-    machines: &Machines,
-    dry: &DryRun,
-    resumes: Option<i64>,
-) -> Result<()> {
+pub(super) fn begin(context: &Context, name: &str, how: &How, dry: &DryRun, resumes: Option<i64>) -> Result<()> {
     let stop = context.stop()?;
     let plan = find(context.site()?, name)?;
-    PointRef::parse(to)?;
-    let typed = machines.options().point(to);
+    let wanted = PointRef::parse(&how.to)?;
+    let (typed, machines) = (how.options(), &how.machines);
     if dry.dry_run {
         let catalogue = context.catalogue_if_there()?;
         return match catalogue.as_ref().map(|catalogue| open(catalogue, name)).transpose()?.flatten() {
             Some(open) => open.asked(&typed, Begun::same).and_then(|()| open.foresee(context, name, plan)),
-            None => check(context, name, plan, to),
+            None => check(context, name, plan, how),
         };
     }
     let catalogue = context.catalogue_with_lease(LEASE)?;
@@ -219,12 +250,19 @@ pub(super) fn begin(
         }
         return follow(context, &catalogue, name, open.session.id, stop);
     }
+    if how.cancel_job {
+        let found = plan.entries.iter().filter_map(|entry| candidate(&catalogue, &entry.machine, &wanted).ok());
+        let names: Vec<String> = found.map(|(record, _)| record.name).collect();
+        operate::stop_runs(context, &catalogue, &names)?;
+    }
     let spec = PlanSpec {
         plan: name.to_owned(),
-        to: to.to_owned(),
+        to: how.to.clone(),
         grace: machines.grace,
         network: machines.starts.network.into(),
         reason: machines.starts.why.reason.clone(),
+        fence: how.fence,
+        no_start: how.no_start,
         resumes,
     };
     let session = NewSession {
@@ -234,17 +272,8 @@ pub(super) fn begin(
         reason: machines.starts.why.reason.clone(),
         retry_of: None,
     };
-    let work = NewWork {
-        kind: plan::KIND.to_owned(),
-        object: object(name),
-        job: None,
-        session: None,
-        priority: PRIORITY,
-        run_at: Timestamp::UNIX_EPOCH,
-        needs: Vec::new(),
-        retries: Retries::default(),
-        spec: serde_json::to_value(&spec).map_err(|e| Fail::new(Code::Bug, e.to_string()))?,
-    };
+    let spec = serde_json::to_value(&spec).map_err(|e| Fail::new(Code::Bug, e.to_string()))?;
+    let work = NewWork::new(plan::KIND, object(name), PRIORITY, spec);
     let session = catalogue.begin_work(&session, &[work])?;
     follow(context, &catalogue, name, session, stop)
 }
@@ -366,17 +395,17 @@ fn resume(context: &Context, name: &str, args: &Args) -> Result<()> {
         return follow(context, &context.catalogue_with_lease(LEASE)?, name, open, stop);
     }
     let run = last_run(&catalogue, name)?.filter(|run| run.state != state::COMPLETED).ok_or_else(nothing)?;
-    let (to, machines) = as_begun(&catalogue, &run, args)?;
-    begin(context, name, &to, &machines, &args.dry, Some(run.id))
+    begin(context, name, &as_begun(&catalogue, &run, args)?, &args.dry, Some(run.id))
 }
 
 /// What is said, and for the rest what the run that has ended was told.
-fn as_begun(catalogue: &Catalogue, run: &Run, args: &Args) -> Result<(String, Machines)> {
+fn as_begun(catalogue: &Catalogue, run: &Run, args: &Args) -> Result<How> {
     let works = run.record.session.map(|session| catalogue.work_of(SessionId(session))).transpose()?;
     let mut told = works.into_iter().flatten().filter(|work| work.kind == plan::KIND);
     let Some(told) = told.find_map(|work| serde_json::from_value::<PlanSpec>(work.spec).ok()) else {
-        return Ok((args.to.clone(), args.machines.clone()));
+        return Ok(How::of(args));
     };
     let machines = args.machines.or_told(&told);
-    Ok((if args.to == LATEST { told.to } else { args.to.clone() }, machines))
+    let to = if args.to == LATEST { told.to } else { args.to.clone() };
+    Ok(How { to, machines, fence: told.fence, no_start: told.no_start, cancel_job: false })
 }

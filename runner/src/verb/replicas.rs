@@ -282,21 +282,35 @@ fn strays(context: &Context, record: &ReplicaRecord) -> Vec<Stray> {
     seen.map(|(site, rooms)| stray::find(&Qemu, &rooms, site, record)).unwrap_or_default()
 }
 
-/// Tells where layers below a machine that serves were changed from outside. Looks at the files, and reads none of their
-/// data.
-fn tell_of_changes(context: &Context, record: &ReplicaRecord, points: &[PointRecord]) {
+/// Tells where layers were changed from outside that a replica which serves, or served, stands on, or that went home of it.
+/// Looks at the files, and reads none of their data.
+pub(super) fn tell_of_changes(context: &Context, record: &ReplicaRecord, points: &[PointRecord]) {
     let served = record.failover.as_ref().and_then(|failover| points.iter().find(|point| point.id == failover.point));
     let Some(point) = served.filter(|_| record.folder.exists()) else { return };
-    let what = match trust::look(record, point) {
-        Ok(touched) if touched.is_empty() => return,
-        Ok(touched) => {
-            let files: Vec<_> = touched.into_iter().map(|layer| layer.file).collect();
-            let files = files.join(", ");
-            format!("{files} of {} was changed from outside, and its machine stands on it", record.name)
+    let name = &record.name;
+    let (what, help) = match (trust::look(record, point), thawed(record)) {
+        (Ok(touched), None) if touched.is_empty() => return,
+        (_, Some(file)) if record.state == State::ReadyToSwitch => {
+            let what =
+                format!("{file} of {name} was changed from outside since it went home: the sides are not changed");
+            (what, Some(format!("aquifer undo {}    # then failback again", quoted(name))))
         }
-        Err(fail) => format!("the layers that the machine of {} stands on cannot be read: {}", record.name, fail.what),
+        (Err(fail), _) => {
+            (format!("the layers that the machine of {name} stands on cannot be read: {}", fail.what), None)
+        }
+        (Ok(touched), thawed) => {
+            let files: Vec<_> = touched.into_iter().map(|layer| layer.file).chain(thawed).collect();
+            let files = files.join(", ");
+            (format!("{files} of {name} was changed from outside, and its machine stands on it"), None)
+        }
     };
-    context.out.warn(Code::WarnResync, what, None);
+    context.out.warn(Code::WarnResync, what, help.as_deref());
+}
+
+/// A layer that went home with the first pass, and was changed since.
+fn thawed(record: &ReplicaRecord) -> Option<String> {
+    let sent = record.failback.iter().flat_map(|failback| &failback.sent);
+    sent.map(|sent| &sent.file).find(|file| !trust::is_frozen(record, file).unwrap_or(false)).cloned()
 }
 
 /// Whether the machine of a replica that serves runs: its guest may have turned it off.
@@ -309,7 +323,7 @@ fn runs(context: &Context, record: &ReplicaRecord) -> Option<bool> {
 }
 
 /// What is wrong with the layers of a restore point, as far as their looks tell. Reads none of their data.
-fn trouble(record: &ReplicaRecord, point: &PointRecord) -> Option<String> {
+pub(super) fn trouble(record: &ReplicaRecord, point: &PointRecord) -> Option<String> {
     match trust::doubtful(record, point) {
         Ok(touched) if touched.is_empty() => None,
         Ok(touched) => {
@@ -328,15 +342,17 @@ fn show(context: &Context, catalogue: &Catalogue, record: &ReplicaRecord, with_p
     let open = catalogue.open_operations()?.into_iter().find(|open| open.object == object(&record.name));
     // What an operation under way has started is not recorded yet.
     let strays = if open.is_some() { Vec::new() } else { strays(context, record) };
+    let runs = runs(context, record);
+    let runs_now = runs == Some(true);
     let listed = Listed {
         record,
-        allowed_operations: record.state.allowed(),
+        allowed_operations: record.state.allowed().into_iter().filter(|op| *op != Op::Start || !runs_now).collect(),
         operation: open.map(|open| open.op),
         points: points.len(),
         newest,
         replica_lag_seconds: newest.map(|taken| Timestamp::now().duration_since(taken).as_secs().max(0)),
         bytes_on_disk: bytes_of(&record.folder),
-        runs: runs(context, record),
+        runs,
         strays,
     };
     context.out.record("replica", &listed);
@@ -353,7 +369,7 @@ fn show(context: &Context, catalogue: &Catalogue, record: &ReplicaRecord, with_p
     let newest = points.last().and_then(&trouble);
     if let Some(trouble) = &newest {
         let what = format!("the newest point of {} is no place to take over at: {trouble}", record.name);
-        context.out.warn(Code::WarnResync, what, Some("aquifer explain W_RESYNC"));
+        context.out.warn(Code::WarnResync, what, None);
     }
     if with_points {
         for point in &points {

@@ -6,8 +6,9 @@ use crate::{
     cli::{Confirm, DryRun},
     context::{Context, quoted},
     fail::{Code, Fail, Result},
+    failback::made_are_free,
     failover::loss,
-    operate::{Act, RunOfJob},
+    operate::{self, Act, RunOfJob},
     replica::{
         model::{PointRecord, ReplicaRecord},
         state::{Op, State},
@@ -47,7 +48,18 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         if !args.dry.dry_run && record.state == State::ReadyToSwitch {
             super::failback::unschedule(context, catalogue, &record.name)?;
         }
-        let ask = args.starts.ask(&record.name, Act::Undo { force: args.force, restart: args.restart });
+        let way_home = operate::way_home_is_left(catalogue, &record.name)?;
+        let act = Act::Undo { force: args.force, restart: args.restart, way_home };
+        let ask = args.starts.ask(&record.name, act);
+        if way_home {
+            if args.restart {
+                return Err(stays_off(record));
+            }
+            return Ok(Wanted { ask, loss: lost_on_the_way(catalogue, record)?, notes: Vec::new() });
+        }
+        if let Some(failback) = record.failback.as_ref().filter(|_| !args.force) {
+            made_are_free(&failback.home, ops::runs(context, &failback.home.folder)?)?;
+        }
         let notes = production_then(context, args, record)?.into_iter().collect();
         Ok(Wanted { ask, loss: lost(context, catalogue, record)?, notes })
     })
@@ -57,8 +69,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
 fn production_then(context: &Context, args: &Args, record: &ReplicaRecord) -> Result<Option<String>> {
     if !matches!(record.state, State::Failover | State::FailedFailover) {
         if args.restart && matches!(record.state, State::Failback | State::ReadyToSwitch) {
-            let what = format!("{} serves again when its way home is taken back: production stays off", record.name);
-            return Err(Fail::new(Code::State, what).help(format!("aquifer undo {}", quoted(&record.name))));
+            return Err(stays_off(record));
         }
         return Ok(None);
     }
@@ -68,14 +79,28 @@ fn production_then(context: &Context, args: &Args, record: &ReplicaRecord) -> Re
     }))
 }
 
+fn stays_off(record: &ReplicaRecord) -> Fail {
+    let what = format!("{} serves again when its way home is taken back: production stays off", record.name);
+    Fail::new(Code::State, what).help(format!("aquifer undo {}", quoted(&record.name)))
+}
+
+/// What is lost where a way home is taken back that was cut short: it may have changed the sides.
+fn lost_on_the_way(catalogue: &Catalogue, record: &ReplicaRecord) -> Result<Option<String>> {
+    let may_have_changed =
+        record.state == State::Failback || operate::is_open_operation(catalogue, &record.name, &[Op::Switchover])?;
+    Ok(may_have_changed.then(|| written_at_home(record)))
+}
+
+fn written_at_home(record: &ReplicaRecord) -> String {
+    let home = record.failback.as_ref().map_or("production", |failback| failback.home.machine.as_str());
+    format!("lost: what {home} has written since the sides were changed")
+}
+
 /// What is lost, in a sentence.
 fn lost(context: &Context, catalogue: &Catalogue, record: &ReplicaRecord) -> Result<Option<String>> {
     let name = &record.name;
     Ok(match record.state {
-        State::Failback => {
-            let home = record.failback.as_ref().map(|failback| failback.home.machine.as_str()).unwrap_or_default();
-            Some(format!("what {home} has written since the sides were changed"))
-        }
+        State::Failback => Some(written_at_home(record)),
         State::Failover | State::FailedFailover => {
             let points: Vec<PointRecord> =
                 catalogue.points_of::<PointRecord>(name)?.into_iter().map(|row| row.record).collect();
@@ -83,7 +108,7 @@ fn lost(context: &Context, catalogue: &Catalogue, record: &ReplicaRecord) -> Res
             let lost = loss(&context.cache()?, &points, record).ok().flatten();
             let bytes = lost.map_or_else(|| "what".to_owned(), |loss| format!("{} that", units::bytes(loss.bytes)));
             let since = record.failover.as_ref().map(|failover| failover.since.to_string()).unwrap_or_default();
-            Some(format!("{bytes} {name} has written since {since}"))
+            Some(format!("lost: {bytes} {name} has written since {since}"))
         }
         _ => None,
     })

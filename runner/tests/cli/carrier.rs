@@ -7,9 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aquifer_runner::catalogue::{
-    Catalogue, Fence, NewWork, Outcome as Ended, Retries, SessionId, SessionResult, WorkState,
-};
+use aquifer_runner::catalogue::{Catalogue, Fence, NewWork, Outcome as Ended, SessionId, SessionResult, WorkState};
 use jiff::Timestamp;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -31,17 +29,7 @@ pub(crate) fn wait(what: &str, is_so: impl Fn() -> bool) {
 /// Does something with the catalogue as a worker does: under the lease of a piece of work, which is done afterwards.
 pub(crate) fn as_worker<T>(room: &Room, what: impl FnOnce(&Catalogue, &Fence) -> T) -> T {
     let catalogue = room.catalogue();
-    let new = NewWork {
-        kind: "test".into(),
-        object: String::new(),
-        job: None,
-        session: None,
-        priority: 300,
-        run_at: Timestamp::UNIX_EPOCH,
-        needs: Vec::new(),
-        retries: Retries::default(),
-        spec: Value::Null,
-    };
+    let new = NewWork::new("test", "", 300, Value::Null);
     catalogue.enqueue(&new).expect("enqueue");
     let (_, fence) = catalogue.claim("test", &["test"], Timestamp::now()).expect("claim").expect("work");
     let done = what(&catalogue, &fence);

@@ -36,6 +36,7 @@ mod signals;
 mod site_jobs;
 mod storm;
 mod takeover;
+mod takeover_foreseen;
 mod takeover_held;
 mod takeover_kept;
 mod takeover_killed;

@@ -301,6 +301,12 @@ fn a_machine_that_ended_while_it_serves_is_started_by_a_word() {
     site.does(&["failover", REPLICA]);
     site.write("dr", 0x55, "16M", "64k");
     let running = site.running("dr").expect("it runs");
+    let refused = site.refused(&["failover", REPLICA], "E_STATE").to_string();
+    let shown = site.json(&["replicas", REPLICA]).one("replica")["allowed_operations"].to_string();
+    assert!(
+        !refused.contains("--start") && !shown.contains("start"),
+        "one that runs is not started: {refused} {shown}"
+    );
     Qemu.power_off(&running).expect("it ends");
     let refused = site.refused(&["failover", REPLICA], "E_STATE");
     assert!(refused["do"].as_str().is_some_and(|help| help.contains("--start")), "{refused}");

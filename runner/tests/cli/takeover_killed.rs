@@ -187,6 +187,35 @@ impl Storm {
         self.typed_again(&all, wanted, &what);
     }
 
+    /// Kills a way home, and takes it back from where it is.
+    fn on_the_way_home(&mut self) {
+        let mut args = vec!["-c", "site.toml", "failback", REPLICA, "--yes", "--grace", "0s", "--network", "none"];
+        if self.dice.below(2) == 0 {
+            args.extend(["--switch", "now", "--no-start"]);
+        }
+        let takes = self.takes.get("failback").copied().unwrap_or(Duration::from_millis(700));
+        let after = moment(&mut self.dice, takes * 2);
+        let child = Process::start(self.site.room.command(&args));
+        thread::sleep(after);
+        let killed = child.kill();
+        *self.kills.entry("commands killed").or_default() += u64::from(killed);
+        let open = || self.site.room.catalogue().open_operations().expect("operations");
+        if self.site.record().state == State::Failover && open().is_empty() && !is_at_work(&self.site.room) {
+            return;
+        }
+        let undone = self.site.room.json(["-c", "site.toml", "undo", REPLICA, "--yes", "--network", "none"]);
+        let what = format!("{args:?} killed after {after:?}: {}{}", undone.stdout, undone.stderr);
+        assert!(undone.code <= 1 && open().is_empty() && !is_at_work(&self.site.room), "{what}");
+        assert_eq!(self.site.record().state, State::Failover, "{what}");
+        assert!(self.site.running("prod").is_none(), "{what}");
+        let there = fs::read_dir(self.site.room.path("prod/db01")).expect("production").flatten();
+        let left: Vec<_> = there.map(|e| e.file_name()).filter(|n| n.to_string_lossy().contains(".pass")).collect();
+        assert!(left.is_empty(), "{left:?} after {what}");
+        *self.kills.entry("ways home taken back").or_default() += 1;
+        // Where the sides were changed, what came home is a restore point.
+        self.judge();
+    }
+
     /// Types a command until the replica is where it leads.
     fn typed_again(&self, all: &[&str], wanted: State, what: &str) {
         for _ in 0..6 {
@@ -313,6 +342,7 @@ fn kills_at_any_moment_leave_a_way_on_and_the_right_disks() {
         if storm.dice.below(2) == 0 {
             storm.kill_machine("dr");
         }
+        storm.on_the_way_home();
         storm.in_spite_of_kills("failback", &["failback", REPLICA, "--yes"], State::ReadyToSwitch);
         storm.write();
         let switch = ["failback", REPLICA, "--switch", "now", "--no-start", "--yes"];

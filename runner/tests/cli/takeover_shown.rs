@@ -160,4 +160,10 @@ fn several_machines_take_over_by_one_plan_of_the_command_line() {
         let top = room.path("dr").join(replica).join(&record.failover.expect("a takeover").tops[0].file);
         tool("qemu-img", &["compare", "-f", "qcow2", "-F", "qcow2", top.to_str().expect("text"), &production]);
     }
+
+    // What comes next is said of both, and the point is the one they stand on.
+    let home = room.run(["-c", "site.toml", "failback", REPLICA, second, "--yes", "--network", "none"]);
+    let next = format!("failback {REPLICA} {second} --switch now    # or undo");
+    assert!(home.stderr.trim_end().ends_with(&next), "{}{}", home.stdout, home.stderr);
+    assert!(home.stdout.contains(&format!("{second} is ready_to_switch, at the point ")), "{}", home.stdout);
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use aquifer_runner::{
-    catalogue::{EventFilter, SessionId},
+    catalogue::{EventFilter, SessionId, SessionResult},
     host::{Host, qemu::Qemu},
 };
 use rustix::process::{Pid, Signal, kill_process};
@@ -171,4 +171,52 @@ fn a_run_of_a_plan_that_was_killed_is_gone_on_with_only_as_it_was_asked_for() {
     assert_eq!((done.code, done.one("plan")["state"].as_str()), (1, Some("completed")), "{}", done.stdout);
     assert!(done.kind("warning").iter().any(|warning| warning["code"] == "W_RESUMED"), "{}", done.stdout);
     assert!(site.running("dr").is_some());
+}
+
+#[test]
+fn a_way_home_that_was_killed_is_taken_back_from_where_it_is() {
+    let site = Site::new(1);
+    site.start_production();
+    site.does(&["failover", REPLICA, "--no-start"]);
+    let process = begins_to_wait(&site, &["failback", REPLICA, "--switch", "now", "--yes"]);
+    assert!(process.kill());
+    let begun = session_of(&site);
+    let undo = ["undo", REPLICA, "--network", "none"];
+    let foreseen = site.json(&[&undo[..], &["-n"]].concat());
+    let plan = foreseen.one("plan");
+    assert_eq!((plan["from"].as_str(), plan["to"].as_str()), (Some("failover"), Some("failover")), "{plan}");
+    assert!(plan["loss"].is_null() && foreseen.kind("goes_on").is_empty(), "{}", foreseen.stdout);
+    assert_eq!(site.room.catalogue().session(begun).expect("a session").ended, None, "who only looks changes nothing");
+
+    let undone = site.json(&undo);
+    assert!(undone.code <= 1, "{}", undone.stdout);
+    assert_eq!(undone.one("replica")["state"], "failover");
+    assert!(site.running("prod").is_some(), "nobody has waited for its guest, or turned it off");
+    let session = site.room.catalogue().session(begun).expect("a session");
+    assert!(session.ended.is_some() && session.result == SessionResult::Cancelled, "{session:?}");
+    assert!(site.room.catalogue().open_operations().expect("operations").is_empty());
+    assert_eq!(site.does(&["undo", REPLICA, "--yes"])["state"], "ready", "the takeover is a step of its own");
+}
+
+#[test]
+fn an_undo_that_was_killed_takes_the_word_that_was_missing() {
+    let site = Site::new(1);
+    site.does(&["failover", REPLICA]);
+    let running = site.running("dr").expect("it runs");
+    let pid = Pid::from_raw(i32::try_from(running.process.pid).expect("a number")).expect("a process");
+    // It hears nothing: whoever turns it off waits.
+    kill_process(pid, Signal::STOP).expect("a signal");
+    let open = |site: &Site| site.room.catalogue().open_operations().expect("operations").len();
+    let undo = ["-c", "site.toml", "undo", REPLICA, "--yes", "--network", "none"];
+    let process = Process::start(site.room.command(undo));
+    wait("it has begun", || open(&site) > 0);
+    assert!(process.kill());
+    let begun = session_of(&site);
+    let force = ["undo", REPLICA, "--force", "--yes", "--network", "none"];
+    let foreseen = site.json(&[&force[..], &["-n"]].concat());
+    assert_eq!((foreseen.code, foreseen.one("goes_on")["session"].as_i64()), (0, Some(begun.0)), "{}", foreseen.stdout);
+    let done = site.json(&force);
+    assert!(done.code <= 1, "{}", done.stdout);
+    assert_eq!(done.one("replica")["state"], "ready");
+    assert!(site.record().needs_resync, "it was taken: its machine may have gone on");
 }

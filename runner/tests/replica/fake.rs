@@ -18,6 +18,8 @@ pub(crate) struct Fake {
     on: Mutex<BTreeMap<PathBuf, Vec<PathBuf>>>,
     /// The next start fails.
     pub(crate) refuses: AtomicBool,
+    /// No machine can be turned off.
+    pub(crate) refuses_off: AtomicBool,
     /// The next merge fails.
     pub(crate) refuses_merge: AtomicBool,
 }
@@ -131,6 +133,9 @@ impl Host for Fake {
     }
 
     fn power_off(&self, of: &Running) -> Result<()> {
+        if self.refuses_off.load(Ordering::Relaxed) {
+            return Err(Error::Power { have: Power::Running });
+        }
         self.on.lock().remove(of.log.parent().expect("a folder"));
         Ok(())
     }

@@ -19,24 +19,14 @@ use aquifer_formats::{
     aql::WriterOptions,
     repo::{DiskName, DiskPlan, DiskWork, Transaction, record::Found},
 };
-use aquifer_runner::catalogue::{Catalogue, Fence, NewWork, Retries, Url};
+use aquifer_runner::catalogue::{Catalogue, Fence, NewWork, Url};
 use jiff::Timestamp;
 
 /// A catalogue, with the lease everything is done under.
 pub(crate) fn catalogue_of(dir: &Path) -> (Catalogue, Fence) {
     let url = if postgres::wanted() { postgres::Database::make().url() } else { Url::Sqlite(dir.join("catalogue.db")) };
     let catalogue = Catalogue::open(&url).expect("catalogue");
-    let new = NewWork {
-        kind: "test".into(),
-        object: String::new(),
-        job: None,
-        session: None,
-        priority: 300,
-        run_at: Timestamp::now(),
-        needs: Vec::new(),
-        retries: Retries::default(),
-        spec: serde_json::Value::Null,
-    };
+    let new = NewWork { run_at: Timestamp::now(), ..NewWork::new("test", "", 300, serde_json::Value::Null) };
     catalogue.enqueue(&new).expect("enqueue");
     let now = Timestamp::now().checked_add(jiff::Span::new().seconds(5)).expect("a time");
     let (_, fence) = catalogue.claim("test", &[], now).expect("claim").expect("work");

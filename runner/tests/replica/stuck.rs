@@ -10,7 +10,7 @@ use std::{
 };
 
 use aquifer_runner::{
-    catalogue::{NewWork, Outcome, Retries},
+    catalogue::{NewWork, Outcome},
     fail::Code,
     failback::{Changed, commit, failback, give_back, switchover},
     failover::{failover, start_again, undo},
@@ -20,8 +20,9 @@ use aquifer_runner::{
         layers,
         model::{Home, HomeKind, MadeFile, ReplicaRecord, Switch},
         recall::{drop_foreign, take_back},
+        recover::{Told, recover_as},
         run::replicate,
-        state::State,
+        state::{Op, State},
     },
     source::PointRef,
 };
@@ -363,17 +364,7 @@ fn a_worker_that_wakes_up_writes_into_nothing_that_counts() {
         }
         // Its lease runs out; another worker takes the work over and brings it to its end.
         stage.catalogue.finish(&stage.fence, &Outcome::Cancelled, None).expect("finish");
-        let new = NewWork {
-            kind: "second".into(),
-            object: String::new(),
-            job: None,
-            session: None,
-            priority: 300,
-            run_at: Timestamp::UNIX_EPOCH,
-            needs: Vec::new(),
-            retries: Retries::default(),
-            spec: serde_json::Value::Null,
-        };
+        let new = NewWork::new("second", "", 300, serde_json::Value::Null);
         stage.catalogue.enqueue(&new).expect("enqueue");
         let (_, fence) = stage.catalogue.claim("second", &["second"], Timestamp::now()).expect("claim").expect("work");
         stage.at(|desk| replicate(&Desk { fence: &fence, ..*desk }, &stage.spec())).expect("the other's run");
@@ -450,4 +441,58 @@ fn a_replica_that_is_somebody_elses_is_dropped_and_its_folder_left_alone() {
     assert_eq!(fs::read_to_string(&stamp).expect("stamp"), theirs);
     stage.assert_point(&points[0], &disks);
     assert_eq!(stage.at(|desk| take_back(desk, &stage.spec())).expect_err("theirs").code, Code::ForeignOwner);
+}
+
+/// Dies after so many looks at its journal. Answers whether it did.
+fn dies(stage: &Stage, after: u32, act: impl FnOnce(&Desk<'_>) -> bool) -> bool {
+    *stage.dies_after.lock() = Some(after);
+    let done = stage.at(act);
+    *stage.dies_after.lock() = None;
+    !done
+}
+
+fn goes_on(stage: &Stage, told: Told) -> State {
+    stage.at(|desk| recover_as(desk, REPLICA, Op::Undo, told)).expect("it is brought to its end");
+    assert!(stage.catalogue.open_operations().expect("operations").is_empty());
+    record(stage).state
+}
+
+#[test]
+fn an_undo_that_died_without_force_goes_on_with_it() {
+    let stage = Stage::new();
+    let mut dice = Dice::new(58);
+    let (_, _, _) = halfway_home(&stage, &mut dice);
+    stage.at(|desk| switchover(desk, REPLICA, true, Duration::ZERO)).expect("pass 2");
+    let force = Told { force: true, back: false };
+    assert!(dies(&stage, 0, |desk| give_back(desk, REPLICA, false).is_ok()));
+    stage.host.refuses_off.store(true, Ordering::Relaxed);
+    assert_eq!(goes_on(&stage, Told::default()), State::Failback, "production cannot be turned off");
+    assert!(dies(&stage, 0, |desk| give_back(desk, REPLICA, false).is_ok()));
+    assert_eq!(goes_on(&stage, force), State::Failover);
+
+    assert!(dies(&stage, 0, |desk| undo(desk, REPLICA, false).is_ok()));
+    assert_eq!(goes_on(&stage, Told::default()), State::Failover, "nor can the replica");
+    assert!(dies(&stage, 0, |desk| undo(desk, REPLICA, false).is_ok()));
+    assert_eq!(goes_on(&stage, force), State::Ready);
+    assert!(record(&stage).needs_resync, "its machine may write still");
+}
+
+#[test]
+fn a_change_of_sides_that_died_is_taken_back_without_a_start_of_production() {
+    let back = Told { force: false, back: true };
+    for after in 0.. {
+        let stage = Stage::new();
+        let (_, home, _) = halfway_home(&stage, &mut Dice::new(59));
+        if !dies(&stage, after, |desk| switchover(desk, REPLICA, true, Duration::ZERO).is_ok()) {
+            assert!(after > 6, "it dies at each of its steps");
+            return;
+        }
+        let was_on = stage.host.files(&home.folder).is_some();
+        let state = goes_on(&stage, back);
+        assert!(matches!(state, State::ReadyToSwitch | State::Failback), "{after}: {state}");
+        assert_eq!(stage.host.files(&home.folder).is_some(), was_on, "{after}: started to be turned off");
+        stage.at(|desk| give_back(desk, REPLICA, false)).expect("taken back");
+        assert_eq!(record(&stage).state, State::Failover, "{after}");
+        assert!(stage.host.files(&home.folder).is_none() && stage.host.count() == 1, "{after}: the replica serves");
+    }
 }

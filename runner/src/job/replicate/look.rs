@@ -124,7 +124,8 @@ fn word(path: &std::path::Path) -> String {
 }
 
 fn home_disk(disk: &Wanted) -> Result<HomeDisk> {
-    let refused = |what: String| Fail::new(Code::Unsupported, what).help("use `from = \"backup\"` for this machine");
+    let refused =
+        |what: String| Fail::new(Code::Unsupported, format!("{what}: its job takes it `from = \"backup\"` only"));
     let ChainSpec::Image { path, .. } = &disk.selected.spec else {
         return Err(refused(format!("the disk {} is no image of production", disk.name)));
     };

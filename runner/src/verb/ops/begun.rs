@@ -4,6 +4,7 @@
 //! Invariants
 //! - Words that only say what is so anyway are not told apart from none, but for the time a guest has and the network.
 //! - The reason is for the record and changes nothing that is done.
+//! - `--force` may be said later: it changes nothing of what was done, and what cannot go on without it goes on with it.
 //! - Who only says that something goes on says nothing else: what is not said stays as it was begun.
 //!
 //! Not here: what is done with an operation that was cut short.
@@ -25,6 +26,9 @@ use crate::{
 
 /// How long a guest has, as it is typed, where nobody says it.
 pub(in crate::verb) const GRACE: &str = "15m";
+
+/// The one option that may be added later: what was begun without it, and cannot go on, goes on with it.
+const FORCE: &str = "--force";
 
 /// The options of an operation, as they are typed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -77,13 +81,13 @@ impl Options {
 
     /// With what happens to production first.
     #[must_use]
-    pub(in crate::verb) fn fence(self, fence: Fence) -> Self {
-        let word = match fence {
-            Fence::None => None,
-            Fence::Graceful => Some("graceful".to_owned()),
-            Fence::Force => Some("force".to_owned()),
+    pub(in crate::verb) fn fence(self, fence: Option<Fence>) -> Self {
+        let word = |fence| match fence {
+            Fence::None => "none",
+            Fence::Graceful => "graceful",
+            Fence::Force => "force",
         };
-        self.value("--fence", word)
+        self.value("--fence", fence.map(|fence| word(fence).to_owned()))
     }
 
     /// With what becomes of a description that differs.
@@ -99,7 +103,7 @@ impl Options {
         match &ask.act {
             Act::Failover { point, start, fence, force } => none
                 .value("--to", Some(point.clone()))
-                .fence(*fence)
+                .fence(Some(*fence).filter(|fence| *fence != Fence::None))
                 .flag("--force", *force)
                 .flag("--no-start", !start)
                 .grace(ask.grace)
@@ -123,8 +127,8 @@ impl Options {
                 none.switch(Switch::Auto).flag("--no-start", !power_on).grace(ask.grace).network(ask.network)
             }
             Act::Start => none.network(ask.network),
-            Act::Undo { force, restart } => {
-                none.flag("--force", *force).flag("--restart", *restart).network(ask.network)
+            Act::Undo { force, restart, .. } => {
+                none.flag(FORCE, *force).flag("--restart", *restart).network(ask.network)
             }
             Act::Commit { force } => none.flag("--force", *force),
             Act::Permanent => none,
@@ -146,6 +150,12 @@ impl Options {
         let is_open = |option: &str| Some(name(option)) == open && !(has(self) && has(other));
         let all = self.0.iter().map(String::as_str);
         all.filter(|option| !other.0.iter().any(|o| o == option) && !is_open(option)).collect()
+    }
+}
+
+impl fmt::Display for Options {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join(" "))
     }
 }
 
@@ -173,7 +183,8 @@ impl Begun {
 
     /// A run of a plan.
     pub(in crate::verb) fn plan(spec: &PlanSpec) -> Self {
-        let options = Options::default().point(&spec.to).grace(spec.grace).network(spec.network);
+        let options = Options::default().point(&spec.to).fence(spec.fence).flag("--no-start", spec.no_start);
+        let options = options.grace(spec.grace).network(spec.network);
         Self { what: format!("a run of plan {}", spec.plan), object: plan::object(&spec.plan), options, open: None }
     }
 
@@ -183,7 +194,8 @@ impl Begun {
     /// [`Code::State`], with both.
     pub(in crate::verb) fn same(&self, session: impl std::fmt::Display, typed: &Options) -> Result<()> {
         let begun = &self.options;
-        let (theirs, ours) = (begun.beside(typed, self.open), typed.beside(begun, self.open));
+        let (theirs, mut ours) = (begun.beside(typed, self.open), typed.beside(begun, self.open));
+        ours.retain(|option| *option != FORCE);
         if theirs.is_empty() && ours.is_empty() {
             return Ok(());
         }
@@ -196,6 +208,12 @@ impl Begun {
         );
         let help = format!("aquifer sessions {session} --cancel    # or the command as it was typed first");
         Err(Fail::new(Code::State, what).at(&self.object).help(help))
+    }
+
+    /// Whether it was begun without that word, and is asked for with it now.
+    pub(super) fn is_forced_by(&self, typed: &Options) -> bool {
+        let has = |options: &Options| options.0.iter().any(|option| option == FORCE);
+        has(typed) && !has(&self.options)
     }
 
     /// The same for somebody who says that it goes on: only what they say of it counts.
@@ -215,7 +233,8 @@ impl Begun {
 /// What it is, with what it was told, as it is typed.
 impl fmt::Display for Begun {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}, told {}", self.what, self.options.0.join(" "))
+        f.write_str(&self.what)?;
+        if self.options.0.is_empty() { Ok(()) } else { write!(f, ", told {}", self.options) }
     }
 }
 
@@ -263,9 +282,25 @@ mod tests {
     }
 
     #[test]
+    fn what_was_told_nothing_says_no_more() {
+        assert_eq!(Begun::operation(&ask(Act::Permanent)).to_string(), "permanent of a");
+        let undo = Act::Undo { force: false, restart: false, way_home: false };
+        assert_eq!(Begun::operation(&ask(undo)).to_string(), "undo of a, told --network user");
+    }
+
+    #[test]
+    fn force_may_be_said_later_and_not_taken_back() {
+        let undo = |force| Begun::operation(&ask(Act::Undo { force, restart: false, way_home: false }));
+        let typed = Options::default().network(Network::User);
+        let forced = typed.clone().flag(FORCE, true);
+        assert!(undo(false).same(7, &forced).is_ok() && undo(false).is_forced_by(&forced));
+        assert!(undo(true).same(7, &typed).is_err() && !undo(true).is_forced_by(&forced));
+    }
+
+    #[test]
     fn what_is_typed_again_is_the_same_and_what_is_typed_otherwise_is_not() {
         let begun = ask(Act::Failover { point: "0190".into(), start: true, fence: Fence::Graceful, force: false });
-        let again = Options::default().fence(Fence::Graceful).grace(begun.grace).network(Network::User);
+        let again = Options::default().fence(Some(Fence::Graceful)).grace(begun.grace).network(Network::User);
         let differs = |typed: &Options| {
             let begun = Options::of(&begun);
             (begun.beside(typed, Some("--to")).join(" "), typed.beside(&begun, Some("--to")).join(" "))
@@ -280,7 +315,8 @@ mod tests {
     #[test]
     fn who_says_only_that_a_run_goes_on_goes_on_with_it_as_it_was_begun() {
         let (grace, network) = (Duration::from_secs(600), Network::None);
-        let spec = PlanSpec { plan: "all".into(), to: "latest".into(), grace, network, reason: None, resumes: None };
+        let (plan, to) = ("all".into(), "latest".into());
+        let spec = PlanSpec { plan, to, grace, network, reason: None, fence: None, no_start: false, resumes: None };
         let begun = Begun::plan(&spec);
         let plain = Options::default().grace(Duration::from_secs(900)).network(Network::User);
         assert!(begun.goes_on(7, &plain).is_ok() && begun.same(7, &plain).is_err());
