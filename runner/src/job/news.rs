@@ -1,4 +1,7 @@
 //! What the repositories of a job have that is new: for jobs that wait for points.
+//!
+//! Invariants
+//! - New is what a run would take: a point of a later moment. A copy of one, or one written anew, is nothing new.
 
 use std::{collections::BTreeMap, fs};
 
@@ -12,13 +15,13 @@ use crate::{
     site::{Job, JobKind, ReplicaSource, Site},
 };
 
-/// The newest complete point of each machine of a job, in the repositories that the job reads, by its id. Machines
+/// The moment of the newest complete point of each machine of a job, in the repositories that the job reads. Machines
 /// without a point are left out.
 ///
 /// # Errors
 /// The repositories'.
-pub fn newest_points(context: &Context, site: &Site, job: &Job) -> Result<BTreeMap<String, String>> {
-    let mut newest: BTreeMap<String, (Timestamp, String)> = BTreeMap::new();
+pub fn newest_points(context: &Context, site: &Site, job: &Job) -> Result<BTreeMap<String, Timestamp>> {
+    let mut newest: BTreeMap<String, Timestamp> = BTreeMap::new();
     for name in read_by(job) {
         let repo = open(context, site, name)?;
         for wanted in job.kind.machines() {
@@ -32,14 +35,11 @@ pub fn newest_points(context: &Context, site: &Site, job: &Job) -> Result<BTreeM
                 Err(Error::NotFound { .. }) => continue,
                 Err(error) => return Err(error.into()),
             };
-            let found = (point.created().unwrap_or_default(), point.id.to_string());
-            let known = newest.entry(wanted.clone()).or_insert_with(|| found.clone());
-            if found > *known {
-                *known = found;
-            }
+            let known = newest.entry(wanted.clone()).or_default();
+            *known = point.created().unwrap_or_default().max(*known);
         }
     }
-    Ok(newest.into_iter().map(|(machine, (_, id))| (machine, id)).collect())
+    Ok(newest)
 }
 
 /// The repositories whose points a job reads.
