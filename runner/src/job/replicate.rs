@@ -266,6 +266,21 @@ impl<'a> Run<'a> {
         Ok(newest.disks.iter().map(size).sum())
     }
 
+    /// Tells of the restore points that the next run gives up, and that are the last to have a disk.
+    fn tell_of_last_disks(&self, desk: &Desk<'_>) -> Result<()> {
+        let (name, keep) = (&self.spec.name, self.spec.options.keep);
+        for (disk, point) in keep::last_disks(&desk.points(name)?, keep) {
+            if !self.spec.rules.leave_out(disk) {
+                let what = format!("the next run gives up {}, the last point that has the disk {disk}", point.id);
+                (desk.warn)(
+                    Code::WarnDiskGone,
+                    format!("{name}: {what}; `restore_points_to_keep` of its job says how many stay"),
+                );
+            }
+        }
+        Ok(())
+    }
+
     /// Tells that what feeds the replica has run dry.
     fn look_at_age(&self, desk: &Desk<'_>) -> Result<()> {
         let newest = desk.points(&self.spec.name)?.last().map(|point| point.taken);
@@ -345,6 +360,9 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
         for (point, disk) in made.iter().flat_map(|point| point.gone.iter().map(move |disk| (point, disk))) {
             let what = format!("disk {disk} of the point before is not there any more: {} has none", point.id);
             warn(Code::WarnDiskGone, format!("{}: {what}", run.spec.name));
+        }
+        if !made.is_empty() {
+            run.tell_of_last_disks(&desk)?;
         }
         run.look_at_age(&desk)?;
         Ok(Ok(run.report(&desk, &made)?))

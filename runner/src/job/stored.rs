@@ -23,7 +23,7 @@ use super::{Step, backup, copy, health};
 use crate::{
     backup::{self as stores, Ahead, Pace},
     catalogue::Stored,
-    context::Context,
+    context::{Context, quoted},
     fail::{Code, Fail, Result},
     replica::{model::ReplicaRecord, state::State},
     repository::{self, Hand},
@@ -380,10 +380,22 @@ impl Run<'_> {
         let apply = || {
             let repo = repository::open_named_to_change(self.context, repository)?;
             let machine = repo.machine(self.machine)?;
-            retain::apply(self.context, &repo, &machine, Some(keep), &self.context.site()?.zone())
+            let site = self.context.site()?;
+            let left_out = site.machines.get(self.machine).map(|machine| machine.exclude_disks.clone());
+            let left_out = left_out.unwrap_or_default();
+            let done = retain::apply(self.context, &repo, &machine, Some(keep), (&site.zone(), &left_out))?;
+            Ok::<_, Fail>((repo, done))
         };
         match apply() {
-            Ok(retained) => {
+            Ok((repo, retained)) => {
+                for (disk, point) in &retained.last_of {
+                    let name = format!("{}@{point}", self.machine);
+                    let help = format!("aquifer -r {} forget {}", quoted(repo.label()), quoted(&name));
+                    let what = format!(
+                        "{name} stays in {repository}: no later point has the disk {disk}; `{help}` gives it up"
+                    );
+                    self.note_once(Code::WarnDiskGone, what);
+                }
                 let shown = json!({ "machine": self.machine, "kept": retained.kept,
                     "given_up": retained.given_up, "rebased": retained.rebased, "bytes_freed": retained.bytes_freed });
                 self.context.out.record("retained", &shown);
