@@ -61,6 +61,10 @@ struct Froze {
 pub fn run(run: &Run<'_>, job: &BackupJob) -> Result<Report> {
     run.warn_of_takeover();
     let repo = repository::open_named_to_change(run.context, &job.to)?;
+    let unnamed = super::unnamed(&repo, run.context.site()?, run.machine)?;
+    if !unnamed.is_empty() {
+        run.inform_once(super::told_of_unnamed(run.machine, &job.to, &unnamed))?;
+    }
     let machine = repo.machine_or_new(run.machine)?;
     let mut report = Report::default();
     let order = order(run, job, Consistency::Unknown, None);

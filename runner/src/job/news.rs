@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, fs};
 
-use aquifer_formats::repo::{Error, PointQuery, Repository};
+use aquifer_formats::repo::{Error, Machine, PointQuery, Repository};
 use jiff::Timestamp;
 
 use crate::{
@@ -40,6 +40,34 @@ pub fn newest_points(context: &Context, site: &Site, job: &Job) -> Result<BTreeM
         }
     }
     Ok(newest)
+}
+
+/// Machines with points in a repository that has none of `machine` yet, and that the site file does not name: one of them
+/// may be that machine under the name that it had before.
+///
+/// # Errors
+/// The repository's.
+pub fn unnamed(repo: &Repository, site: &Site, machine: &str) -> Result<Vec<String>> {
+    let answers = |known: &Machine, name: &str| known.name == name || known.aliases.iter().any(|alias| alias == name);
+    let (there, mut found) = (repo.machines()?, Vec::new());
+    if there.iter().any(|known| answers(known, machine)) {
+        return Ok(found);
+    }
+    for known in there.iter().filter(|known| !site.machines.keys().any(|name| answers(known, name))) {
+        if !repo.points(known)?.is_empty() {
+            found.push(known.name.clone());
+        }
+    }
+    Ok(found)
+}
+
+/// What is told of them.
+pub fn told_of_unnamed(machine: &str, repository: &str, unnamed: &[String]) -> String {
+    let names = unnamed.join(", ");
+    format!(
+        "{machine} begins a chain of its own in {repository}; the points of {names} there are of no machine of the site \
+         file: one that was renamed goes on with its points only under the name they have"
+    )
 }
 
 /// The repositories whose points a job reads.

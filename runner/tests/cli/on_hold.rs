@@ -83,6 +83,23 @@ fn a_machine_on_hold_is_told_once_for_each_change() {
 }
 
 #[test]
+fn a_machine_that_was_renamed_in_the_site_file_is_told_of_the_points_it_had() {
+    let job = "[job.b]\nkind = \"backup\"\nmachines = [\"db01\"]\nto = \"r1\"";
+    let site = replication::Site::new(job);
+    let told = |ran: &Outcome| ran.stdout.contains("the points of db01 there are of no machine of the site file");
+    let check = || site.room.run(["-c", "site.toml", "config", "check"]).stderr;
+    assert_eq!(site.json(&["run", "b"]).code, 0);
+    assert!(!check().contains("of no machine"), "{}", check());
+    site.rewrite("db01", "db02");
+    assert!(check().contains("db02 begins a chain of its own in r1; the points of db01 there are"), "{}", check());
+    let ran = site.json(&["run", "b"]);
+    assert!(ran.code == 0 && told(&ran), "{}", ran.stdout);
+    let again = site.json(&["run", "b"]);
+    assert!(again.code == 0 && !told(&again), "{}", again.stdout);
+    assert!(!check().contains("of no machine"), "{}", check());
+}
+
+#[test]
 fn a_copy_of_a_point_is_no_new_point_and_a_machine_without_one_is_no_warning() {
     let site = replication::Site::new(
         "schedule = { on_new_point = true }\n[job.away]\nkind = \"copy\"\nmachines = [\"db01\"]\nfrom = [\"r1\"]\n\
@@ -108,4 +125,6 @@ fn a_copy_of_a_point_is_no_new_point_and_a_machine_without_one_is_no_warning() {
     wait("the point begins no run", || runs().len() == 2);
     let results: Vec<_> = runs().iter().map(|session| session["result"].clone()).collect();
     assert_eq!(results, ["success", "success"], "{:?}", runs());
+    let jobs = site.room.ok(["-c", "site.toml", "jobs"]).stdout;
+    assert!(jobs.contains("at each new point") && jobs.contains("by hand only"), "{jobs}");
 }
