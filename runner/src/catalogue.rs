@@ -15,6 +15,7 @@
 
 mod error;
 mod event;
+mod held;
 mod job;
 mod migrate;
 mod operation;

@@ -24,7 +24,7 @@ use crate::{
     tasks::{Done, Task},
 };
 
-pub use news::newest_points;
+pub use news::{newest_points, told_of_unnamed, unnamed};
 
 /// Something a run would do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

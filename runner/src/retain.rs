@@ -3,7 +3,8 @@
 //! Invariants
 //! - The order of points is that of their receipt; clocks only say which day a point belongs to, and a point of the
 //!   future counts as one of today.
-//! - The newest complete point stays whatever the rule says; so does every pinned one. What cannot be used is left for
+//! - The newest complete point stays whatever the rule says; so does every pinned one, and the last one that has a disk
+//!   which no later one has: nobody reads a disk again that has left the machine. What cannot be used is left for
 //!   somebody to look at, and counts for nothing.
 //! - A point that is read is given up like any other: its files stay until the reader ends, and nobody waits.
 //! - Given-up files that retained points draw little from are set free by writing those points anew, so that the bytes
@@ -44,6 +45,8 @@ pub enum Reason {
     Newest,
     /// Somebody pinned it.
     Pinned,
+    /// No later one has one of its disks.
+    LastOfDisk,
     /// It cannot be used; somebody has to look at it.
     NotComplete,
     /// No rule was given.
@@ -77,6 +80,8 @@ pub struct Candidate {
     pub complete: bool,
     /// Whether it must stay.
     pub pinned: bool,
+    /// Whether it has a disk that no later complete one has.
+    pub last_of_disk: bool,
 }
 
 /// What becomes of a point.
@@ -100,6 +105,9 @@ pub fn judge(points: &[Candidate], keep: Option<&Keep>, zone: &TimeZone, now: Ti
     for (index, point) in points.iter().enumerate() {
         if point.pinned {
             stay(index, Reason::Pinned);
+        }
+        if point.last_of_disk {
+            stay(index, Reason::LastOfDisk);
         }
         if !point.complete {
             stay(index, Reason::NotComplete);
@@ -189,34 +197,38 @@ pub struct Retained {
     pub leased: usize,
     /// Given-up points whose files stay because retained points draw from them.
     pub needed: usize,
+    /// Disks, and the points that stay for nothing but their being the last to have them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub last_of: Vec<(String, Uuid)>,
 }
 
-/// What the rule says about a machine's points.
-///
-/// # Errors
-/// A damaged manifest; I/O.
-pub fn verdicts(
-    repo: &Repository,
-    machine: &Machine,
-    keep: Option<&Keep>,
-    zone: &TimeZone,
-    now: Timestamp,
-) -> Result<Vec<Verdict>> {
-    let points = repo.points(machine)?;
-    let candidates: Vec<Candidate> = points.iter().map(candidate).collect();
-    Ok(judge(&candidates, keep, zone, now))
-}
-
-fn candidate(point: &Point) -> Candidate {
+fn candidate(point: &Point, last_of: &[(String, Uuid)]) -> Candidate {
     Candidate {
         id: point.id,
         created: point.created().unwrap_or(Timestamp::UNIX_EPOCH),
         complete: point.state == PointState::Complete,
         pinned: point.pinned,
+        last_of_disk: last_of.iter().any(|(_, last)| *last == point.id),
     }
 }
 
-/// Applies the rule to a machine: gives points up, sets free what they hold, deletes.
+/// The disks that the newest complete point has not, each with the last complete one that has it. `left_out` are meant to
+/// be missing.
+fn last_of(points: &[Point], left_out: &[String]) -> Vec<(String, Uuid)> {
+    let mut complete = points.iter().rev().filter(|point| point.state == PointState::Complete);
+    let disks = |point: &Point| -> Vec<String> {
+        point.record.iter().flat_map(|record| &record.disks).map(|disk| disk.name.as_str().to_owned()).collect()
+    };
+    let mut seen: BTreeSet<String> = complete.next().map(disks).unwrap_or_default().into_iter().collect();
+    seen.extend(left_out.iter().cloned());
+    complete
+        .flat_map(|point| disks(point).into_iter().map(|disk| (disk, point.id)))
+        .filter(|(disk, _)| seen.insert(disk.clone()))
+        .collect()
+}
+
+/// Applies the rule to a machine: gives points up, sets free what they hold, deletes. Of the disks in `left_out` no point
+/// has to stay.
 ///
 /// # Errors
 /// I/O; a foreign owner; damage. Cut anywhere, the next run goes on.
@@ -225,11 +237,17 @@ pub fn apply(
     repo: &Repository,
     machine: &Machine,
     keep: Option<&Keep>,
-    zone: &TimeZone,
+    (zone, left_out): (&TimeZone, &[String]),
 ) -> Result<Retained> {
-    let verdicts = verdicts(repo, machine, keep, zone, Timestamp::now())?;
+    let points = repo.points(machine)?;
+    let mut last_of = last_of(&points, left_out);
+    let candidates: Vec<Candidate> = points.iter().map(|point| candidate(point, &last_of)).collect();
+    let verdicts = judge(&candidates, keep, zone, Timestamp::now());
     let going: Vec<Uuid> = verdicts.iter().filter(|v| v.reasons.is_empty()).map(|v| v.id).collect();
-    let mut done = Retained { kept: verdicts.len() - going.len(), given_up: going.clone(), ..Retained::default() };
+    let only = BTreeSet::from([Reason::LastOfDisk]);
+    last_of.retain(|(_, point)| verdicts.iter().any(|verdict| verdict.id == *point && verdict.reasons == only));
+    let kept = verdicts.len() - going.len();
+    let mut done = Retained { kept, given_up: going.clone(), last_of, ..Retained::default() };
     if !going.is_empty() {
         keeper::forget(repo, machine, &going, LastPoint::Stays)?;
     }

@@ -82,6 +82,11 @@ pub(super) fn withdraw(store: &Store, lease: Uuid) -> Result<()> {
     delete_record(store, &name::lease(lease)).map(|_| ())
 }
 
+/// Takes away what says that a point was begun: it is complete, and its record durable.
+pub(super) fn drop_begun(store: &Store, machine: Uuid, point: Uuid) -> Result<()> {
+    delete_record(store, &name::begin(machine, point)).map(|_| ())
+}
+
 /// Gives points up. Nothing is deleted: [`sweep`] does that when nothing needs them.
 ///
 /// # Errors

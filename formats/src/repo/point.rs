@@ -145,7 +145,9 @@ impl Repository {
         let bytes = match read {
             Ok(Some(bytes)) => bytes,
             Ok(None) => {
-                let why = format!("{} is gone, or was never written", self.store().path_of(&file));
+                let begun = self.store().len(&name::begin(machine, listed.id)).ok().flatten().is_some();
+                let how = if begun { "was never written: its backup was cut short" } else { "is gone" };
+                let why = format!("{} {how}", self.store().path_of(&file));
                 return Ok((PointState::Missing { why }, None));
             }
             // What cannot be read is as good as gone; other points stay usable.

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::{
     record::{
         BeginRecord, Consistency, Defaults, Found, Holder, LeaseKind, LeaseRecord, MachineDescription, Owner,
-        PointRecord, encode, read,
+        PointRecord, encode,
     },
     *,
 };
@@ -39,6 +39,14 @@ fn holder() -> Holder {
 
 fn options() -> WriterOptions {
     WriterOptions { block_log2: 14, threads: 0, ..WriterOptions::default() }
+}
+
+/// Puts back what said that a point was begun, as earlier versions left it beside the point.
+fn as_begun(repo: &Repository, point: &Point, parent: Option<Uuid>) -> Interrupted {
+    let record = BeginRecord { id: point.id, begun: Timestamp::UNIX_EPOCH, parent, holder: holder() };
+    let file = name::begin(point.machine, point.id);
+    repo.store().create(&file, &encode(&record).expect("encode")).expect("as it was begun");
+    Interrupted { record }
 }
 
 fn vda() -> DiskName {

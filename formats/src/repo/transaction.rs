@@ -2,8 +2,10 @@
 //!
 //! Invariants
 //! - Until the commit nothing is listed. The order is: layers sealed and synced, the generation that
-//!   receives the point, `point.json`. Cut anywhere, the point is there whole or not at all, and what is
-//!   left can be gone on with.
+//!   receives the point, `point.json`; then `begin.json` goes. Cut anywhere, the point is there whole or not at
+//!   all, and what is left can be gone on with.
+//! - A listed point with `begin.json` and no `point.json` was cut short; one with neither was complete and has lost its
+//!   record: nobody goes on with that, and nobody discards it.
 //! - The commit looks once more whether the append lease is still held and the repository still owned:
 //!   whoever lost them meanwhile adds nothing. It looks again once the point is received: a keeper that took
 //!   the lease before that may have deleted what the point needs; one that takes it later sees the point.
@@ -15,7 +17,7 @@ use jiff::Timestamp;
 use uuid::Uuid;
 
 use super::{
-    DiskName, Error, Lease, Machine, Point, PointState, Repository, Result, manifest, name,
+    DiskName, Error, Lease, Machine, Point, PointState, Repository, Result, keeper, manifest, name,
     record::{
         BeginRecord, Consistency, Found, Hash, Holder, LinkedSource, MachineDescription, ManifestPoint, Origin,
         PointDisk, PointKind, PointRecord, encode, read,
@@ -93,6 +95,7 @@ impl Repository {
     pub fn begin(&self, machine: &Machine, parent: Option<&Point>, holder: Holder) -> Result<Transaction<'_>> {
         self.writable()?;
         let lease = self.lease_append(machine, parent.map(|p| p.id), holder.clone())?;
+        self.tidy_begun(machine)?;
         let begin = BeginRecord { id: Uuid::now_v7(), begun: Timestamp::now(), parent: parent.map(|p| p.id), holder };
         self.store().create(&name::begin(machine.id, begin.id), &encode(&begin)?)?;
         Ok(Transaction::new(self, machine, begin, parent.cloned(), lease))
@@ -120,6 +123,20 @@ impl Repository {
             found.retain(|what| !points.iter().any(|point| stands_on(point, what.record.id)));
         }
         Ok(found)
+    }
+
+    /// Takes away what says that a point was begun where it is complete: its commit was cut just before that, or was
+    /// made by a version that left it.
+    fn tidy_begun(&self, machine: &Machine) -> Result<()> {
+        for listed in self.listed(machine)? {
+            let begun = self.store().len(&name::begin(machine.id, listed.id))?.is_some();
+            if begun && self.store().len(&name::point(machine.id, listed.id))?.is_some() {
+                // The record's own name may not be durable yet.
+                self.store().settle(&name::point_folder(machine.id, listed.id))?;
+                keeper::drop_begun(self.store(), machine.id, listed.id)?;
+            }
+        }
+        Ok(())
     }
 
     fn still_interrupted(&self, machine: &Machine, point: Uuid) -> Result<()> {
@@ -371,8 +388,7 @@ impl Transaction<'_> {
             });
             Ok(())
         })?;
-        self.lease.release()?;
-        Ok(record)
+        self.over(record)
     }
 
     /// Makes the point exist.
@@ -428,6 +444,13 @@ impl Transaction<'_> {
         })?;
         held()?;
         store.create(&name::point(self.machine.id, record.id), &bytes)?;
+        self.over(record)
+    }
+
+    /// The point is there: what says that it was begun goes, and then the lease.
+    fn over(self, record: PointRecord) -> Result<PointRecord> {
+        // What stays of it is taken away when the next point is begun: the point is whole either way.
+        let _ = keeper::drop_begun(self.repo.store(), self.machine.id, record.id);
         self.lease.release()?;
         Ok(record)
     }
@@ -443,10 +466,11 @@ impl Transaction<'_> {
         for other in points.iter().filter(|point| point.retained && point.id != new.id && point.work == new.work) {
             let record = name::point(self.machine.id, other.id);
             let has_record = self.repo.store().len(&record)?.is_some();
+            let has_begun = self.repo.store().len(&name::begin(self.machine.id, other.id))?.is_some();
             match self.repo.point_state(&self.machine, other)?.state {
                 PointState::Complete => return Err(Error::Exists { path: self.repo.store().path_of(&record) }),
                 PointState::Incomplete => overtaken.push(other.id),
-                PointState::Missing { .. } if !has_record => overtaken.push(other.id),
+                PointState::Missing { .. } if !has_record && has_begun => overtaken.push(other.id),
                 // It is somebody's to repair, and no point of this work that can be read.
                 PointState::Missing { .. } | PointState::Corrupted { .. } => {}
             }

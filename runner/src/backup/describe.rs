@@ -22,6 +22,8 @@ pub(crate) struct About<'a> {
     pub(crate) description: Option<&'a Path>,
     /// File with its UEFI variables.
     pub(crate) nvram: Option<&'a Path>,
+    /// Disks that are meant to be missing.
+    pub(crate) left_out: &'a [String],
 }
 
 /// Puts together what is known: the file's word where there is one, and the disks that are stored.
@@ -40,7 +42,10 @@ pub(crate) fn describe(context: &Context, args: &About<'_>, wanted: &[Wanted]) -
         }
     });
     let disks: Vec<DiskDescription> = disks.collect();
-    for left in said.disks.iter().filter(|known| wanted.iter().all(|disk| disk.name.as_str() != known.name)) {
+    let is_missed = |known: &&DescribedDisk| {
+        wanted.iter().all(|disk| disk.name.as_str() != known.name) && !args.left_out.contains(&known.name)
+    };
+    for left in said.disks.iter().filter(is_missed) {
         context.out.warn(Code::WarnSkipped, left_out(left), Some(&format!("add --disk {}=SOURCE", left.name)));
     }
     let variables = match (args.nvram, &said.nvram) {

@@ -7,7 +7,7 @@
 //!   [`LOST_MAX`] workers fails instead of being handed out for ever.
 //! - Claims are one after the other (the `dispatch` row): they take milliseconds, work takes minutes.
 //!
-//! Not here: the order in which work is picked (`tasks::order`).
+//! Not here: the order in which work is picked (`tasks::order`), work that is passed over (`super::held`).
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -130,8 +130,13 @@ pub enum Outcome {
     },
     /// Stopped because that was asked.
     Cancelled,
-    /// Left out, and why.
-    Skipped(String),
+    /// Left out.
+    Skipped {
+        /// Why.
+        why: String,
+        /// Whether the run before was left out for the same reason, and told so.
+        known: bool,
+    },
     /// Given back undone: it goes on later, here or elsewhere, and no retry is used up.
     GivenBack(String),
 }
@@ -143,7 +148,7 @@ impl Outcome {
             Self::Warning { .. } => WorkState::Warning,
             Self::Failed { .. } => WorkState::Failed,
             Self::Cancelled => WorkState::Cancelled,
-            Self::Skipped(_) => WorkState::Skipped,
+            Self::Skipped { .. } => WorkState::Skipped,
             Self::GivenBack(_) => WorkState::Ready,
         }
     }
@@ -151,7 +156,7 @@ impl Outcome {
     fn why(&self) -> Option<&str> {
         match self {
             Self::Warning { why, .. } | Self::Failed { why, .. } => Some(why),
-            Self::Skipped(why) | Self::GivenBack(why) => Some(why),
+            Self::Skipped { why, .. } | Self::GivenBack(why) => Some(why),
             Self::Success(_) | Self::Cancelled => None,
         }
     }
@@ -162,7 +167,8 @@ impl Outcome {
             Self::Warning { why, report } => serde_json::json!({ "why": why, "report": report }),
             Self::Failed { why, code, help, .. } => serde_json::json!({ "why": why, "code": code, "do": help }),
             Self::Cancelled => Value::Null,
-            Self::Skipped(why) | Self::GivenBack(why) => serde_json::json!({ "why": why }),
+            Self::Skipped { why, known: true } => serde_json::json!({ "why": why, "known": true }),
+            Self::Skipped { why, .. } | Self::GivenBack(why) => serde_json::json!({ "why": why }),
         }
     }
 }
@@ -202,7 +208,7 @@ impl Catalogue {
         }
         self.write("take work", async |tx| {
             tx.next("dispatch").await?;
-            let has_settled = tx.settle_lost().await?;
+            let has_settled = tx.settle_lost().await? | tx.pass_over(now.as_millisecond()).await?;
             let (candidates, rows) = tx.candidates(now.as_millisecond(), kinds, session).await?;
             let in_use = tx.in_use().await?;
             let picked = order::pick(&candidates, &in_use, now.as_millisecond()).and_then(|index| rows.get(index));
@@ -584,7 +590,7 @@ impl Tx {
     }
 
     /// Ends work, or puts it back, and the session with its last work.
-    async fn settle(
+    pub(super) async fn settle(
         &mut self,
         work: &Work,
         outcome: &Outcome,
@@ -669,14 +675,16 @@ impl Tx {
     }
 }
 
-/// The worst of the work, and why.
+/// The worst of the work, and why. What was left out for a reason that is known is nothing new to look at.
 fn verdict(works: &[Work]) -> (SessionResult, Option<String>) {
-    let of = |states: &[WorkState]| works.iter().filter(|w| states.contains(&w.state)).count();
+    let is_known = |w: &&Work| w.outcome.as_ref().is_some_and(|outcome| outcome["known"] == true);
+    let of = |states: &[WorkState]| works.iter().filter(|w| states.contains(&w.state) && !is_known(w)).count();
     let failed = of(&[WorkState::Failed]);
     let looked = of(&[WorkState::Warning, WorkState::Skipped]);
     let cancelled = of(&[WorkState::Cancelled]);
     let worst = |states: &[WorkState]| {
-        let first = works.iter().find(|w| states.contains(&w.state))?;
+        let of_state = || works.iter().filter(|w| states.contains(&w.state));
+        let first = of_state().find(|w| !is_known(w)).or_else(|| of_state().next())?;
         let why = first.outcome.as_ref()?.get("why")?.as_str()?;
         Some(if first.object.is_empty() { why.to_owned() } else { format!("{}: {why}", first.object) })
     };
@@ -687,11 +695,11 @@ fn verdict(works: &[Work]) -> (SessionResult, Option<String>) {
     } else if looked > 0 {
         (SessionResult::Warning, worst(&[WorkState::Warning, WorkState::Skipped]))
     } else {
-        (SessionResult::Success, None)
+        (SessionResult::Success, worst(&[WorkState::Skipped]))
     }
 }
 
-fn read(row: &AnyRow) -> Result<Work, Fault> {
+pub(super) fn read(row: &AnyRow) -> Result<Work, Fault> {
     let small =
         |column: &str| -> Result<u32, Fault> { Ok(u32::try_from(row.try_get::<i64, _>(column)?).unwrap_or_default()) };
     let outcome: Option<String> = row.try_get("outcome")?;

@@ -149,13 +149,13 @@ codes! {
     WarnStale "W_STALE_SOURCE" 1 never
         "The backups that feed a replica are older than they should be: the job that makes them may have stopped. The replica is as new as the newest of them."
     WarnOnHold "W_ON_HOLD" 1 never
-        "The replica is not replicated at present: it serves, is on its way home, or was given up. Replication goes on when it is ready again."
+        "The replica is not replicated at present: it serves, is on its way home, waits for a guest or for somebody's word, or was given up. The other machines of its job are replicated all the same. The first run that finds it so says it, and another one when something else holds it. Replication goes on when it is ready again."
     WarnReplicaServes "W_REPLICA_SERVES" 1 never
         "A replica has taken over from the machine that the job backs up or copies, and nothing is settled yet. A backup of the machine that it serves in place of holds what is stale. Retention gives up and merges no point of the machine until the takeover is taken back (`undo`), has come home (`commit`) or was made final (`permanent`): points from before the disaster may be needed."
     WarnResync "W_RESYNC" 1 never
         "The digests of a replica were missing, damaged or no longer to be trusted. They were made anew from the replica's own disks; nothing was copied for that. The same is said of a layer that was changed from outside since it was settled: a takeover at a point that stands on it is refused where digests tell that it holds something else, a way home compares all of both sides, and what was changed between the two passes of a way home keeps the sides from being changed."
     WarnDiskGone "W_DISK_GONE" 1 never
-        "A disk that the restore point before has is not in the new one: it was taken out of the machine's description, was renamed, or was not named. That may be meant; it is told once, when it happens. The points that have the disk stay until retention gives them up, and a takeover at a newer one has no such disk. Put the disk back if it belongs to the machine; where it is to be left out, `exclude_disks` of the machine in the site file says so."
+        "A disk that the restore point before has is not in the new one: it was taken out of the machine's description, was renamed, or was not named. That may be meant; it is told once, when it happens. Of a backup's points the last one that has the disk stays, whatever retention says, until `aquifer -r REPOSITORY forget MACHINE@POINT` gives it up; that is told once, too. Of a replica's points it goes with the others, and the run before that tells. A takeover at a newer one has no such disk. Put the disk back if it belongs to the machine; where it is to be left out, `exclude_disks` of the machine in the site file says so."
     WarnTakenBack "W_TAKEN_BACK" 1 never
         "An earlier operation had been cut short, by a crash or a lost lease. What could not be finished was taken back before this one began."
     WarnHost "W_HOST" 1 never

@@ -26,7 +26,7 @@ use serde_json::json;
 use self::fleece::{Catch, Fleece, LiveDisk, NotFrozen};
 use super::{
     place::Place,
-    stored::{Report, Run},
+    stored::{Report, Run, without},
 };
 use crate::{
     backup::{self, Hint, Made, Order, Wanted, describe},
@@ -61,6 +61,10 @@ struct Froze {
 pub fn run(run: &Run<'_>, job: &BackupJob) -> Result<Report> {
     run.warn_of_takeover();
     let repo = repository::open_named_to_change(run.context, &job.to)?;
+    let unnamed = super::unnamed(&repo, run.context.site()?, run.machine)?;
+    if !unnamed.is_empty() {
+        run.inform_once(super::told_of_unnamed(run.machine, &job.to, &unnamed))?;
+    }
     let machine = repo.machine_or_new(run.machine)?;
     let mut report = Report::default();
     let order = order(run, job, Consistency::Unknown, None);
@@ -71,7 +75,11 @@ pub fn run(run: &Run<'_>, job: &BackupJob) -> Result<Report> {
         }
         None => make(run, job, &repo, &machine, &mut report)?,
     };
-    order.tell_of_gone_disks(&repo, &machine, &made.record, &entry(run)?.exclude_disks)?;
+    let entry = entry(run)?;
+    order.tell_of_gone_disks(&repo, &machine, &made.record, &entry.exclude_disks)?;
+    if !entry.exclude_disks.is_empty() {
+        run.inform_once(format!("{}{}", run.machine, without(run.context.site()?, run.machine)))?;
+    }
     report.points.push(made.record.id);
     report.bytes_read = made.bytes_read;
     report.bytes_stored = made.bytes_stored;
@@ -204,7 +212,7 @@ fn about<'a>(run: &Run<'a>, entry: &'a site::Machine, place: Option<&'a Place>) 
         (MachineSource::Host { .. }, Some(place)) => (place.description.as_deref(), place.variables.as_deref()),
         (MachineSource::Host { .. }, None) => (None, None),
     };
-    describe::About { machine: run.machine, description, nvram }
+    describe::About { machine: run.machine, description, nvram, left_out: &entry.exclude_disks }
 }
 
 fn order<'a>(run: &'a Run<'_>, job: &BackupJob, consistency: Consistency, created: Option<Timestamp>) -> Order<'a> {

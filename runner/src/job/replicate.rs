@@ -37,8 +37,9 @@ use crate::{
         state::State,
     },
     repository,
+    schedule::When,
     site::{Job, JobKind, ReplicaSource, ReplicationJob, Site},
-    tasks::{Busy, Direction, Done, Rate, Stage, Task, expand::JobSpec},
+    tasks::{Busy, Direction, Done, Rate, Stage, Task, expand::JobSpec, planner::SCHEDULE},
 };
 
 /// What a run came to.
@@ -265,6 +266,21 @@ impl<'a> Run<'a> {
         Ok(newest.disks.iter().map(size).sum())
     }
 
+    /// Tells of the restore points that the next run gives up, and that are the last to have a disk.
+    fn tell_of_last_disks(&self, desk: &Desk<'_>) -> Result<()> {
+        let (name, keep) = (&self.spec.name, self.spec.options.keep);
+        for (disk, point) in keep::last_disks(&desk.points(name)?, keep) {
+            if !self.spec.rules.leave_out(disk) {
+                let what = format!("the next run gives up {}, the last point that has the disk {disk}", point.id);
+                (desk.warn)(
+                    Code::WarnDiskGone,
+                    format!("{name}: {what}; `restore_points_to_keep` of its job says how many stay"),
+                );
+            }
+        }
+        Ok(())
+    }
+
     /// Tells that what feeds the replica has run dry.
     fn look_at_age(&self, desk: &Desk<'_>) -> Result<()> {
         let newest = desk.points(&self.spec.name)?.last().map(|point| point.taken);
@@ -328,7 +344,13 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
         let made = match came {
             Came::Made(points) => points,
             Came::Nothing => {
-                warn(Code::WarnNoNewPoint, format!("{} has the newest point of {machine} already", run.spec.name));
+                let what = format!("{} has the newest point of {machine} already", run.spec.name);
+                // A run that another machine's point began had nothing to expect of this one.
+                if is_of_points(task, job)? {
+                    task.context.out.say(what);
+                } else {
+                    warn(Code::WarnNoNewPoint, what);
+                }
                 Vec::new()
             }
             Came::OnHold(state) => return Ok(Err((Code::WarnOnHold, on_hold(&run.spec.name, state)))),
@@ -339,6 +361,9 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
             let what = format!("disk {disk} of the point before is not there any more: {} has none", point.id);
             warn(Code::WarnDiskGone, format!("{}: {what}", run.spec.name));
         }
+        if !made.is_empty() {
+            run.tell_of_last_disks(&desk)?;
+        }
         run.look_at_age(&desk)?;
         Ok(Ok(run.report(&desk, &made)?))
     });
@@ -346,9 +371,16 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
     let report = done?;
     let told = told.into_inner();
     match report {
-        Err((code, why)) => {
-            task.context.out.warn(code, why.clone(), None);
-            Ok(Done::Skipped(format!("{}: {why}", code.name())))
+        Err((code, what)) => {
+            let why = format!("{}: {what}", code.name());
+            // A machine that was left out by mistake is told of at each run, one that is held once.
+            let known = code == Code::WarnOnHold && task.was_said(&why);
+            if known {
+                task.context.out.say(what);
+            } else {
+                task.context.out.warn(code, what, None);
+            }
+            Ok(Done::Skipped { why, known })
         }
         Ok(report) => {
             let busy = task.counts.stages.busy();
@@ -359,6 +391,14 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
             Ok(if told.is_empty() { Done::Success(report) } else { Done::Warning { why: told.join("; "), report } })
         }
     }
+}
+
+/// Whether the run was begun by a restore point, of whichever of its machines.
+fn is_of_points(task: &Task<'_>, job: &Job) -> Result<bool> {
+    let Some(session) = task.work.session.filter(|_| matches!(job.schedule.when, When::OnNewPoint { .. })) else {
+        return Ok(false);
+    };
+    Ok(task.catalogue.session(session)?.initiator == SCHEDULE)
 }
 
 fn on_hold(name: &str, state: State) -> String {
@@ -395,6 +435,7 @@ pub fn foresee(context: &Context, site: &Site, job: &Job, work: &NewWork) -> Res
     let machine = spec.machine.unwrap_or_default();
     let run = Run::of(context, site, &spec.job, job, &machine)?;
     let name = &run.spec.name;
+    let without = stored::without(site, &machine);
     let step = |what: String, bytes| Ok(vec![Step { what, bytes }]);
     let scratch;
     let catalogue = match context.catalogue_if_there()? {
@@ -419,7 +460,7 @@ pub fn foresee(context: &Context, site: &Site, job: &Job, work: &NewWork) -> Res
             if record.state.holds_replication() {
                 return step(format!("leave {name} alone: {}", on_hold(name, record.state)), Some(0));
             }
-            let what = format!("make a point of {name} from production's disks of {machine}");
+            let what = format!("make a point of {name} from production's disks of {machine}{without}");
             let look = Watched::images(context, desk, site, &machine)?;
             let bytes = match look {
                 Some(look) => Some(production::estimate(desk, &run.spec, &record, &look)?),
@@ -434,7 +475,10 @@ pub fn foresee(context: &Context, site: &Site, job: &Job, work: &NewWork) -> Res
             }
             Foreseen::Point { repository, point, taken, bytes } => {
                 let from = named(site, &repository);
-                step(format!("make a point of {name} from {machine}@{point} of {from}, taken {taken}"), Some(bytes))
+                step(
+                    format!("make a point of {name} from {machine}@{point} of {from}, taken {taken}{without}"),
+                    Some(bytes),
+                )
             }
         }
     })

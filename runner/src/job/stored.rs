@@ -23,14 +23,14 @@ use super::{Step, backup, copy, health};
 use crate::{
     backup::{self as stores, Ahead, Pace},
     catalogue::Stored,
-    context::Context,
+    context::{Context, quoted},
     fail::{Code, Fail, Result},
     replica::{model::ReplicaRecord, state::State},
     repository::{self, Hand},
     retain::{self, Retained},
     site::{Job, JobKind, Keep, Limits, Site},
     stop::Stop,
-    tasks::{Counts, Direction, Done, Rate, Stage, Stages, Task},
+    tasks::{Counts, Direction, Done, Rate, Stage, Stages, Task, follow::NOTE},
 };
 
 /// One machine of a job in hand.
@@ -55,6 +55,8 @@ pub struct Run<'a> {
     pub stages: &'a Stages,
     /// What is to be looked at afterwards.
     pub notes: Mutex<Vec<String>>,
+    /// What stands until somebody changes it, said in this run or before.
+    pub standing: Mutex<Vec<String>>,
 }
 
 /// What a run came to.
@@ -84,6 +86,9 @@ pub struct Report {
     /// Whether others needed the chain and the check will go on later.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub gave_way: bool,
+    /// What stands until somebody changes it: it was said by the run that found it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub standing: Vec<String>,
 }
 
 /// What such a piece of work is to do.
@@ -129,10 +134,12 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
             ahead: &|bytes| Counts::add(&task.counts.total, bytes),
             stages: &task.counts.stages,
             notes: Mutex::default(),
+            standing: Mutex::default(),
         };
-        let report = run.work(job)?;
+        let mut report = run.work(job)?;
         task.counts.written.fetch_add(report.bytes_stored, Ordering::Relaxed);
         notes.extend(run.notes.into_inner());
+        report.standing = run.standing.into_inner();
         reports.insert(machine.clone(), report);
     }
     let value = serde_json::to_value(&reports).unwrap_or(Value::Null);
@@ -157,9 +164,10 @@ pub fn foresee(context: &Context, name: &str, job: &Job, machine: Option<&str>) 
             ahead: &|_| (),
             stages: &Stages::default(),
             notes: Mutex::default(),
+            standing: Mutex::default(),
         };
         let what = match &job.kind {
-            JobKind::Backup(job) => format!("back {machine} up into {}", job.to),
+            JobKind::Backup(job) => format!("back {machine} up into {}{}", job.to, without(context.site()?, machine)),
             JobKind::Copy(job) => format!("copy points of {machine} from {} to {}", job.from.join(", "), job.to),
             JobKind::Health(job) => format!("check the stored points of {machine} in {}", job.repository),
             JobKind::Replication(_) => return Err(elsewhere()),
@@ -167,6 +175,12 @@ pub fn foresee(context: &Context, name: &str, job: &Job, machine: Option<&str>) 
         Ok(Step { what, bytes: Some(run.estimate(job)?) })
     };
     machines.iter().map(step).collect()
+}
+
+/// What the site file leaves out of a machine, as words that end a sentence.
+pub(super) fn without(site: &Site, machine: &str) -> String {
+    let out = site.machines.get(machine).map(|machine| machine.exclude_disks.join(", ")).unwrap_or_default();
+    if out.is_empty() { out } else { format!(", without the disks that exclude_disks names: {out}") }
 }
 
 fn elsewhere() -> Fail {
@@ -282,6 +296,28 @@ impl Run<'_> {
         self.notes.lock().push(what);
     }
 
+    /// The same for what stands until somebody changes it: it is noted by the run that finds it, and by no other one.
+    pub(crate) fn note_once(&self, code: Code, what: String) {
+        if self.task.is_some_and(|task| task.was_said(&what)) {
+            self.context.out.say(&what);
+        } else {
+            self.note(code, what.clone());
+        }
+        self.standing.lock().push(what);
+    }
+
+    /// Tells what the site file asks for, once, as an event: it is nothing to look at.
+    ///
+    /// # Errors
+    /// [`Code::Fenced`]; the catalogue's.
+    pub(super) fn inform_once(&self, what: String) -> Result<()> {
+        if let Some(task) = self.task.filter(|task| !task.was_said(&what)) {
+            task.event(&format!("machine/{}", self.machine), NOTE, Some(what.clone()))?;
+        }
+        self.standing.lock().push(what);
+        Ok(())
+    }
+
     /// Tells what was done to the machine, as an event and with what came of the run.
     ///
     /// # Errors
@@ -333,7 +369,7 @@ impl Run<'_> {
             Ok(None) => {}
             Ok(Some((name, state))) => {
                 let what = format!("every point stays until the takeover by {name} is settled: it is {state}");
-                self.note(Code::WarnReplicaServes, format!("{}: {what}", self.machine));
+                self.note_once(Code::WarnReplicaServes, format!("{}: {what}", self.machine));
                 return None;
             }
             Err(fail) => {
@@ -344,10 +380,22 @@ impl Run<'_> {
         let apply = || {
             let repo = repository::open_named_to_change(self.context, repository)?;
             let machine = repo.machine(self.machine)?;
-            retain::apply(self.context, &repo, &machine, Some(keep), &self.context.site()?.zone())
+            let site = self.context.site()?;
+            let left_out = site.machines.get(self.machine).map(|machine| machine.exclude_disks.clone());
+            let left_out = left_out.unwrap_or_default();
+            let done = retain::apply(self.context, &repo, &machine, Some(keep), (&site.zone(), &left_out))?;
+            Ok::<_, Fail>((repo, done))
         };
         match apply() {
-            Ok(retained) => {
+            Ok((repo, retained)) => {
+                for (disk, point) in &retained.last_of {
+                    let name = format!("{}@{point}", self.machine);
+                    let help = format!("aquifer -r {} forget {}", quoted(repo.label()), quoted(&name));
+                    let what = format!(
+                        "{name} stays in {repository}: no later point has the disk {disk}; `{help}` gives it up"
+                    );
+                    self.note_once(Code::WarnDiskGone, what);
+                }
                 let shown = json!({ "machine": self.machine, "kept": retained.kept,
                     "given_up": retained.given_up, "rebased": retained.rebased, "bytes_freed": retained.bytes_freed });
                 self.context.out.record("retained", &shown);

@@ -13,10 +13,10 @@ use super::{
     build::DiskBuild,
     desk::Desk,
     model::{Origin, ReplicaRecord},
-    run::{Opened, ReplicaSpec, choose, fresh, work_of},
+    run::{Opened, ReplicaSpec, RunWork, choose, fresh, work_of},
     state::State,
 };
-use crate::fail::Result;
+use crate::fail::{Code, Result};
 
 /// What a run would do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,6 +52,15 @@ pub fn record(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<ReplicaRecord> {
     }
 }
 
+/// Tells of disks that the newest point has, and the next one would not have.
+pub(super) fn tell_of_gone_disks(desk: &Desk<'_>, work: &RunWork, record: &ReplicaRecord) -> Result<()> {
+    for disk in work.gone(desk, record)? {
+        let what = format!("{}: disk {disk} of the point before is not there any more", work.name);
+        (desk.warn)(Code::WarnDiskGone, what);
+    }
+    Ok(())
+}
+
 /// Looks what a run from backups would do.
 ///
 /// # Errors
@@ -64,6 +73,7 @@ pub fn foresee(desk: &Desk<'_>, spec: &ReplicaSpec) -> Result<Foreseen> {
     let points = desk.points(&spec.name)?;
     let Some((repository, point)) = choose(desk, spec, points.last())? else { return Ok(Foreseen::NoNewPoint) };
     let work = work_of(desk, spec, (record.next_layer, Origin::Job), &points, &repository, &point)?;
+    tell_of_gone_disks(desk, &work, &record)?;
     let opened = Opened::of(desk, &work.source)?;
     let bytes = work.builds(desk, &record, &opened)?.disks.iter().map(DiskBuild::estimate).sum::<Result<u64>>()?;
     Ok(Foreseen::Point { repository, point: point.id, taken: work.point.taken, bytes })

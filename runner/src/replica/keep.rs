@@ -34,6 +34,21 @@ pub fn surplus(points: &[PointRecord], keep: u32) -> &[PointRecord] {
     points.split_at(surplus).0
 }
 
+/// Disks that no point has but those which the next point takes the place of, each with the newest of these.
+pub fn last_disks(points: &[PointRecord], keep: u32) -> Vec<(&str, &PointRecord)> {
+    // Where one point stays, the next one takes its place whatever it has: nothing is lost before that is told.
+    let going = surplus(points, keep.saturating_sub(1).max(1));
+    let staying = points.get(going.len()..).unwrap_or_default();
+    let mut found: Vec<(&str, &PointRecord)> = Vec::new();
+    for (point, top) in going.iter().rev().flat_map(|point| point.disks.iter().map(move |top| (point, top))) {
+        let is_there = staying.iter().flat_map(|point| &point.disks).any(|other| other.disk == top.disk);
+        if !is_there && found.iter().all(|(disk, _)| *disk != top.disk) {
+            found.push((&top.disk, point));
+        }
+    }
+    found
+}
+
 /// Merges what piled up below the oldest point, and removes what no point needs.
 ///
 /// # Errors

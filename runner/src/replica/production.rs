@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use super::{
     desk::Desk,
-    layers,
+    foresee, layers,
     model::{Carried, HomeDisk, Origin, PointRecord, ReplicaRecord, Top, VERSION},
     run::{Opened, Ran, ReplicaSpec, RunSource, RunWork, ended_now, finish_old, prepare, written},
     state::Op,
@@ -154,6 +154,7 @@ pub fn replicate_images(
 /// As [`replicate_production`].
 pub fn estimate(desk: &Desk<'_>, spec: &ReplicaSpec, record: &ReplicaRecord, look: &Look) -> Result<u64> {
     let work = look.work(spec, Origin::Job, record.next_layer);
+    foresee::tell_of_gone_disks(desk, &work, record)?;
     let opened = Opened::of(desk, &work.source)?;
     work.builds(desk, record, &opened)?.disks.iter().map(super::build::DiskBuild::estimate).sum()
 }

@@ -14,6 +14,7 @@ fn points(times: &[&str]) -> Vec<Candidate> {
         created: at(time),
         complete: true,
         pinned: false,
+        last_of_disk: false,
     };
     times.iter().enumerate().map(of).collect()
 }
@@ -118,7 +119,7 @@ fn any_points() -> impl Strategy<Value = Vec<Candidate>> {
         let of = |(n, (gap, complete, pinned)): (usize, (i64, bool, bool))| {
             at += gap / 40;
             let created = Timestamp::from_second(at).expect("in range");
-            Candidate { id: Uuid::from_u128(n as u128 + 1), created, complete, pinned }
+            Candidate { id: Uuid::from_u128(n as u128 + 1), created, complete, pinned, last_of_disk: false }
         };
         raw.into_iter().enumerate().map(of).collect()
     })

@@ -180,18 +180,14 @@ impl Planner<'_> {
             return Ok(());
         }
         let points = job::newest_points(self.context, self.site, job)?;
-        let mark = json!({ "points": points });
-        if mark == state.mark || points.is_empty() {
+        let before = state.mark.get("points");
+        let seen = |machine: &str| before?.get(machine)?.as_str()?.parse::<Timestamp>().ok();
+        let is_new = |(machine, taken): &(&String, &Timestamp)| seen(machine).is_none_or(|seen| **taken > seen);
+        let news: Vec<&str> = points.iter().filter(is_new).map(|(machine, _)| machine.as_str()).collect();
+        if news.is_empty() {
             return Ok(());
         }
-        let before = state.mark.get("points").and_then(Value::as_object);
-        let news: Vec<&str> = points
-            .iter()
-            .filter(|(machine, point)| {
-                before.and_then(|b| b.get(*machine)).and_then(Value::as_str) != Some(point.as_str())
-            })
-            .map(|(machine, _)| machine.as_str())
-            .collect();
+        let mark = json!({ "points": points });
         let trigger = Trigger::Mark { before: state.mark.clone(), after: mark };
         Ok(self.begin(name, job, trigger, format!("new point of {}", news.join(", ")))?)
     }

@@ -57,7 +57,12 @@ pub enum Done {
         report: Value,
     },
     /// Left out: its object is on hold.
-    Skipped(String),
+    Skipped {
+        /// Why.
+        why: String,
+        /// Whether the run before was left out for the same reason.
+        known: bool,
+    },
 }
 
 impl Task<'_> {
@@ -78,6 +83,11 @@ impl Task<'_> {
             let what = format!("what work {} is to do cannot be understood", self.work.id);
             Fail::new(Code::Corrupt, what).at("catalogue").cause(error)
         })
+    }
+
+    /// Whether the run before said this of the same object. One that cannot be asked has said nothing.
+    pub fn was_said(&self, what: &str) -> bool {
+        self.catalogue.said_before(self.work, what).unwrap_or(false)
     }
 
     /// Tells what happened to an object, in the name of this work.

@@ -203,7 +203,7 @@ impl Shared<'_> {
         match outcome {
             Ok(Done::Success(report)) => Outcome::Success(report),
             Ok(Done::Warning { why, report }) => Outcome::Warning { why, report },
-            Ok(Done::Skipped(why)) => Outcome::Skipped(why),
+            Ok(Done::Skipped { why, known }) => Outcome::Skipped { why, known },
             Err(_) if halt.asked() == Some(Why::Cancel) => Outcome::Cancelled,
             Err(_) if halt.asked() == Some(Why::Pause) => Outcome::GivenBack("the session is paused".into()),
             Err(fail) if matches!(fail.code, Code::Interrupted | Code::Terminated) && self.stop.is_signalled() => {

@@ -61,6 +61,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         machine: &args.machine,
         description: args.description.as_deref(),
         nvram: args.nvram.as_deref(),
+        left_out: &[],
     };
     let description = describe::describe(context, &about, &wanted)?;
     let known = match repo.machine(&args.machine) {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
@@ -9,6 +10,8 @@ use crate::{
     cli::DryRun,
     context::{Context, quoted},
     fail::{Code, Fail, Result},
+    schedule::{Due, When},
+    site::Job,
     tasks::follow::at,
 };
 
@@ -66,7 +69,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
         let record =
             Record { kind: job.kind.name(), enabled: job.enabled, machines: job.kind.machines(), state: &state };
         context.out.record("job", &record);
-        context.out.line(line(&record));
+        context.out.line(line(&record, job));
         shown += 1;
     }
     if shown == 0 {
@@ -77,13 +80,24 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn line(record: &Record<'_>) -> String {
+/// What begins a job of which no time is recorded.
+fn trigger(job: &Job, name: &str) -> String {
+    match (&job.schedule.when, job.schedule.due(name, Timestamp::now())) {
+        (_, Due::At(next)) => format!("next {}", at(next)),
+        (When::After { job }, _) => format!("after job {job}"),
+        (When::OnNewPoint { .. }, _) => "at each new point".to_owned(),
+        (When::Continuous { .. }, _) => "again and again".to_owned(),
+        _ => "by hand only".to_owned(),
+    }
+}
+
+fn line(record: &Record<'_>, job: &Job) -> String {
     let state = record.state;
     let next = match (record.enabled, state.paused, state.next_run) {
         (false, ..) => "disabled".to_owned(),
         (_, true, _) => "paused".to_owned(),
         (_, _, Some(next)) => format!("next {}", at(next)),
-        (_, _, None) => "not by the clock".to_owned(),
+        (_, _, None) => trigger(job, &state.name),
     };
     let open = state.open_session.map(|id| format!(", session {id} runs")).unwrap_or_default();
     let last = match (state.last_result, state.last_ended, state.last_session) {

@@ -48,6 +48,7 @@ fn a_disk_that_leaves_the_machine_is_told_once_where_it_leaves_its_points() {
     fs::write(&machine, &without).expect("write");
     assert_eq!(told(&site.json(&["run", "night", "-n"])).len(), 1);
     run("night", true);
+    assert_eq!(told(&site.json(&["run", "dr", "-n"])).len(), 1);
     run("dr", true);
     run("night", false);
     run("dr", false);
@@ -79,6 +80,43 @@ fn a_disk_that_leaves_the_machine_is_told_once_where_it_leaves_its_points() {
     let text = fs::read_to_string(&file).expect("text");
     fs::write(&file, text.replace("from = \"prod:db01\"", "from = \"prod:db01\", exclude_disks = [\"vdb\"]"))
         .expect("write");
-    let left_out = site.json(&["run", "night"]);
-    assert!(told(&left_out).is_empty() && left_out.code <= 1, "{}", left_out.stdout);
+    for _ in 0..2 {
+        run("night", false);
+    }
+    let step = site.json(&["run", "night", "-n"]).one("step");
+    assert!(step["what"].as_str().is_some_and(|what| what.ends_with("that exclude_disks names: vdb")), "{step}");
+    let events = site.json(&["events"]).kind("transition");
+    let informed = events.iter().filter(|event| event["op"] == "note" && event.to_string().contains("exclude_disks"));
+    assert_eq!(informed.count(), 1, "by the first run");
+}
+
+#[test]
+fn the_last_point_of_a_backup_with_a_disk_that_is_gone_stays_and_that_of_a_replica_is_told_before_it_goes() {
+    let jobs = "restore_points_to_keep = 2\n[job.b]\nkind = \"backup\"\nmachines = [\"db01\"]\nto = \"r1\"\nkeep = { last = 1 }\n";
+    let mut site = crate::replication::Site::with("{ from = \"backup\", repositories = [\"r1\"] }", jobs);
+    let text = |outcome: &Outcome| told(outcome).join("; ");
+    let points = || {
+        let listed = site.room.json(["-r", &site.room.text("r1"), "points", "db01"]).kind("point");
+        listed.iter().map(|point| point["point"].as_str().expect("an id").to_owned()).collect::<Vec<_>>()
+    };
+    let run = |job: &str| site.json(&["run", job]);
+    assert_eq!((run("b").code, run("dr").code), (0, 0));
+    let first = points().remove(0);
+    let vdb = format!(", vdb = \"raw:{}\"", site.room.text("prod/vdb.raw"));
+    site.rewrite(&vdb, "");
+    let told = text(&run("b"));
+    assert!(told.contains(&format!("db01@{first} stays in r1: no later point has the disk vdb")), "{told}");
+    let told = text(&run("dr"));
+    assert!(told.contains("the last point that has the disk vdb"), "{told}");
+
+    // Only the newest of those with the disk, for as long as nobody gives it up; told once.
+    let again = run("b");
+    assert_eq!((again.code, text(&again)), (0, String::new()), "{}", again.stdout);
+    assert!(points().len() == 2 && points().contains(&first), "{:?}", points());
+    let again = run("dr");
+    assert_eq!((again.code, text(&again)), (0, String::new()), "{}", again.stdout);
+    site.room.ok(["-r", &site.room.text("r1"), "forget", &format!("db01@{first}"), "--yes"]);
+    assert_eq!((run("b").code, points().len()), (0, 1));
+    site.disks.pop();
+    site.assert_point(site.points().last().expect("a point"), &site.disks);
 }

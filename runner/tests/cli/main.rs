@@ -21,6 +21,7 @@ mod ledger;
 mod look;
 mod measure;
 mod older_point;
+mod on_hold;
 #[path = "../../../tests/src/postgres.rs"]
 #[allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "shared with the tests of the other rooms")]
 mod postgres;

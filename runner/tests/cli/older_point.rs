@@ -103,6 +103,30 @@ fn a_list_beside_a_damaged_point_says_so() {
 }
 
 #[test]
+fn a_newest_point_without_its_record_is_damaged_and_no_backup_touches_it() {
+    let room = Room::new();
+    let [_, newest] = with_a_damaged_newest(&room);
+    room.ok(["forget", &format!("plain@{newest}"), "--yes"]);
+    let disk = format!("data=raw:{}", room.text("plain.img"));
+    let back_up = || room.json(["backup", "plain", "--full", "--disk", &disk]);
+    assert_eq!(back_up().code, 0);
+    let lost = room.json(["points", "plain"]).kind("point").last().expect("a point")["point"].clone();
+    let lost = lost.as_str().expect("an id");
+    let file = layer(&room, lost);
+    fs::remove_file(file.with_file_name("point.json")).expect("remove");
+    assert_eq!(room.json(["forget", "--interrupted", "plain", "--yes"]).code, 0);
+    let next = room.run(["backup", "plain", "--disk", &disk]);
+    assert!(next.code <= 1 && !next.stderr.contains("interrupted"), "{}{}", next.stdout, next.stderr);
+    assert!(file.exists(), "somebody may still want what is left of it");
+    let listed = room.json(["points", "plain"]);
+    let states: Vec<_> = listed.kind("point").iter().map(|point| point["state"].clone()).collect();
+    assert_eq!(states, ["complete", "missing", "complete"], "{}", listed.stdout);
+    assert!(listed.one("warning")["what"].as_str().is_some_and(|what| what.contains("point.json is gone")));
+    room.ok(["forget", &format!("plain@{lost}"), "--yes"]);
+    room.ok(["points", "plain"]);
+}
+
+#[test]
 fn a_recovery_from_an_older_point_is_told_before_it_begins() {
     let room = Room::new();
     let ids = with_a_damaged_newest(&room);

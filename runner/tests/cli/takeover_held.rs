@@ -56,6 +56,10 @@ fn points_from_before_a_disaster_stay_until_the_takeover_is_settled() {
     };
     site.does(&["failover", REPLICA, "--no-start"]);
     served("failover");
+    // What stands is told by the run that finds it.
+    let again = site.json(&["run", "away", "--strict"]);
+    assert_eq!((again.code, told(&again).as_str()), (0, ""), "{}", again.stdout);
+    assert!(points("vault").contains(&copied[0]));
     assert!(told(&site.json(&["run", "night", "-n"])).contains("serves in its place"));
     site.does(&["failback", REPLICA, "--yes"]);
     assert_eq!(site.state(), "ready_to_switch");

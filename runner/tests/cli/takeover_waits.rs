@@ -26,7 +26,7 @@ const GRACE: &str = "10m";
 const AT_ONCE: Duration = Duration::from_secs(30);
 
 /// Begins a command that comes to wait for a guest which does not listen.
-fn begins_to_wait(site: &Site, args: &[&str]) -> Process {
+pub(crate) fn begins_to_wait(site: &Site, args: &[&str]) -> Process {
     let waits = |site: &Site| {
         let events = site.room.catalogue().events(0, &EventFilter::default()).expect("events");
         events.iter().filter(|record| record.event.op == "wait").count()

@@ -189,16 +189,14 @@ fn a_point_that_lost_its_record_is_told_and_its_files_stay_while_others_stand_on
     let (repo, machine) = with_points(dir.path(), 3);
     let points = repo.points(&machine).expect("points");
     let lose = |point: &Point| std::fs::remove_file(dir.path().join(name::point(machine.id, point.id))).expect("lose");
-    let begun = |point: &Point| {
-        let record = read::<BeginRecord>(repo.store(), &name::begin(machine.id, point.id)).expect("read");
-        Interrupted { record: record.expect("how it was begun") }
-    };
     lose(&points[1]);
     let now = repo.points(&machine).expect("points");
     assert_eq!(now.iter().map(|point| point.state.name()).collect::<Vec<_>>(), ["complete", "missing", "complete"]);
     assert!(now[1].state.why().is_some_and(|why| why.contains("point.json is gone")), "{:?}", now[1].state);
     assert_eq!(repo.interrupted(&machine).expect("interrupted"), vec![], "it was complete once");
-    keeper::discard(&repo, &machine, &begun(&points[1]), holder()).expect_err("another point stands on it");
+    let begun = as_begun(&repo, &points[1], Some(points[0].id));
+    assert_eq!(repo.interrupted(&machine).expect("interrupted"), vec![], "others stand on it");
+    keeper::discard(&repo, &machine, &begun, holder()).expect_err("another point stands on it");
     assert_eq!(read_point(&repo, &now[2]), bytes(2));
     keeper::forget(&repo, &machine, &[points[1].id], keeper::LastPoint::Stays).expect("given up");
     sweep(&repo, &machine, Liveness::Dead);
@@ -222,6 +220,28 @@ fn a_point_that_lost_its_record_is_told_and_its_files_stay_while_others_stand_on
     };
     repo.store().create(&name::lease(lease.id), &encode(&lease).expect("encode")).expect("lease");
     assert_eq!(repo.points(&machine).expect("points")[1].state, PointState::Incomplete);
+}
+
+#[test]
+fn a_newest_point_that_lost_its_record_is_none_that_was_cut_short() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (repo, machine) = with_points(dir.path(), 3);
+    let newest = repo.points(&machine).expect("points").remove(2);
+    std::fs::remove_file(dir.path().join(name::point(machine.id, newest.id))).expect("lose");
+    assert_eq!(repo.interrupted(&machine).expect("interrupted"), vec![], "it was complete");
+    let state = repo.points(&machine).expect("points").remove(2).state;
+    assert!(matches!(&state, PointState::Missing { why } if why.ends_with("point.json is gone")), "{state:?}");
+
+    // What says that it was begun stays where a commit was cut just before its end, or an earlier version made the point:
+    // the next one takes it away while the record is there.
+    let second = repo.points(&machine).expect("points").remove(1);
+    as_begun(&repo, &second, None);
+    repo.begin(&machine, None, holder()).expect("begin").interrupt().expect("release");
+    assert_eq!(repo.store().len(&name::begin(machine.id, second.id)).expect("look"), None);
+    std::fs::remove_file(dir.path().join(name::point(machine.id, second.id))).expect("lose");
+    let left = repo.interrupted(&machine).expect("interrupted");
+    assert_eq!(left.len(), 1, "the one that was begun just now");
+    assert!(left.iter().all(|what| what.record.id != second.id));
 }
 
 #[test]
@@ -356,6 +376,7 @@ fn of_several_attempts_at_one_piece_of_work_one_makes_a_point() {
     // One that was received and not completed when another attempt overtook it, and is completed then.
     let file = dir.path().join(name::point(machine.id, made.id));
     let record = std::fs::read(&file).expect("record");
+    as_begun(&repo, &repo.points(&machine).expect("points")[0], None);
     std::fs::remove_file(&file).expect("not yet");
     let other = attempt("7@1").commit(new_point("2026-01-01T00:00:00Z")).expect("overtakes");
     std::fs::write(&file, record).expect("wakes up");

@@ -149,7 +149,11 @@ fn about(
         (_, Some(place)) => (place.description.as_deref(), place.variables.as_deref()),
         (_, None) => (None, None),
     };
-    describe::describe(context, &describe::About { machine, description, nvram }, wanted)
+    describe::describe(
+        context,
+        &describe::About { machine, description, nvram, left_out: &entry.exclude_disks },
+        wanted,
+    )
 }
 
 /// Whether a SOURCE is an export of a server: then whoever serves it holds it still.

@@ -131,7 +131,7 @@ impl RunWork {
     }
 
     /// Disks that the point before has, that this one has not, and that no rule leaves out.
-    fn gone(&self, desk: &Desk<'_>, record: &ReplicaRecord) -> Result<Vec<String>> {
+    pub(in crate::replica) fn gone(&self, desk: &Desk<'_>, record: &ReplicaRecord) -> Result<Vec<String>> {
         let mut points = desk.points(&self.name)?;
         points.retain(|point| point.number < self.point.number);
         let before = points.last().map(|point| point.disks.as_slice()).unwrap_or_default();

@@ -11,8 +11,8 @@ use crate::{
     context::{Context, quoted},
     fail::{Code, Fail},
     host::shape::{CPUS_DEFAULT, MEMORY_DEFAULT},
-    job::place::Place,
-    site::{Host, MachineSource, Site},
+    job::{self, place::Place},
+    site::{Host, JobKind, MachineSource, Site},
     units,
 };
 
@@ -32,9 +32,31 @@ pub(super) fn check(context: &Context, site: &Site) {
             placed(context, (name, &machine.exclude_disks), host, on, there);
         }
     }
+    renamed(context, site);
     if let Some(Err(fail)) = site.catalogue.as_ref().and_then(|c| c.password.as_ref()).map(|s| context.check_secret(s))
     {
         warn(context, "catalogue.password", &fail);
+    }
+}
+
+/// Tells of points that a machine may have under another name.
+fn renamed(context: &Context, site: &Site) {
+    let backups = site.jobs.values().filter_map(|job| match &job.kind {
+        JobKind::Backup(backup) => Some(backup),
+        _ => None,
+    });
+    for (to, machine) in backups.flat_map(|job| job.machines.iter().map(|machine| (&job.to, machine))) {
+        // A repository that is not there yet is told of elsewhere.
+        let Ok(repo) = crate::repository::open_named(context, to) else { continue };
+        match job::unnamed(&repo, site, machine) {
+            Ok(unnamed) if unnamed.is_empty() => {}
+            Ok(unnamed) => {
+                context.out.say(format_args!("note: {}", job::told_of_unnamed(machine, to, &unnamed)));
+                let record = serde_json::json!({ "machine": machine, "repository": to, "others": unnamed });
+                context.out.record("unnamed", &record);
+            }
+            Err(fail) => warn(context, &format!("repository.{to}"), &fail),
+        }
     }
 }
 
