@@ -2,7 +2,8 @@
 //!
 //! Invariants
 //! - Work of a job never waits for a person: what an operation holds is passed over after [`HELD_MS`], so that the other
-//!   machines of its job go on at each run.
+//!   machines of its job go on at each run. Neither does it go on with what a person began otherwise: an operation that
+//!   was cut short holds as well, until it is gone on with or cancelled.
 //! - What stands until somebody changes it is told once, and once more when it is another thing.
 //!
 //! Not here: what a replica's own state holds (`job::replicate`).

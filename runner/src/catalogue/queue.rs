@@ -524,11 +524,13 @@ impl Tx {
              WHERE (s.wish IS NULL OR s.wish = 'run') AND ($1 = 0 OR w.session = $2) \
              AND w.state = 'ready' AND w.run_at <= $3 \
              AND (w.object = '' OR NOT EXISTS (SELECT 1 FROM work o WHERE o.object = w.object AND o.id <> w.id \
-                  AND o.state = 'running')) \
+                  AND (o.state = 'running' \
+                       OR (w.job IS NOT NULL AND o.job IS NULL AND o.state = 'ready' AND o.run_at <= $4)))) \
              ORDER BY w.place, w.id",
         )
         .bind(i64::from(session.is_some()))
         .bind(session.map_or(0, |id| id.0))
+        .bind(due)
         .bind(due)
         .fetch_all(self.on())
         .await?;

@@ -155,6 +155,11 @@ impl<'a> Run<'a> {
         if let Some((name, state)) = self.held_by_another(desk)? {
             return Ok(Came::Held(name, state));
         }
+        // What a person has begun there and left is that person's to go on with, and not touched.
+        let own = desk.catalogue.replica::<ReplicaRecord>(&self.spec.name)?;
+        if let Some(state) = own.map(|row| row.record.state).filter(|state| state.is_unsettled()) {
+            return Ok(Came::OnHold(state));
+        }
         let mut made = Vec::new();
         if self.job.mapping.contains_key(self.machine) {
             made.extend(adopt::adopt(desk, &self.spec)?);

@@ -65,6 +65,28 @@ fn a_replica_that_waits_for_its_guest_is_passed_over_and_the_other_machines_go_o
 }
 
 #[test]
+fn no_run_of_a_job_goes_on_with_an_operation_that_was_cut_short() {
+    let site = Site::new(1);
+    site.start_production();
+    site.does(&["failover", REPLICA, "--no-start"]);
+    assert!(begins_to_wait(&site, &["failback", REPLICA, "--yes"]).kill());
+    let ran = site.json(&["run", "dr"]);
+    assert_eq!(ran.code, 1, "{}", ran.stdout);
+    let reason = ran.one("session")["reason"].to_string();
+    assert!(reason.contains("W_ON_HOLD") && reason.contains("failback, session"), "{reason}");
+    assert_eq!((site.state().as_str(), site.running("prod").is_some()), ("failover", true), "as it was left");
+    let open = site.room.catalogue().open_work().expect("work");
+    let session = open.iter().find_map(|work| work.session).expect("the way home").to_string();
+    assert_eq!(site.json(&["sessions", &session, "--cancel"]).code, 0);
+    assert!(site.json(&["run", "dr"]).code <= 1);
+    assert_eq!(
+        (site.state().as_str(), site.running("prod").is_some()),
+        ("failover", true),
+        "nor when it was cancelled"
+    );
+}
+
+#[test]
 fn a_machine_on_hold_is_told_once_for_each_change() {
     let site = Site::new(1);
     let held = |what: &str| {
