@@ -271,9 +271,17 @@ impl<'a> Run<'a> {
         Ok(newest.disks.iter().map(size).sum())
     }
 
-    /// Tells of the restore points that the next run gives up, and that are the last to have a disk.
-    fn tell_of_last_disks(&self, desk: &Desk<'_>) -> Result<()> {
+    /// Tells of disks that the new restore points have not, and of those that the next run gives up and that are the last
+    /// to have a disk.
+    fn tell_of_gone_disks(&self, desk: &Desk<'_>, made: &[PointRecord]) -> Result<()> {
         let (name, keep) = (&self.spec.name, self.spec.options.keep);
+        for (point, disk) in made.iter().flat_map(|point| point.gone.iter().map(move |disk| (point, disk))) {
+            let what = format!("disk {disk} of the point before is not there any more: {} has none", point.id);
+            (desk.warn)(Code::WarnDiskGone, format!("{name}: {what}"));
+        }
+        if made.is_empty() {
+            return Ok(());
+        }
         for (disk, point) in keep::last_disks(&desk.points(name)?, keep) {
             if !self.spec.rules.leave_out(disk) {
                 let what = format!("the next run gives up {}, the last point that has the disk {disk}", point.id);
@@ -362,13 +370,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
             Came::Held(other, state) => return Ok(Err((Code::WarnOnHold, on_hold(&other, state)))),
             Came::LeftOut(why) => return Ok(Err((Code::WarnSkipped, why))),
         };
-        for (point, disk) in made.iter().flat_map(|point| point.gone.iter().map(move |disk| (point, disk))) {
-            let what = format!("disk {disk} of the point before is not there any more: {} has none", point.id);
-            warn(Code::WarnDiskGone, format!("{}: {what}", run.spec.name));
-        }
-        if !made.is_empty() {
-            run.tell_of_last_disks(&desk)?;
-        }
+        run.tell_of_gone_disks(&desk, &made)?;
         run.look_at_age(&desk)?;
         Ok(Ok(run.report(&desk, &made)?))
     });
@@ -376,17 +378,7 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
     let report = done?;
     let told = told.into_inner();
     match report {
-        Err((code, what)) => {
-            let why = format!("{}: {what}", code.name());
-            // A machine that was left out by mistake is told of at each run, one that is held once.
-            let known = code == Code::WarnOnHold && task.was_said(&why);
-            if known {
-                task.context.out.say(what);
-            } else {
-                task.context.out.warn(code, what, None);
-            }
-            Ok(Done::Skipped { why, known })
-        }
+        Err((code, what)) => Ok(left_out(task, code, what)),
         Ok(report) => {
             let busy = task.counts.stages.busy();
             let (bottleneck, bottleneck_percent) = busy.bottleneck().unzip();
@@ -396,6 +388,18 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
             Ok(if told.is_empty() { Done::Success(report) } else { Done::Warning { why: told.join("; "), report } })
         }
     }
+}
+
+/// Tells that a machine is left out. One that is so by mistake is told of at each run, one that is held once.
+fn left_out(task: &Task<'_>, code: Code, what: String) -> Done {
+    let why = format!("{}: {what}", code.name());
+    let known = code == Code::WarnOnHold && task.was_said(&why);
+    if known {
+        task.context.out.say(what);
+    } else {
+        task.context.out.warn(code, what, None);
+    }
+    Done::Skipped { why, known }
 }
 
 /// Whether the run was begun by a restore point, of whichever of its machines.
