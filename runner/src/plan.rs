@@ -52,6 +52,9 @@ pub struct PlanSpec {
     /// Whether the machines stay off: then there is no gate to wait at.
     #[serde(default)]
     pub no_start: bool,
+    /// Whether runs of jobs that have a replica in their hands when its turn comes are stopped.
+    #[serde(default)]
+    pub cancel_job: bool,
     /// The run that is gone on with.
     pub resumes: Option<i64>,
 }

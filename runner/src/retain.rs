@@ -253,6 +253,10 @@ pub fn apply(
     }
     if keep.is_some() {
         done.rebased = set_free(context, repo, machine)?;
+        let Retained { last_of, rebased, .. } = &mut done;
+        for (_, point) in last_of {
+            *point = rebased.get(point).copied().unwrap_or(*point);
+        }
     }
     let tell = repository::tell(context)?;
     let swept =

@@ -95,7 +95,8 @@ impl Repository {
     pub fn begin(&self, machine: &Machine, parent: Option<&Point>, holder: Holder) -> Result<Transaction<'_>> {
         self.writable()?;
         let lease = self.lease_append(machine, parent.map(|p| p.id), holder.clone())?;
-        self.tidy_begun(machine)?;
+        // What stays is tried again by the next one: it keeps no backup from being made.
+        let _ = self.tidy_begun(machine);
         let begin = BeginRecord { id: Uuid::now_v7(), begun: Timestamp::now(), parent: parent.map(|p| p.id), holder };
         self.store().create(&name::begin(machine.id, begin.id), &encode(&begin)?)?;
         Ok(Transaction::new(self, machine, begin, parent.cloned(), lease))

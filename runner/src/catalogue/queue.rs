@@ -312,16 +312,24 @@ impl Catalogue {
         })
     }
 
-    /// Changes work that nobody has in his hands: `is_free` says of the one that is there now whether that is so.
+    /// Changes work that nobody has in his hands: `is_free` says of the one that is there now whether that is so, by the
+    /// clock that leases are told by.
     ///
     /// # Errors
     /// [`Error::State`] where somebody has it by now, or it has ended.
-    pub fn change_left(&self, id: WorkId, left: &Left, user: &str, is_free: impl Fn(&Work) -> bool) -> Result<()> {
+    pub fn change_left(
+        &self,
+        id: WorkId,
+        left: &Left,
+        user: &str,
+        is_free: impl Fn(&Work, Timestamp) -> bool,
+    ) -> Result<()> {
         self.write("change work that was left", async |tx| {
             tx.next("dispatch").await?;
             let work = tx.work(id).await?;
             let is_open = matches!(work.state, WorkState::Ready | WorkState::Running);
-            if !is_open || !is_free(&work) {
+            let now = Timestamp::from_millisecond(tx.now).unwrap_or(Timestamp::MAX);
+            if !is_open || !is_free(&work, now) {
                 let (what, have) = (format!("work {id}"), work.state.to_string());
                 return Err(Error::State { what, have, need: "left by whoever had it" }.into());
             }

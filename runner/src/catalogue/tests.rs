@@ -3,6 +3,8 @@
 
 use std::{fs, path::PathBuf};
 
+use jiff::Timestamp;
+use serde_json::Value;
 use tempfile::TempDir;
 
 use super::*;
@@ -132,4 +134,53 @@ fn a_damaged_one_is_one_error_and_never_a_panic() {
         let outcome = Catalogue::open(&url).and_then(|c| c.events(0, &EventFilter::default()));
         assert!(matches!(outcome, Err(Error::Damaged { .. })), "cut to {len}: {outcome:?}");
     }
+}
+
+fn begun(catalogue: &Catalogue, job: Option<&str>, kind: &str) -> (SessionId, WorkId) {
+    let session = NewSession {
+        kind: kind.to_owned(),
+        job: job.map(str::to_owned),
+        initiator: "test".to_owned(),
+        reason: None,
+        retry_of: None,
+    };
+    let work = NewWork { job: session.job.clone(), ..NewWork::new(kind, "replica/r", 5, Value::Null) };
+    let session = catalogue.begin_work(&session, &[work]).expect("begun");
+    (session, catalogue.work_of(session).expect("its work")[0].id)
+}
+
+#[test]
+fn work_is_passed_over_once_it_and_what_holds_it_have_been_due_for_a_while() {
+    let (_dir, _path, url) = place();
+    let catalogue = Catalogue::open(&url).expect("made");
+    let (run, of_job) = begun(&catalogue, Some("dr"), "replication");
+    begun(&catalogue, None, "operation");
+    let now = Timestamp::now();
+    catalogue.claim("a", &["operation"], now).expect("claim").expect("the operation");
+    let state = || {
+        assert!(catalogue.claim("b", &[], now).expect("claim").is_none(), "the object is in use");
+        catalogue.work(of_job).expect("work").state
+    };
+    assert_eq!(state(), WorkState::Ready, "both are new");
+    run_on(&url, &["UPDATE work SET queued_at = 0 WHERE job IS NOT NULL"]);
+    assert_eq!(state(), WorkState::Ready, "it waited for a slot; what holds it may take a second");
+    run_on(&url, &["UPDATE work SET queued_at = 0"]);
+    catalogue.wish(run, Wish::Pause, "test", None).expect("paused");
+    assert_eq!(state(), WorkState::Ready, "a run that is paused is left alone");
+    catalogue.wish(run, Wish::Run, "test", None).expect("goes on");
+    assert_eq!(state(), WorkState::Skipped);
+}
+
+#[test]
+fn a_backup_whose_process_is_gone_refuses_no_way_home() {
+    let (_dir, _path, url) = place();
+    let catalogue = Catalogue::open(&url).expect("made");
+    let spec = serde_json::json!({ "machine": "db01" });
+    catalogue.enqueue(&NewWork::new("backup", "machine/db01", 5, spec)).expect("a backup");
+    let refused = || crate::operate::refuse_backup(&catalogue, "db01").is_err();
+    assert!(!refused(), "nobody has begun it");
+    catalogue.claim("a", &[], Timestamp::now()).expect("claim").expect("the backup");
+    assert!(refused() && crate::operate::refuse_backup(&catalogue, "db02").is_ok());
+    run_on(&url, &["UPDATE work SET lease_until = 0"]);
+    assert!(!refused(), "its lease is over, and nobody works here who would notice");
 }

@@ -27,14 +27,14 @@ use crate::{
         adopt,
         build::Moved,
         components,
-        desk::Desk,
+        desk::{Desk, object},
         foresee::{self, Foreseen},
         keep, member,
         model::{Carried, Origin, PointRecord, ReplicaRecord, Top},
         production,
         run::{Ran, ReplicaSpec, newest_backup, replicate, replicate_as},
         seat,
-        state::State,
+        state::{Op, State},
     },
     repository,
     schedule::When,
@@ -94,6 +94,8 @@ enum Came {
     OnHold(State),
     /// Another replica of it is in use.
     Held(String, State),
+    /// This operation on its replica was cut short, and nobody goes on with it.
+    CutShort(String),
     /// The job does not say how it is to begin.
     LeftOut(String),
 }
@@ -151,6 +153,13 @@ impl<'a> Run<'a> {
         Ok(other.map(|row| (row.name, row.record.state)))
     }
 
+    /// An operation on the replica that has not ended and that no run of a job began: its work may have been cancelled,
+    /// and nobody is to go on with it unasked.
+    fn left_by_a_person(&self, desk: &Desk<'_>) -> Result<Option<String>> {
+        let open = desk.catalogue.open_operations()?.into_iter().find(|open| open.object == object(&self.spec.name));
+        Ok(open.map(|open| open.op).filter(|op| op != Op::Replicate.name()))
+    }
+
     fn carry_out(&self, desk: &Desk<'_>) -> Result<Came> {
         if let Some((name, state)) = self.held_by_another(desk)? {
             return Ok(Came::Held(name, state));
@@ -159,6 +168,9 @@ impl<'a> Run<'a> {
         let own = desk.catalogue.replica::<ReplicaRecord>(&self.spec.name)?;
         if let Some(state) = own.map(|row| row.record.state).filter(|state| state.is_unsettled()) {
             return Ok(Came::OnHold(state));
+        }
+        if let Some(what) = self.left_by_a_person(desk)? {
+            return Ok(Came::CutShort(what));
         }
         let mut made = Vec::new();
         if self.job.mapping.contains_key(self.machine) {
@@ -368,6 +380,11 @@ pub fn run(task: &Task<'_>) -> Result<Done> {
             }
             Came::OnHold(state) => return Ok(Err((Code::WarnOnHold, on_hold(&run.spec.name, state)))),
             Came::Held(other, state) => return Ok(Err((Code::WarnOnHold, on_hold(&other, state)))),
+            Came::CutShort(op) => {
+                let what =
+                    format!("{} is on hold: its {op} was cut short and goes on when it is typed again", run.spec.name);
+                return Ok(Err((Code::WarnOnHold, what)));
+            }
             Came::LeftOut(why) => return Ok(Err((Code::WarnSkipped, why))),
         };
         run.tell_of_gone_disks(&desk, &made)?;

@@ -216,8 +216,7 @@ pub fn tell_left(context: &Context, catalogue: &Catalogue, work: &Work, ask: &As
 }
 
 fn change_left(context: &Context, catalogue: &Catalogue, work: &Work, left: &Left) -> Result<()> {
-    let now = Timestamp::now();
-    Ok(catalogue.change_left(work.id, left, &context.user(), |work| !is_in_hands(work, now))?)
+    Ok(catalogue.change_left(work.id, left, &context.user(), |work, now| !is_in_hands(work, now))?)
 }
 
 /// Waits until runs that were asked to stop have stopped: they hear of it with their next sign of life.
@@ -243,9 +242,10 @@ fn out_of_hands(context: &Context, catalogue: &Catalogue, works: &[WorkId]) -> R
 /// # Errors
 /// [`Code::Busy`].
 pub fn refuse_backup(catalogue: &Catalogue, machine: &str) -> Result<()> {
+    let now = Timestamp::now();
     let reads = |work: &Work| {
         let of_it = work.spec.get("machine").and_then(serde_json::Value::as_str) == Some(machine);
-        of_it && work.kind == "backup" && work.state == WorkState::Running
+        of_it && work.kind == "backup" && is_in_hands(work, now)
     };
     match catalogue.open_work()?.into_iter().find(reads) {
         None => Ok(()),

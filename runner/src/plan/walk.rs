@@ -14,7 +14,10 @@ use crate::{
     fail::{Code, Fail, Result},
     job,
     operate::{self, Act, Ask, Report},
-    replica::state::State,
+    replica::{
+        model::{PointRecord, ReplicaRecord},
+        state::State,
+    },
     site::{OnFailure, Plan, PlanEntry},
     source::PointRef,
     tasks::{Done, Hands, Task, Worker, owner},
@@ -244,11 +247,22 @@ impl Walk<'_> {
         entries.iter().all(|entry| matches!(entry.step, Step::Ready | Step::Failed | Step::Skipped))
     }
 
+    /// The replica of a machine whose turn has come; a run of a job that has it then is stopped first, if that was said.
+    fn candidate(&self, machine: &str, wanted: &PointRef) -> Result<(ReplicaRecord, Option<PointRecord>)> {
+        let (context, catalogue) = (self.task.context, self.task.catalogue);
+        let found = begin::candidate(catalogue, machine, wanted)?;
+        if !self.spec.cancel_job || found.0.state != State::Processing {
+            return Ok(found);
+        }
+        operate::stop_runs(context, catalogue, &[found.0.name])?;
+        begin::candidate(catalogue, machine, wanted)
+    }
+
     /// Writes down that an entry begins. Nothing where it is left out.
     fn begin(&mut self, index: usize) -> Result<Option<(PlanEntry, EntryRecord)>> {
         let Some(entry) = self.plan.entries.get(index).cloned() else { return Ok(None) };
         let wanted = PointRef::parse(&self.spec.to)?;
-        let (replica, point, state) = match begin::candidate(self.task.catalogue, &entry.machine, &wanted) {
+        let (replica, point, state) = match self.candidate(&entry.machine, &wanted) {
             Ok((record, point)) => (record.name, point, record.state),
             Err(fail) => {
                 let step = if fail.code == Code::State { Step::Skipped } else { Step::Failed };

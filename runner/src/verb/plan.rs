@@ -14,7 +14,7 @@ use crate::{
     context::{Context, quoted},
     fail::{Code, Fail, Result},
     host::{Host, qemu::Qemu},
-    operate::{self, Fence},
+    operate::Fence,
     plan::{self, EntryRecord, PlanSpec, Run, candidate, find, last_run, object, state},
     replica::state::State,
     site::{Gate, Plan},
@@ -232,7 +232,7 @@ impl How {
 pub(super) fn begin(context: &Context, name: &str, how: &How, dry: &DryRun, resumes: Option<i64>) -> Result<()> {
     let stop = context.stop()?;
     let plan = find(context.site()?, name)?;
-    let wanted = PointRef::parse(&how.to)?;
+    PointRef::parse(&how.to)?;
     let (typed, machines) = (how.options(), &how.machines);
     if dry.dry_run {
         let catalogue = context.catalogue_if_there()?;
@@ -250,11 +250,6 @@ pub(super) fn begin(context: &Context, name: &str, how: &How, dry: &DryRun, resu
         }
         return follow(context, &catalogue, name, open.session.id, stop);
     }
-    if how.cancel_job {
-        let found = plan.entries.iter().filter_map(|entry| candidate(&catalogue, &entry.machine, &wanted).ok());
-        let names: Vec<String> = found.map(|(record, _)| record.name).collect();
-        operate::stop_runs(context, &catalogue, &names)?;
-    }
     let spec = PlanSpec {
         plan: name.to_owned(),
         to: how.to.clone(),
@@ -263,6 +258,7 @@ pub(super) fn begin(context: &Context, name: &str, how: &How, dry: &DryRun, resu
         reason: machines.starts.why.reason.clone(),
         fence: how.fence,
         no_start: how.no_start,
+        cancel_job: how.cancel_job,
         resumes,
     };
     let session = NewSession {
@@ -407,5 +403,5 @@ fn as_begun(catalogue: &Catalogue, run: &Run, args: &Args) -> Result<How> {
     };
     let machines = args.machines.or_told(&told);
     let to = if args.to == LATEST { told.to } else { args.to.clone() };
-    Ok(How { to, machines, fence: told.fence, no_start: told.no_start, cancel_job: false })
+    Ok(How { to, machines, fence: told.fence, no_start: told.no_start, cancel_job: told.cancel_job })
 }

@@ -3,6 +3,8 @@
 
 use std::{fs, thread, time::Duration};
 
+use aquifer_runner::catalogue::{self, NewWork};
+use jiff::Timestamp;
 use serde_json::Value;
 
 use crate::{
@@ -84,6 +86,24 @@ fn no_run_of_a_job_goes_on_with_an_operation_that_was_cut_short() {
         ("failover", true),
         "nor when it was cancelled"
     );
+}
+
+#[test]
+fn no_run_of_a_job_ends_a_takeover_whose_work_was_cancelled() {
+    let site = Site::new(1);
+    let catalogue = site.room.catalogue();
+    // As a command leaves it that is killed in its last step, and whose session somebody cancels then.
+    let object = format!("replica/{REPLICA}");
+    catalogue.enqueue(&NewWork::new("test", object.as_str(), 900, Value::Null)).expect("work");
+    let (_, fence) = catalogue.claim("somebody", &["test"], Timestamp::now()).expect("claim").expect("the work");
+    catalogue.begin_operation(&fence, &object, "failover", &Value::Null).expect("begun");
+    catalogue.finish(&fence, &catalogue::Outcome::Cancelled, None).expect("cancelled");
+    let points = site.json(&["replicas", REPLICA]).kind("point").len();
+    let ran = site.json(&["run", "dr"]);
+    let reason = ran.one("session")["reason"].to_string();
+    assert!(ran.code == 1 && reason.contains("its failover was cut short"), "{}", ran.stdout);
+    assert_eq!(site.json(&["replicas", REPLICA]).kind("point").len(), points);
+    assert_eq!(catalogue.open_operations().expect("operations").len(), 1, "it is as it was left");
 }
 
 #[test]

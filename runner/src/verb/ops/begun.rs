@@ -184,7 +184,7 @@ impl Begun {
     /// A run of a plan.
     pub(in crate::verb) fn plan(spec: &PlanSpec) -> Self {
         let options = Options::default().point(&spec.to).fence(spec.fence).flag("--no-start", spec.no_start);
-        let options = options.grace(spec.grace).network(spec.network);
+        let options = options.flag("--cancel-job", spec.cancel_job).grace(spec.grace).network(spec.network);
         Self { what: format!("a run of plan {}", spec.plan), object: plan::object(&spec.plan), options, open: None }
     }
 
@@ -316,7 +316,8 @@ mod tests {
     fn who_says_only_that_a_run_goes_on_goes_on_with_it_as_it_was_begun() {
         let (grace, network) = (Duration::from_secs(600), Network::None);
         let (plan, to) = ("all".into(), "latest".into());
-        let spec = PlanSpec { plan, to, grace, network, reason: None, fence: None, no_start: false, resumes: None };
+        let (fence, reason, resumes) = (None, None, None);
+        let spec = PlanSpec { plan, to, grace, network, reason, fence, no_start: false, cancel_job: false, resumes };
         let begun = Begun::plan(&spec);
         let plain = Options::default().grace(Duration::from_secs(900)).network(Network::User);
         assert!(begun.goes_on(7, &plain).is_ok() && begun.same(7, &plain).is_err());
