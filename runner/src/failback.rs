@@ -688,9 +688,10 @@ impl Work for ReturnWork {
             })
             .final_step("start", |work: &mut Self| {
                 let record = desk.load(&work.name)?.record;
+                let was_on = record.failover.as_ref().is_some_and(|failover| failover.running.is_some());
                 if work.changed {
                     work.running = Some(start(desk, &record.folder, &record.name)?);
-                } else if desk.running(&record.folder).is_none() {
+                } else if was_on && desk.running(&record.folder).is_none() {
                     // By a change of sides that got stuck, or by its guest.
                     let again = format!("aquifer replicas {} --start", quoted(&work.name));
                     (desk.warn)(Code::WarnHost, format!("{} is off; {again} starts it again", work.name));
