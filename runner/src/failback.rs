@@ -40,6 +40,7 @@ use self::{
     pass::{Pass, working_of},
 };
 use crate::{
+    context::quoted,
     fail::{Code, Fail, Result},
     failover::{describe_latest, forget_logs, power_off, put_layers, start},
     host::{Running, in_use::Against},
@@ -432,13 +433,20 @@ impl SwitchWork {
         for (_, disk) in pairs(&self.home, &self.tops) {
             images::free(disk, Against::Anybody)?;
         }
+        // An earlier try may have written to some of production's disks: they are compared as they are.
+        let is_known = record.failback.as_ref().is_some_and(|failback| failback.is_as_sent());
         for ((top, disk), sent) in pairs(&self.home, &self.tops).zip(&self.sent) {
             let before = record.folder.join(&sent.file);
             let from = layers::open(&record.folder.join(&top.file), Format::Qcow2, desk.cache)?;
+            let (ranges, have) = if is_known {
+                (layers::said_above(&from, &before)?, layers::open(&before, Format::Qcow2, desk.cache)?)
+            } else {
+                (None, layers::open(&disk.path, disk.format, desk.cache)?)
+            };
             let pass = Pass {
-                ranges: layers::said_above(&from, &before)?,
+                ranges,
                 from,
-                have: Some(layers::open(&before, Format::Qcow2, desk.cache)?),
+                have: Some(have),
                 backing: Some(layers::backing(&disk.path, disk.format)?),
                 digests: None,
                 working: working_of(&disk.path, 2),
@@ -679,9 +687,14 @@ impl Work for ReturnWork {
                 desk.stamp(&record.folder, record.lineage, work.epoch + 1)
             })
             .final_step("start", |work: &mut Self| {
+                let record = desk.load(&work.name)?.record;
+                let was_on = record.failover.as_ref().is_some_and(|failover| failover.running.is_some());
                 if work.changed {
-                    let record = desk.load(&work.name)?.record;
                     work.running = Some(start(desk, &record.folder, &record.name)?);
+                } else if was_on && desk.running(&record.folder).is_none() {
+                    // By a change of sides that got stuck, or by its guest.
+                    let again = format!("aquifer replicas {} --start", quoted(&work.name));
+                    (desk.warn)(Code::WarnHost, format!("{} is off; {again} starts it again", work.name));
                 }
                 Ok(())
             })

@@ -8,7 +8,10 @@ use std::{fmt, os::unix::fs::MetadataExt};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{replica::model::ReplicaRecord, units};
+use crate::{
+    replica::model::{ReplicaRecord, Top},
+    units,
+};
 
 /// A guess at the second pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,8 +25,13 @@ pub struct Estimate {
 /// What is left to be sent.
 pub fn estimate(record: &ReplicaRecord) -> Estimate {
     let tops = record.failover.iter().flat_map(|failover| &failover.tops);
-    let stored = tops.filter_map(|top| std::fs::metadata(record.folder.join(&top.file)).ok());
-    let bytes: u64 = stored.map(|meta| meta.blocks().saturating_mul(512)).sum();
+    let is_known = record.failback.as_ref().is_none_or(|failback| failback.is_as_sent());
+    let stored = |top: &Top| {
+        let meta = std::fs::metadata(record.folder.join(&top.file)).ok()?;
+        // Where it is not known what production has, all of it is compared.
+        Some(if is_known { meta.blocks().saturating_mul(512) } else { top.size })
+    };
+    let bytes: u64 = tops.filter_map(stored).sum();
     let rate = record.failback.as_ref().and_then(|failback| {
         let looked = failback.first.bytes_read.max(failback.first.bytes_written);
         let took = failback.first_ms.filter(|ms| *ms >= 10)?;

@@ -34,20 +34,23 @@ use crate::{
     units,
 };
 
-/// Refuses a target before anything is turned off; `runs` is whether its machine does.
+/// Refuses a target before anything is turned off; `runs` is whether its machine does. Says what it may have no room for:
+/// what an image takes that is made is not known before it is.
 ///
 /// # Errors
 /// [`Code::Exists`], [`Code::Refused`]: it is no home; [`Code::NotFound`]: a disk of it is missing; [`Code::Busy`];
 /// [`Code::Capacity`].
-pub fn check_home(record: &ReplicaRecord, home: &Home, runs: bool, cache: &Arc<BlockCache>) -> Result<()> {
+pub fn check_home(record: &ReplicaRecord, home: &Home, runs: bool, cache: &Arc<BlockCache>) -> Result<Vec<String>> {
     let tops = record.failover.iter().flat_map(|failover| &failover.tops);
     let at = |fail: Fail| Err(fail.at(home.folder.display()));
     is_no_replica(record, home)?;
     if home.kind == HomeKind::New {
         refuse_strangers(&home.folder)?;
-        let all = tops.map(|top| made_bytes(record, top, cache)).sum::<Result<u64>>()?;
-        return has_bytes(&home.folder, all);
+        has_bytes(&home.folder, tops.clone().map(least_bytes).sum(), "needs")?;
+        let all = tops.map(|top| made_bytes(record, top, cache)).sum();
+        return Ok(has_bytes(&home.folder, all, "may need").err().map(|fail| fail.what).into_iter().collect());
     }
+    let mut doubts = Vec::new();
     for top in tops {
         let Some(disk) = home.disks.iter().find(|disk| disk.disk == top.disk) else {
             let what = format!("{} has no disk {}", home.machine, top.disk);
@@ -63,10 +66,21 @@ pub fn check_home(record: &ReplicaRecord, home: &Home, runs: bool, cache: &Arc<B
             }
             layers::open(&disk.path, disk.format, cache)?;
         }
-        let need = if home.makes(&disk.disk) { made_bytes(record, top, cache)? } else { (top.size / 64).min(1 << 20) };
-        has_bytes(disk.path.parent().unwrap_or(Path::new("/")), need)?;
+        let folder = disk.path.parent().unwrap_or(Path::new("/"));
+        // What an earlier try has left makes room for what is sent now.
+        let left = working_of(&disk.path, 1).metadata().map_or(0, |meta| meta.blocks().saturating_mul(512));
+        has_bytes(folder, least_bytes(top).saturating_sub(left), "needs")?;
+        if home.makes(&disk.disk) {
+            let all = made_bytes(record, top, cache).saturating_sub(left);
+            doubts.extend(has_bytes(folder, all, "may need").err().map(|fail| fail.what));
+        }
     }
-    Ok(())
+    Ok(doubts)
+}
+
+/// What a disk takes on its way home, at least.
+fn least_bytes(top: &Top) -> u64 {
+    (top.size / 64).min(1 << 20)
 }
 
 /// Refuses a replica as a home, also the one that comes home.
@@ -85,14 +99,15 @@ pub fn is_no_replica(record: &ReplicaRecord, home: &Home) -> Result<()> {
     Err(Fail::new(Code::Refused, what).at(home.folder.display()))
 }
 
-/// What an image takes that is made of a replica's disk, at least.
-fn made_bytes(record: &ReplicaRecord, top: &Top, cache: &Arc<BlockCache>) -> Result<u64> {
-    let chain = layers::open(&record.folder.join(&top.file), Format::Qcow2, cache)?;
-    used_bytes(&Disk::read_only(&top.disk, chain))
+/// What an image takes that is made of a replica's disk, at most: zeros that were written there are not sent. Nothing,
+/// where that cannot be told while a machine writes there.
+fn made_bytes(record: &ReplicaRecord, top: &Top, cache: &Arc<BlockCache>) -> u64 {
+    let chain = layers::open(&record.folder.join(&top.file), Format::Qcow2, cache);
+    chain.and_then(|chain| used_bytes(&Disk::read_only(&top.disk, chain))).unwrap_or_default()
 }
 
 /// Refuses a folder that has no room for so much; one that is not there yet has what the one above it has.
-fn has_bytes(folder: &Path, need: u64) -> Result<()> {
+fn has_bytes(folder: &Path, need: u64, needs: &str) -> Result<()> {
     let there = folder.ancestors().find(|folder| folder.is_dir()).unwrap_or(Path::new("/"));
     let stat = rustix::fs::statvfs(there).map_err(|e| Fail::io(there.display(), "look at", &e.into()))?;
     let room = stat.f_bavail.saturating_mul(stat.f_frsize);
@@ -100,7 +115,7 @@ fn has_bytes(folder: &Path, need: u64) -> Result<()> {
         return Ok(());
     }
     let (need, room) = (units::bytes(need), units::bytes(room));
-    let what = format!("what comes home needs {need} in {}, and {room} are left", folder.display());
+    let what = format!("what comes home {needs} {need} in {}, and {room} are left", folder.display());
     Err(Fail::new(Code::Capacity, what).at(folder.display()))
 }
 
@@ -196,18 +211,12 @@ pub(super) fn has_room(desk: &Desk<'_>, home: &Home, tops: &[Top], pass: u32) ->
 }
 
 /// Writes the working layers of a pass down into production's images, which become as long as the replica's disks. Done
-/// again it goes on.
+/// again it goes on: a layer that is gone was written down wholly.
 pub(super) fn write_home(desk: &Desk<'_>, home: &Home, tops: &[Top], pass: u32) -> Result<()> {
     pairs(home, tops).try_for_each(|(top, disk)| {
         let working = working_of(&disk.path, pass);
-        if working.exists()
-            && let Err(fail) = images::merge_down(&working, &disk.path)
-        {
-            // Made anew by the next try, which needs the room.
-            if fail.code == Code::Capacity {
-                layers::remove(&working)?;
-            }
-            return Err(fail);
+        if working.exists() {
+            images::merge_down(&working, &disk.path)?;
         }
         images::cut(&disk.path, disk.format, top.size, desk.cache)?;
         layers::remove(&working)

@@ -236,7 +236,7 @@ pub struct FailbackRecord {
     /// The layers whose content production has since the last pass.
     pub sent: Vec<Top>,
     /// When each of production's disks was written to last, as the first pass left them, nanoseconds; none where a second
-    /// pass has begun to write.
+    /// pass has begun to write: what production has is not known then.
     #[serde(default)]
     pub written: Vec<i64>,
     /// What the first pass moved.
@@ -272,6 +272,13 @@ pub struct Carried {
     pub bytes_written: u64,
     /// Blocks that were looked at and found equal.
     pub blocks_equal: u64,
+}
+
+impl FailbackRecord {
+    /// Whether production's disks are known to hold what the layers that were sent do.
+    pub fn is_as_sent(&self) -> bool {
+        self.home.disks.is_empty() || !self.written.is_empty()
+    }
 }
 
 impl Carried {

@@ -13,6 +13,8 @@ use super::{
     state::Op,
 };
 use crate::{
+    catalogue::OperationId,
+    context::quoted,
     fail::{Code, Fail, Result},
     failback::{BackWork, CommitWork, ReturnWork, SwitchWork},
     failover::{FailoverWork, PermanentWork, StartWork, UndoWork},
@@ -80,12 +82,22 @@ pub fn recover_as(desk: &Desk<'_>, name: &str, next: Op, told: Told) -> Result<(
     };
     match ended {
         Err(fail) if still_open(desk, name)? => Err(fail),
+        // A first pass that got stuck is not taken back, and nothing is known of it later.
+        Err(fail) if told.back && op == Some(Op::Failback) && is_stuck(desk, open.id)? => {
+            let what = format!("the way home of {name} got stuck, production may be half written: {}", fail.what);
+            let help = format!("aquifer failback {}    # writes all of it", quoted(name));
+            Err(Fail { what, do_: None, ..fail }.help(help))
+        }
         Err(fail) => {
             (desk.warn)(Code::WarnTakenBack, format!("{} of {name} had been cut short: {}", open.op, fail.what));
             Ok(())
         }
         Ok(()) => Ok(()),
     }
+}
+
+fn is_stuck(desk: &Desk<'_>, id: OperationId) -> Result<bool> {
+    Ok(desk.catalogue.operation(id)?.state == "failed")
 }
 
 fn still_open(desk: &Desk<'_>, name: &str) -> Result<bool> {

@@ -133,7 +133,7 @@ fn begin(context: &Context, catalogue: &Catalogue, args: &Args, record: &Replica
         settle_drift(context, args, record, &mut home)?;
     }
     operate::refuse_backup(catalogue, &record.machine)?;
-    check_home(record, &home, ops::runs(context, &home.folder)?, &context.cache()?)?;
+    let notes = check_home(record, &home, ops::runs(context, &home.folder)?, &context.cache()?)?;
     let switch = args.switch.map_or(Switch::Manual, |When(switch)| switch);
     let loss = (kind != HomeKind::New).then(|| {
         let comes = |disk: &&HomeDisk| record.failover.iter().flat_map(|f| &f.tops).any(|top| top.disk == disk.disk);
@@ -152,7 +152,7 @@ fn begin(context: &Context, catalogue: &Catalogue, args: &Args, record: &Replica
             Act::Failback { home, switch, power_on: !args.no_start, compare: args.full, verify: args.verify },
         ),
         loss,
-        notes: Vec::new(),
+        notes,
     })
 }
 

@@ -82,9 +82,9 @@ fn who_only_looks_is_refused_what_is_refused() {
     refused_both_ways(&site, &["failback", REPLICA, "--new", "prod:taken", "--yes"], "E_EXISTS");
     let own = format!("dr:{REPLICA}");
     refused_both_ways(&site, &["failback", REPLICA, "--to", &own, "--yes"], "E_REFUSED");
-    let small = Small::mount(site.room.path("prod/small"), "size=64k");
+    let small = Small::mount(site.room.path("prod/small"), "size=32k");
     let full = refused_both_ways(&site, &["failback", REPLICA, "--new", "prod:small", "--yes"], "E_CAPACITY");
-    assert!(full.contains("64"), "{full}");
+    assert!(full.contains("32"), "{full}");
     drop(small);
     let held = Held::open(&site);
     refused_both_ways(&site, &["failback", REPLICA, "--yes"], "E_BUSY");

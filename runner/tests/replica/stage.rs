@@ -339,6 +339,12 @@ impl Stage {
 pub(crate) fn write_into(file: &Path, bytes: &mut [u8], times: u64, dice: &mut Dice) -> u64 {
     let before = bytes.to_vec();
     scribble(bytes, times, dice);
+    write_over(file, &before, bytes);
+    differing(&before, bytes)
+}
+
+/// Writes into an image that holds `before` what `bytes` has instead.
+pub(crate) fn write_over(file: &Path, before: &[u8], bytes: &[u8]) {
     let format = if file.extension().is_some_and(|e| e == "raw") { "raw" } else { "qcow2" };
     let mut command = Command::new("qemu-io");
     command.args(["-f", format]);
@@ -364,5 +370,4 @@ pub(crate) fn write_into(file: &Path, bytes: &mut [u8], times: u64, dice: &mut D
             fs::remove_file(path).expect("remove");
         }
     }
-    differing(&before, bytes)
 }

@@ -5,14 +5,14 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Child, Command},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
     time::Duration,
 };
 
 use aquifer_runner::{
     catalogue::{NewWork, Outcome},
-    fail::Code,
-    failback::{Changed, commit, failback, give_back, switchover},
+    fail::{Code, Fail},
+    failback::{Changed, check_home, commit, failback, give_back, pass::working_of, switchover},
     failover::{failover, start_again, undo},
     replica::{
         build::Moved,
@@ -28,7 +28,7 @@ use aquifer_runner::{
 };
 use jiff::Timestamp;
 
-use crate::stage::{Dice, Disks, REPLICA, Stage, scribble};
+use crate::stage::{Dice, Disks, REPLICA, Stage, img, scribble, write_over};
 
 const MIB: usize = 1 << 20;
 const LATEST: PointRef = PointRef::Latest(0);
@@ -119,8 +119,12 @@ fn a_change_of_sides_that_got_stuck_is_taken_back_and_made_again() {
     assert!(stage.points().iter().all(|point| point.number == 1), "no point of a machine that may go on");
     drop(held.lock().take());
 
+    // Its own way back did not start it, or its guest has ended.
+    stage.host.power_off_all();
     stage.at(|desk| give_back(desk, REPLICA, false)).expect("taken back");
     assert_eq!(record(&stage).state, State::Failover);
+    let told: Vec<_> = stage.warnings.lock().drain(..).map(|(_, what)| what).collect();
+    assert!(told.iter().any(|what| what.contains(&format!("replicas {REPLICA} --start"))), "{told:?}");
     let left = fs::read_dir(&home.folder).expect("list").flatten().map(|entry| entry.file_name());
     let left: Vec<_> = left.filter(|name| name.to_string_lossy().contains(".pass")).collect();
     assert!(left.is_empty(), "{left:?}");
@@ -134,6 +138,50 @@ fn a_change_of_sides_that_got_stuck_is_taken_back_and_made_again() {
     fs::write(&variables, "of the takeover").expect("write");
     stage.at(|desk| commit(desk, REPLICA, false)).expect("commit");
     assert!(!variables.exists(), "the next takeover begins with its point's");
+}
+
+#[test]
+fn a_change_of_sides_that_got_stuck_is_tried_again_with_what_production_has_by_then() {
+    let stage = Stage::new();
+    let mut dice = Dice::new(61);
+    let mut disks = vec![("vda".to_owned(), vec![0; MIB]), ("vdb".to_owned(), vec![0; MIB])];
+    disks.iter_mut().for_each(|(_, bytes)| {
+        scribble(bytes, 9, &mut dice);
+    });
+    stage.back_up("r1", &disks, true, at(0));
+    stage.made();
+    stage.put_production(&vec![("vda".into(), vec![1; 2 * MIB]), ("vdb".into(), vec![1; MIB])]);
+    let mut home = stage.home(HomeKind::Original);
+    let second = home.folder.join("vdb.qcow2");
+    img(&["create", "-q", "-f", "qcow2", &second.to_string_lossy(), "2M"]);
+    (home.disks[1].path, home.disks[1].format) = (second, home.disks[0].format);
+    stage.at(|desk| failover(desk, REPLICA, &LATEST, None, true)).expect("failover");
+    let folder = record(&stage).folder;
+    goes_home(&stage, &home).expect("pass 1");
+    let mut serving = disks.clone();
+    stage.guest_writes(&folder, &mut serving, 5, &mut dice);
+    // The first disk comes home, the second one does not.
+    let held: parking_lot::Mutex<Option<Held>> = parking_lot::Mutex::default();
+    let opens = |moved: Moved| {
+        if matches!(moved, Moved::Read(_)) {
+            held.lock().get_or_insert_with(|| Held::open(&home.disks[1].path));
+        }
+        Ok(())
+    };
+    let switch = |desk: &Desk<'_>| switchover(desk, REPLICA, true, Duration::ZERO);
+    stage.at(|desk| switch(&Desk { pace: &opens, ..*desk })).expect_err("it is open");
+    drop(held.lock().take());
+    stage.assert_home(&home, &serving[..1].to_vec(), "half of it");
+
+    // The guest takes back what it wrote.
+    stage.at(|desk| start_again(desk, REPLICA)).expect("it serves again");
+    let files = stage.host.files(&folder).expect("it is on");
+    for (file, ((_, is), (_, was))) in files.iter().zip(serving.iter().zip(&disks)) {
+        write_over(file, is, was);
+    }
+    stage.at(switch).expect("pass 2 again");
+    stage.assert_home(&home, &disks, "home");
+    stage.assert_point(&stage.points()[1], &disks);
 }
 
 /// A way home whose second disk is made there, after its first pass; where that disk is.
@@ -348,6 +396,84 @@ fn a_home_without_room_is_left_as_it_was() {
         goes_home(&stage, &home).expect("there is room now");
         stage.assert_home(&home, &disks, "home");
     }
+}
+
+/// A first pass whose worker dies after so many looks at its journal once its layer is there.
+fn first_pass_dies(stage: &Stage, home: &Home, after: u32, when_there: impl Fn() + Sync) {
+    let working = working_of(&home.disks[0].path, 1);
+    let looks = AtomicU32::new(0);
+    let alive = || {
+        if looks.load(Ordering::Relaxed) == 0 && !working.exists() {
+            return Ok(());
+        }
+        match looks.fetch_add(1, Ordering::Relaxed) {
+            0 => when_there(),
+            look if look >= after => return Err(Fail::new(Code::Terminated, "killed")),
+            _ => {}
+        }
+        Ok(())
+    };
+    let back = |desk: &Desk<'_>| failback(desk, REPLICA, home.clone(), Switch::Manual, Changed::default());
+    let dead = stage.at(|desk| back(&Desk { alive: &alive, ..*desk })).expect_err("it dies");
+    assert_eq!(dead.code, Code::Terminated, "{dead}");
+    assert_eq!(stage.catalogue.open_operations().expect("operations").len(), 1);
+}
+
+#[test]
+fn what_was_half_written_for_want_of_room_is_written_by_whoever_goes_on() {
+    let stage = Stage::new();
+    let disks = replica(&stage, &mut Dice::new(62));
+    let _small = Small::mount(stage.path("prod").join("db01"), "size=16m");
+    let home = home_of(&stage, vec![0; 3 * MIB]);
+    let filler = home.folder.join("filler");
+    let fills = || {
+        let stat = rustix::fs::statvfs(&home.folder).expect("statvfs");
+        let room = stat.f_bavail * stat.f_frsize;
+        fs::write(&filler, vec![1; usize::try_from(room).expect("small") - MIB]).expect("write");
+    };
+    stage.at(|desk| failover(desk, REPLICA, &LATEST, None, true)).expect("failover");
+    // It fails with a part of it written, and dies before the journal has that.
+    first_pass_dies(&stage, &home, 2, fills);
+    fs::remove_file(&filler).expect("there is room again");
+    stage.at(|desk| recover_as(desk, REPLICA, Op::Failback, Told::default())).expect("it goes on");
+    assert_eq!(record(&stage).state, State::ReadyToSwitch);
+    stage.assert_home(&home, &disks, "home");
+}
+
+#[test]
+fn a_first_pass_that_gets_stuck_where_it_is_taken_back_says_so() {
+    let stage = Stage::new();
+    let disks = replica(&stage, &mut Dice::new(63));
+    let home = home_of(&stage, vec![1; 2 * MIB]);
+    stage.at(|desk| failover(desk, REPLICA, &LATEST, None, true)).expect("failover");
+    first_pass_dies(&stage, &home, 1, || ());
+    let held = Held::open(&home.disks[0].path);
+    let back = Told { force: false, back: true };
+    let stuck = stage.at(|desk| recover_as(desk, REPLICA, Op::Undo, back)).expect_err("it is open");
+    assert!(stuck.what.contains("half written"), "{stuck}");
+    assert!(stuck.do_.is_some_and(|help| help.to_string().contains("aquifer failback")));
+    assert_eq!(record(&stage).state, State::Failover);
+    drop(held);
+    goes_home(&stage, &home).expect("pass 1 again");
+    stage.assert_home(&home, &disks, "home");
+}
+
+#[test]
+fn a_new_home_needs_no_room_for_zeros() {
+    let stage = Stage::new();
+    replica(&stage, &mut Dice::new(64));
+    stage.at(|desk| failover(desk, REPLICA, &LATEST, None, true)).expect("failover");
+    let folder = record(&stage).folder;
+    let files = stage.host.files(&folder).expect("it is on");
+    let zeros = Command::new("qemu-io").args(["-f", "qcow2", "-c", "write -q -P 0 0 3M"]).arg(&files[0]).status();
+    assert!(zeros.expect("qemu-io").success());
+    let _small = Small::mount(stage.path("prod").join("db01"), "size=1m");
+    let mut home = stage.home(HomeKind::New);
+    home.disks.truncate(1);
+    let doubts = check_home(&record(&stage), &home, false, &stage.cache).expect("it may fit");
+    assert_eq!(doubts.len(), 1, "{doubts:?}");
+    goes_home(&stage, &home).expect("it fits");
+    stage.assert_home(&home, &vec![("vda".into(), vec![0; 3 * MIB])], "home");
 }
 
 #[test]
