@@ -242,7 +242,7 @@ fn check_name(context: &Context, name: &str) -> Result<()> {
         if spec.is_ok_and(|spec| spec.id == pointer.id && spec.state.is_live()) {
             let what = format!("a recovery called {name} is in {} and has not ended", pointer.dir.display());
             let fail = Fail::new(Code::Exists, what).at(pointer.dir.display());
-            let help = format!("aquifer finalize {} --keep    # or give this one another --name", quoted(name));
+            let help = format!("aquifer finalize {} --keep    # or give this one another: --name NAME", quoted(name));
             return Err(fail.help(help));
         }
     }

@@ -37,8 +37,8 @@ pub(super) fn disks(
     let nowhere = |fail: Fail| match fail.code {
         Code::NoRepository if fail.at.is_none() => {
             let what =
-                format!("there is no file `{machine}` here, and no repository was named to look for a machine in (-r)");
-            Fail { what, do_: None, ..fail }
+                format!("there is no file `{machine}` here, and no repository was named to look for a machine in");
+            Fail { what, do_: None, ..fail }.help("aquifer -r DIR points    # a file's path has a `/`")
         }
         _ => fail,
     };
