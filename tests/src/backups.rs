@@ -281,9 +281,13 @@ impl Known {
             }
             match &point.state {
                 PointState::Incomplete => continue,
-                // Listed, without a record and without the lease of whoever was at it: by its looks it may have been
-                // lost as well. It is told as such until the next process goes on with it.
-                PointState::Missing { .. } if !self.committed.contains_key(&id) => continue,
+                // Listed, without a record and without the lease of whoever was at it: the next process goes on with it.
+                PointState::Missing { why }
+                    if !self.committed.contains_key(&id)
+                        && why.ends_with("never written: its backup was cut short") =>
+                {
+                    continue;
+                }
                 PointState::Complete => {}
                 state => return Err(format!("point {id}: {state:?}")),
             }
