@@ -30,9 +30,10 @@ WORK = Path(os.environ.get("AQUIFER_BENCH_DIR", "/var/tmp/aquifer-bench"))
 
 def about(runs, strangers):
     when = sorted(f"{run['at']}, {run['groups']}: load average {run['load']}" +
+                  (f", {run['rounds']} rounds" if run["rounds"] else "") +
                   (f", precedence {run['priority']} over other sessions" if run["priority"] else "") for run in runs)
     return [f"Machine: {machine()}.", "",
-            f"Command: `make bench`, or `scripts/bench/main.py GROUP ...` for a part; {table.ROUNDS} rounds of each side, one round where a side",
+            f"Command: `make bench`, or `scripts/bench/main.py GROUP ...` for a part; each side as often as its run says, once where a side",
             f"takes more than {table.LONG_SECONDS} s. Over all rows others took {strangers:.0%} of the machine. Runs:", "",
             *(f"- {line}" for line in when), "",
             "Disks: `mix`, 4 GiB with 40 % used (a Debian tree, half-random and random blocks); `tree`, a Debian tree alone; a chain of 129 qcow2",
@@ -72,14 +73,14 @@ def main():
         load = f"{before[0]:.1f} to {os.getloadavg()[0]:.1f}"
         # Read again: another run may have measured other groups meanwhile.
         old = earlier()
-        old[key] = {"key": key, "at": started, "load": load, "priority": chosen.priority, "rows": list(table.ROWS), "failed": list(table.FAILED)}
+        old[key] = {"key": key, "at": started, "load": load, "priority": chosen.priority, "rounds": table.ROUNDS, "rows": list(table.ROWS), "failed": list(table.FAILED)}
         entries = [old[k] for k in rows.GROUPS if k in old]
         # After each group, so that an interruption loses one group only.
         store.write_text(json.dumps(entries, indent=1))
         every = [row for entry in entries for row in entry["rows"]]
         failed = [row for entry in entries for row in entry["failed"]]
         strangers = sum(r["strangers"] for r in every) / max(len(every), 1)
-        runs = [{"at": e["at"], "groups": e["key"], "load": e["load"], "priority": e["priority"]} for e in entries]
+        runs = [{"at": e["at"], "groups": e["key"], "load": e["load"], "priority": e["priority"], "rounds": e.get("rounds")} for e in entries]
         page.write(chosen.docs, every, failed, about(runs, strangers))
         for data in (WORK / f"{name}.json" for name in old):
             if data.exists():
